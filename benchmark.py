@@ -1,0 +1,206 @@
+"""How fast the data path is, as ratios between two ways of doing the same thing in one run.
+
+    python benchmark.py augment                          # 896 pairs of 32 × 32: one CIFAR-10 step
+    python benchmark.py augment --size 224 --pairs 64    # the ImageNet policy
+    python benchmark.py augment --device cuda --static   # the form without branches, on the GPU
+
+A figure alone says as much about the machine as about the code. So each subcommand measures both ways
+alternately, in the same process, and prints the ratio of the medians.
+"""
+
+import argparse
+import functools
+import os
+import random
+import statistics
+import time
+
+import numpy as np
+import torch
+import torch.multiprocessing as multiprocessing
+from PIL import Image, ImageEnhance, ImageOps
+from torchvision.transforms import functional
+
+from augmentation import GREY, OPERATIONS, ImageViews
+
+MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
+
+
+# -------------------------------------------------------------------------------------------------- measuring
+
+
+def median_seconds(functions, repeats):
+    """Seconds per call of each function: the median of ``repeats`` calls, made in turns after a warm-up."""
+    seconds = [[] for _ in functions]
+    for repeat in range(repeats + 1):
+        for function, samples in zip(functions, seconds, strict=True):
+            start = time.perf_counter()
+            function()
+            if repeat:
+                samples.append(time.perf_counter() - start)
+    return [statistics.median(samples) for samples in seconds]
+
+
+def print_ratios(unit, rows):
+    """rows: (what, rate of this project, rate of the reference), both in ``unit``."""
+    print(f"{'':<24}{'here':>12}{'reference':>12}{'ratio':>8}   {unit}")
+    for what, here, reference in rows:
+        print(f"{what:<24}{here:>12,.0f}{reference:>12,.0f}{here / reference:>8.1f}")
+
+
+# --------------------------------------------------------------------- augment: the reference, image by image
+
+
+class PillowPairs:
+    """The policy of ImageViews the way a data set does it: Pillow and torchvision, one image at a time.
+
+    views: the ImageViews to imitate; sizes and arguments are read from it. batched: convert and normalise all
+    images at once instead of one by one, which data sets do not do, but which is the harder reference.
+    """
+
+    def __init__(self, views, batched=False):
+        self.views = views
+        self.batched = batched
+        self.arguments = views.randaug.arguments(views.size, views.size)
+
+    def __call__(self, images):
+        """images: (N, H, W, 3) uint8 → weak, strong: (N, 3, H, W) float32, normalised."""
+        if self.batched:
+            pairs = [[np.asarray(view) for view in self.pair(image)] for image in images.numpy()]
+            stacked = (torch.from_numpy(np.stack(views)) for views in zip(*pairs, strict=True))
+            return tuple(self.views.evaluation(view.permute(0, 3, 1, 2).contiguous()) for view in stacked)
+        pairs = [[self.to_tensor(view) for view in self.pair(image)] for image in images.numpy()]
+        return tuple(torch.stack(views) for views in zip(*pairs, strict=True))
+
+    def pair(self, image):
+        """(H, W, 3) uint8 array → weak and strong view, as Pillow images."""
+        weak = self.weak(Image.fromarray(image))
+        strong = weak
+        p = random.uniform(0.2, 0.8)
+        for _ in range(self.views.randaug.num_layers):
+            if random.random() < p:
+                strong = self.operate(random.choice(OPERATIONS), strong)
+        if self.views.crop == "pad":
+            strong = self.weak(self.cutout(strong, self.views.size // 4))
+        return weak, strong
+
+    def weak(self, image):
+        size = self.views.size
+        if self.views.flip and random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.views.crop == "pad":
+            left, top = random.randint(0, size // 4), random.randint(0, size // 4)
+            image = ImageOps.expand(image, size // 8, (GREY,) * 3).crop((left, top, left + size, top + size))
+        return image
+
+    def operate(self, name, image):
+        argument = self.arguments[name]
+        signed = random.choice((1, -1)) * (argument or 0)
+        match name:
+            case "AutoContrast":
+                return ImageOps.autocontrast(image)
+            case "Equalize":
+                return ImageOps.equalize(image)
+            case "Invert":
+                return ImageOps.invert(image)
+            case "Rotate":
+                return image.rotate(signed, fillcolor=(GREY,) * 3)
+            case "Posterize":
+                return ImageOps.posterize(image, min(argument, 8))
+            case "Solarize":
+                return ImageOps.solarize(image, argument)
+            case "ShearX":
+                return self.affine(image, (1, signed, 0, 0, 1, 0))
+            case "ShearY":
+                return self.affine(image, (1, 0, 0, signed, 1, 0))
+            case "TranslateX":
+                return self.affine(image, (1, 0, signed, 0, 1, 0))
+            case "TranslateY":
+                return self.affine(image, (1, 0, 0, 0, 1, signed))
+            case "Cutout":
+                return self.cutout(image, argument)
+            case _:  # Color, Contrast, Brightness, Sharpness
+                return getattr(ImageEnhance, name)(image).enhance(argument)
+
+    def affine(self, image, matrix):
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=(GREY,) * 3)
+
+    def cutout(self, image, half):
+        column, row = random.randrange(image.width), random.randrange(image.height)
+        image = image.copy()
+        image.paste((GREY,) * 3, (column - half, row - half, column + half, row + half))
+        return image
+
+    def to_tensor(self, image):
+        return functional.normalize(functional.to_tensor(image), MEAN, STD)
+
+
+def augment(args):
+    """Pairs of weak and strong views per second, here and through Pillow.
+
+    On all threads, Pillow runs as data-loader workers would: one process per core, a batch each, handed back
+    in shared memory.
+    """
+    small = args.size <= 64
+    crop, randaug = ("pad", (2, 16)) if small else ("none", (2, 17))
+    views = ImageViews(args.size, MEAN, STD, crop=crop, randaug=randaug, static=args.static)
+    pillow = PillowPairs(views, args.batched_reference)
+    photographs = torch.randint(256, (args.pairs, 3, args.size // 8, args.size // 8), dtype=torch.uint8)
+    images = torch.nn.functional.interpolate(photographs, size=args.size, mode="bilinear")
+    layout = (
+        images.permute(0, 2, 3, 1).contiguous().share_memory_()
+    )  # a data set's arrays, seen by all workers
+    images = images.to(args.device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+    def here():
+        for _ in range(args.batches):
+            pair = views.pair(images)
+        return [float(view[-1, -1, -1, -1]) for view in pair]  # waits for the device
+
+    rows = []
+    with multiprocessing.Pool(cores, torch.set_num_threads, (1,)) as pool:
+        for threads in sorted({1, cores}):
+            torch.set_num_threads(threads)
+            if threads == 1:
+                reference = functools.partial(pillow, layout)
+            else:
+                reference = functools.partial(pool.map, pillow, [layout] * cores, 1)
+            seconds_here, seconds_reference = median_seconds((here, reference), args.repeats)
+            rate_here = args.batches * args.pairs / seconds_here
+            rows.append((f"{threads} thread(s)", rate_here, threads * args.pairs / seconds_reference))
+            print(f"{threads} thread(s): {1000 * seconds_here / args.batches:.2f} ms per batch here")
+    form = "every operation" if args.static else "drawn operations"
+    print(f"{args.pairs} pairs of {args.size} × {args.size}, {form}, device {args.device}")
+    print_ratios("pairs/s; reference: Pillow on CPU", rows)
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("augment", help="weak and strong views of a batch, against Pillow")
+    command.add_argument(
+        "--size", type=int, default=32, help="side of the images in pixels; above 64: ImageNet"
+    )
+    command.add_argument("--pairs", type=int, default=896, help="images per batch (CIFAR-10 recipe: 7 · 128)")
+    command.add_argument("--device", default="cpu", help="where the batch of this project lives")
+    command.add_argument("--static", action="store_true", help="the form with static shapes and no branches")
+    command.add_argument(
+        "--batched-reference",
+        action="store_true",
+        help="let the reference convert and normalise whole batches",
+    )
+    command.add_argument("--batches", type=int, default=5, help="batches per measurement of this project")
+    command.add_argument("--repeats", type=int, default=7, help="measurements of each, alternating")
+    command.set_defaults(run=augment)
+
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""How the student's labelled loss reaches the teacher: taylor, dot, exact.
+
+The teacher is to descend J(θ_T) = CE(y_l, S(x_l; θ_S')), the student's labelled loss after its step
+θ_S' = θ_S − η ∇ CE(q, S(x_u; θ_S)) on the teacher's pseudo labels q. Each estimator takes one
+``StudentStep`` and returns a *value*, and ``feedback_term`` makes of it the term of the teacher's loss:
+
+    estimator   value                                        term, with q = softmax(T(x_u))
+    taylor      h = L_old − L_new,                  ()       h · CE(ŷ, T(x_u))
+    dot         h = η ⟨∇L_new, ∇CE(ŷ, S(x_u))⟩,     ()       h · CE(ŷ, T(x_u))
+    exact       ∂J/∂q = (η/N) · D,                  (N, K)   Σ q · ∂J/∂q
+
+The scalar forms are the REINFORCE estimate of the gradient for a hard label ŷ ~ q (paper, equation 12 and
+appendix A); exact is the gradient of J itself for soft labels. In each of them the labelled losses are
+measured on the same images, normalised by the same rule (their own batch statistics), without dropout, and
+nothing is left behind: running statistics, random state and parameters are as before.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, jvp
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from runtime import Runtime
+
+
+@dataclass
+class StudentStep:
+    """One step of the student, with all that an estimator needs to know of it.
+
+    N unlabelled and B labelled images, K classes. ``before`` and ``gradient`` hold the parameters that
+    learn, by name.
+    """
+
+    network: nn.Module  # the student after its step, θ_S'
+    before: dict  # θ_S, before the step
+    gradient: dict  # ∇ CE(q, S(x_u; θ_S)), mean over x_u and over all processes, before clipping
+    images_u: torch.Tensor  # (N, …) the images of the step
+    images_l: torch.Tensor  # (B, …) labelled images
+    targets: torch.Tensor  # (B,) int64
+    rate: float  # η, the student's learning rate in this step
+    random_state: dict  # of the runtime, before the student's forward pass: the same dropout again
+    runtime: Runtime
+    label_smoothing: float = 0.0  # ε: the student learned (1 − ε)·q + ε/K
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def _forward(network, parameters, images):
+    """Logits (N, K) at other parameters; running statistics are updated in copies and dropped."""
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    return functional_call(network, (parameters, buffers), (images,))
+
+
+@contextlib.contextmanager
+def _measuring(network):
+    """Context in which only batch norm stays in training mode: batch statistics, but no dropout."""
+    training = {module: module.training for module in network.modules()}
+    try:
+        for module in network.modules():
+            module.training = module.training and isinstance(module, _BatchNorm)
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def labeled_loss(step, parameters):
+    """CE(y_l, S(x_l; ``parameters``)), (), of this process's labelled images."""
+    with _measuring(step.network), step.runtime.autocast(scaled=False):
+        logits = _forward(step.network, parameters, step.images_l)
+    return F.cross_entropy(_full_precision(logits), step.targets)
+
+
+def labeled_gradient(step):
+    """v = ∇ CE(y_l, S(x_l; θ_S')) by parameter name, averaged over all processes."""
+    after = {name: parameter for name, parameter in step.network.named_parameters() if name in step.before}
+    gradient = torch.autograd.grad(labeled_loss(step, after), list(after.values()))
+    return dict(zip(after, step.runtime.average_(list(gradient)), strict=True))
+
+
+def _full_precision(logits):
+    """Losses are measured in float32, or in float64 where the network is."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+# ---------------------------------------------------------------- scalar forms
+
+
+@torch.no_grad()
+def taylor(step):
+    """h = L_old − L_new: how much the student's step lowered its labelled loss, ().
+
+    The difference is of the step that was really taken, with momentum, weight decay and clipping: to first
+    order in η, and for a plain step, it is ``dot`` (paper, appendix A). Cost: two forward passes on x_l.
+    """
+    after = {name: parameter for name, parameter in step.network.named_parameters() if name in step.before}
+    losses = torch.stack([labeled_loss(step, step.before), labeled_loss(step, after)])
+    old, new = step.runtime.average_([losses])[0]
+    return old - new
+
+
+def dot(step):
+    """h = η · ⟨∇ CE(y_l, S(x_l; θ_S')), ∇ CE(ŷ, S(x_u; θ_S))⟩, () (paper, equation 12).
+
+    The derivative of L_old − L_new along the plain step −η∇CE: momentum, weight decay and clipping are not
+    part of it. Cost: one forward and backward pass on x_l.
+    """
+    v = labeled_gradient(step)
+    return step.rate * torch.stack([(v[name] * step.gradient[name]).sum() for name in v]).sum()
+
+
+# ---------------------------------------------------------------- exact form
+
+
+def exact(step, mode="auto"):
+    """∂J/∂q, the gradient of the student's labelled loss in its pseudo labels, (N, K).
+
+    The gradient of CE(q, S(x_u)) is linear in q, so that differentiating J through the plain step −η∇CE
+    needs no graph of a gradient: with v = ∇ CE(y_l, S(x_l; θ_S')),
+
+        ∂J/∂q[i, k] = (η/N) · D[i, k],    D = ∂/∂ε log_softmax(S(x_u; θ_S + ε v)) at ε = 0,
+
+    times 1 − ε_smoothing where the student's labels were smoothed.
+
+    Momentum, weight decay and clipping are not part of the step that is differentiated. With several
+    processes N is this process's share: averaging the teacher's gradient over processes gives the rest.
+
+    Args:
+        mode: ``forward`` (forward-mode differentiation), ``difference`` (central difference) or ``auto``:
+            forward where every operation of the network has a forward derivative, else difference.
+
+    Cost: one forward and backward pass on x_l, and on x_u one pass with tangents (about three forward passes)
+    or two forward passes.
+    """
+    if mode == "auto":
+        try:
+            return exact(step, "forward")
+        except NotImplementedError:  # torch: "Trying to use forward AD with … that does not support it"
+            return exact(step, "difference")
+    v = labeled_gradient(step)
+    product = {"forward": _product_forward, "difference": _product_difference}[mode]
+    with step.runtime.replay(step.random_state):
+        derivative = product(step, v)
+    return (1 - step.label_smoothing) * step.rate / len(step.images_u) * derivative
+
+
+def _log_probabilities(step, parameters):
+    logits = _forward(step.network, parameters, step.images_u)
+    return F.log_softmax(_full_precision(logits), dim=1)
+
+
+def _product_forward(step, v):
+    """D by forward mode, (N, K)."""
+    with step.runtime.autocast(scaled=False):
+        return jvp(lambda parameters: _log_probabilities(step, parameters), (step.before,), (v,))[1]
+
+
+@torch.no_grad()
+def _product_difference(step, v):
+    """D by central difference, (N, K): ‖v‖ · (log S(θ + ε v̂) − log S(θ − ε v̂)) / 2ε, v̂ = v/‖v‖.
+
+    ε is the cube root of the machine precision, where rounding and curvature weigh about the same
+    (float32: 0.005, float64: 6e-6). Outside autocast: a difference of bf16 values would be rounding.
+    """
+    norm = torch.stack([tensor.square().sum() for tensor in v.values()]).sum().sqrt()
+    epsilon = torch.finfo(norm.dtype).eps ** (1 / 3)
+    scale = epsilon / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+    def at(sign):
+        moved = {name: before + sign * scale * v[name] for name, before in step.before.items()}
+        with step.runtime.replay(step.runtime.rng_state()):  # both passes draw the same dropout masks
+            return _log_probabilities(step, moved)
+
+    return (at(+1) - at(-1)) * (norm / (2 * epsilon))
+
+
+ESTIMATORS = {"taylor": taylor, "dot": dot, "exact": exact}
+
+
+# ---------------------------------------------------------------- the teacher's side
+
+
+def feedback_term(value, logits, labels, *, reduction="sum", world_size=1):
+    """The term of the teacher's loss whose gradient is the feedback, ().
+
+    Args:
+        value: () from ``taylor`` or ``dot``, or (N, K) from ``exact``.
+        logits: (N, K), the teacher's, with gradient, of the view that gave the labels.
+        labels: (N, K) distributions, the pseudo labels that the student learned, detached.
+        reduction: of the scalar forms' cross-entropies over images. ``sum`` is the log likelihood of all
+            labels together and makes the term an unbiased estimate of ∇J; ``mean`` is smaller by the number
+            of images and what the published code does. ``exact`` needs no choice.
+        world_size: the processes over which the teacher's gradient is averaged.
+    """
+    log_q = F.log_softmax(_full_precision(logits), dim=1)
+    if value.ndim == 2:
+        return (log_q.exp() * value).sum()
+    cross_entropy = -(labels * log_q).sum(dim=1)
+    return value * (cross_entropy.mean() if reduction == "mean" else world_size * cross_entropy.sum())

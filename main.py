@@ -1,0 +1,640 @@
+"""Meta Pseudo Labels: train, finetune and evaluate.
+
+    python main.py --dataset digits --num-labeled 40 --resize 16 --model wrn-10-1 --total-steps 900 …
+    python main.py --evaluate --resume checkpoint/NAME_best.pth.tar --dataset digits …
+    torchrun --nproc-per-node 4 main.py --dataset cifar10 …
+
+The recipes are in run_*.sh. A run leaves checkpoint/NAME_*.pth.tar and results/NAME/.
+"""
+
+import argparse
+import copy
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import visualize
+from augmentation import ImageViews, PointViews
+from data import TrainLoader, batches, load_dataset, write_labeled_indices
+from methods import METHODS, build_network, predictor_state, sgd
+from models import count_parameters
+from runtime import Runtime, UserError
+from utils import Meters, NonFiniteError, RunLog, commit, load_state, topk_correct
+
+# ---------------------------------------------------------------- arguments
+
+DATASETS = ("twomoons", "digits", "cifar10", "folder")
+READ_EVERY = 50  # steps between two looks at the meters, each of which waits for the device
+EVALUATION_BATCH = 256  # fixed, so that an accuracy does not depend on the command that asks for it
+
+# what a run knows of itself besides its networks: saved with every checkpoint
+FRESH = {
+    "best_top1": None,
+    "best_step": None,
+    "best_val_top1": None,
+    "oracle_top1": 0.0,
+    "train_seconds": 0.0,
+    "trained_images": 0,
+}
+POSITION = ("top1", "top5", "meters", "loader", "random_state")
+SUMMARY = (
+    *("name", "dataset", "method", "num_labeled", "seed", "steps", "top1", "top5", "best_top1", "best_step"),
+    *("selection", "oracle_top1", "teacher_top1", "finetune_top1", "train_seconds", "images_per_second"),
+    *("device", "torch", "commit"),
+)
+
+# flags that only some methods use; the others refuse them
+ONLY_FOR = {
+    "mu": ("uda", "pseudo-label", "mpl"),
+    "threshold": ("uda", "mpl"),
+    "temperature": ("uda", "mpl"),
+    "lambda_u": ("uda", "mpl"),
+    "uda_steps": ("uda", "mpl"),
+    "teacher_lr": ("mpl",),
+    "teacher_dropout": ("mpl",),
+    "student_wait_steps": ("mpl",),
+    "pseudo_label": ("pseudo-label", "mpl"),
+    "pseudo_label_view": ("pseudo-label", "mpl"),
+    "feedback": ("mpl",),
+    "feedback_weight": ("mpl",),
+    "feedback_reduction": ("mpl",),
+    "feedback_momentum": ("mpl",),
+    "flip_feedback": ("mpl",),
+    "feedback_jvp": ("mpl",),
+    "teacher_checkpoint": ("pseudo-label",),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one sentence instead of the whole usage."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists all flags)")
+
+
+def build_parser():
+    parser = Parser(
+        description="Meta Pseudo Labels in PyTorch. The recipes in run_*.sh are complete command lines.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--name", help="name of the run and of its files (default: the data set's)")
+    group.add_argument("--save-path", default="checkpoint", help="folder of the checkpoints")
+    group.add_argument("--results-path", default="results", help="folder of metrics, summary and pictures")
+    group.add_argument(
+        "--seed", type=int, default=0, help="of labels, initial weights, batches, augmentation"
+    )
+    group.add_argument("--resume", metavar="CKPT", help="checkpoint to continue, finetune or evaluate")
+    group.add_argument("--evaluate", action="store_true", help="only evaluate the checkpoint of --resume")
+    group.add_argument("--finetune", action="store_true", help="only finetune the checkpoint of --resume")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
+    group.add_argument("--amp", action="store_true", help="mixed precision")
+    group.add_argument("--amp-dtype", default="bf16", choices=("bf16", "fp16"), help="fp16 needs CUDA")
+    group.add_argument(
+        "--channels-last",
+        action="store_true",
+        help="memory order in which convolutions are faster (all recipes)",
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset", default="cifar10", choices=DATASETS)
+    group.add_argument("--data-path", default="data", help="folder of the data set")
+    group.add_argument(
+        "--num-labeled",
+        type=count_or_fraction,
+        default=4000,
+        metavar="N",
+        help="labelled images, drawn per class with --seed; below 1: a fraction of the training images",
+    )
+    group.add_argument(
+        "--labeled-indices", metavar="FILE", help="take these labelled images: labeled_indices.txt of a run"
+    )
+    group.add_argument(
+        "--num-val",
+        type=int,
+        default=0,
+        metavar="N",
+        help="training images with labels held out to choose the best checkpoint; 0: the last is taken",
+    )
+    group.add_argument("--num-classes", type=int, metavar="K", help="checked against the data set")
+    group.add_argument(
+        "--resize", type=int, metavar="PIXELS", help="side of the images (default: as they are)"
+    )
+    group.add_argument("--workers", type=int, default=2, help="threads or processes that read images")
+    group.add_argument(
+        "--expand-labels",
+        action="store_true",
+        help="accepted for published commands: labelled batches are always drawn without end here",
+    )
+
+    group = parser.add_argument_group("augmentation")
+    group.add_argument(
+        "--randaug",
+        type=int,
+        nargs=2,
+        default=[2, 16],
+        metavar=("LAYERS", "MAGNITUDE"),
+        help="RandAugment of the strong view (CIFAR-10 recipe: 2 16)",
+    )
+    group.add_argument(
+        "--labeled-view",
+        default="weak",
+        choices=("weak", "strong"),
+        help="augmentation of the labelled images (strong: RandAugment, as in the paper's Table 10)",
+    )
+    group.add_argument(
+        "--jitter",
+        type=float,
+        nargs=2,
+        default=[0.0, 0.3],
+        metavar=("WEAK", "STRONG"),
+        help="two moons: standard deviation of the noise of each view",
+    )
+
+    group = parser.add_argument_group("networks")
+    group.add_argument(
+        "--model", help="wrn-DEPTH-WIDTH, mlp-2-8-8-2, … (default: wrn-28-2; two moons: mlp-2-8-8-2)"
+    )
+    group.add_argument(
+        "--teacher-dropout", type=float, default=0.0, help="before the classifier (recipes: 0.2)"
+    )
+    group.add_argument(
+        "--student-dropout", type=float, default=0.0, help="before the classifier (recipes: 0.2)"
+    )
+    group.add_argument("--ema", type=float, default=0.995, help="decay of the student's moving average")
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--total-steps", type=int, default=300_000)
+    group.add_argument(
+        "--eval-step", type=int, default=1000, help="steps between evaluations, with a checkpoint each"
+    )
+    group.add_argument("--start-step", type=int, default=0, help="first step (set by --resume)")
+    group.add_argument("--batch-size", type=int, default=64, help="labelled images per step and process")
+    group.add_argument("--mu", type=int, default=7, help="unlabelled images per labelled image")
+    group.add_argument("--teacher-lr", "--teacher_lr", type=float, default=0.05, help="peak learning rate")
+    group.add_argument(
+        "--student-lr",
+        "--student_lr",
+        type=float,
+        default=0.05,
+        help="peak learning rate; of the only network too",
+    )
+    group.add_argument("--momentum", type=float, default=0.9)
+    group.add_argument("--nesterov", action="store_true", help="Nesterov momentum (all recipes)")
+    group.add_argument("--weight-decay", type=float, default=5e-4, help="none on batch norm")
+    group.add_argument(
+        "--warmup-steps", type=int, default=0, help="steps of linear warm-up, before the cosine"
+    )
+    group.add_argument("--grad-clip", type=float, default=0.0, help="bound of the gradient's norm; 0: none")
+    group.add_argument("--label-smoothing", type=float, default=0.0, help="CIFAR-10 recipe: 0.15")
+
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", default="mpl", choices=sorted(METHODS))
+    group.add_argument(
+        "--student-wait-steps", type=int, default=0, help="mpl: steps before the student's warm-up begins"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=0.7, help="uda, mpl: below 1 sharpens the weak view"
+    )
+    group.add_argument("--threshold", type=float, default=0.6, help="uda, mpl: least probability that counts")
+    group.add_argument(
+        "--lambda-u", type=float, default=8.0, help="uda, mpl: weight of the UDA loss; 0: none"
+    )
+    group.add_argument(
+        "--uda-steps", type=int, default=5000, help="uda, mpl: steps over which that weight grows"
+    )
+    group.add_argument(
+        "--pseudo-label",
+        default="argmax",
+        choices=("argmax", "sample", "soft"),
+        help="pseudo-label, mpl: most probable class, a class drawn, or the distribution",
+    )
+    group.add_argument(
+        "--pseudo-label-view",
+        default="weak",
+        choices=("weak", "strong"),
+        help="the view that the teacher labels",
+    )
+    group.add_argument(
+        "--feedback",
+        default="taylor",
+        choices=("none", "taylor", "dot", "exact"),
+        help="mpl: how the student's labelled loss reaches the teacher: not at all, by the change of the "
+        "loss, by the product of two gradients, or by the exact gradient in the pseudo labels",
+    )
+    group.add_argument("--feedback-weight", type=float, default=1.0, help="mpl: factor of the feedback term")
+    group.add_argument(
+        "--feedback-reduction",
+        default="mean",
+        choices=("mean", "sum"),
+        help="mpl: of the scalar feedbacks (taylor, dot) over the unlabelled images; sum is unbiased, mean "
+        "is what the published code does",
+    )
+    group.add_argument(
+        "--feedback-momentum",
+        type=float,
+        default=0.0,
+        help="mpl: decay of the moving average that is subtracted from a scalar feedback (published: 0.99)",
+    )
+    group.add_argument(
+        "--flip-feedback", action="store_true", help="mpl: new minus old loss, the sign of published code"
+    )
+    group.add_argument(
+        "--feedback-jvp",
+        default="auto",
+        choices=("auto", "forward", "difference"),
+        help="mpl: product of exact by forward mode or central difference",
+    )
+    group.add_argument("--teacher-checkpoint", metavar="FILE", help="pseudo-label: the fixed teacher")
+
+    group = parser.add_argument_group("finetuning on the labelled images, after training")
+    group.add_argument("--finetune-epochs", type=int, default=625, help="0: none")
+    group.add_argument("--finetune-batch-size", type=int, default=512, help="at most all labelled images")
+    group.add_argument("--finetune-lr", type=float, default=3e-5)
+    group.add_argument("--finetune-weight-decay", type=float, default=0.0)
+    group.add_argument("--finetune-momentum", type=float, default=0.9)
+    return parser
+
+
+def count_or_fraction(text):
+    value = float(text)
+    if value <= 0 or (value >= 1 and value != int(value)):
+        raise argparse.ArgumentTypeError(f"{text} is neither a count nor a fraction below 1")
+    return int(value) if value >= 1 else value
+
+
+def given(parser, argv):
+    """The names of the arguments that stand in ``argv``."""
+    unset = object()
+    names = {action.dest for action in parser._actions if action.dest != "help"}
+    parsed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+    return {name for name in names if getattr(parsed, name) is not unset}
+
+
+def parse_arguments(argv):
+    """The command line, checked.
+
+    A flag that the method has no use for is refused. In ``bash run_x.sh --method supervised`` the second
+    ``--method`` overrides a recipe: what the recipe says for another method is then set aside, and said so.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    last = max((i for i, word in enumerate(argv) if word.split("=")[0] == "--method"), default=0)
+    overrides = "method" in given(parser, argv[:last])
+    of_recipe = given(parser, argv[:last]) if overrides else set()
+    of_user = given(parser, argv[last:] if overrides else argv)
+
+    useless = {name for name, methods in ONLY_FOR.items() if args.method not in methods}
+    useless |= {"jitter"} if args.dataset != "twomoons" else {"randaug", "resize"}
+    if refused := sorted(useless & of_user):
+        flags = ", ".join("--" + name.replace("_", "-") for name in refused)
+        parser.error(f"--method {args.method} on {args.dataset} does not use {flags}: leave it out")
+    if aside := sorted(useless & of_recipe):
+        flags = " ".join("--" + name.replace("_", "-") for name in aside)
+        print(f"--method {args.method}: the recipe's {flags} set aside", file=sys.stderr)
+
+    if (args.evaluate or args.finetune) and not args.resume:
+        parser.error("--evaluate and --finetune need --resume CKPT")
+    if args.method == "pseudo-label" and not args.teacher_checkpoint:
+        parser.error("--method pseudo-label needs --teacher-checkpoint FILE")
+    for name in ("total_steps", "eval_step", "batch_size", "mu", "finetune_batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    args.model = args.model or ("mlp-2-8-8-2" if args.dataset == "twomoons" else "wrn-28-2")
+    if args.name is None:
+        checkpoint = os.path.basename(args.resume).removesuffix(".pth.tar") if args.evaluate else None
+        args.name = checkpoint or args.dataset
+    return args
+
+
+# ---------------------------------------------------------------- setup
+
+
+def build_views(args, dataset):
+    if dataset.size == 0:
+        return PointViews(*args.jitter)
+    return ImageViews(
+        dataset.size,
+        dataset.mean,
+        dataset.std,
+        flip=dataset.flip,
+        crop=dataset.crop,
+        randaug=tuple(args.randaug),
+        labeled_view=args.labeled_view,
+    )
+
+
+def checkpoint_path(args, kind):
+    return os.path.join(args.save_path, f"{args.name}_{kind}.pth.tar")
+
+
+class Interrupt:
+    """Remembers SIGTERM or SIGINT, so that the loop can stop between two steps."""
+
+    def __init__(self):
+        self.signal = None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+
+# ---------------------------------------------------------------- training
+
+
+def train_loop(args, runtime, dataset, views, method, log, state):
+    """Train from ``args.start_step`` to ``args.total_steps``; evaluate and save every ``--eval-step`` steps.
+
+    Args:
+        state: what the run knows of itself (``FRESH``), updated in place; with the ``POSITION`` of a
+            checkpoint where a run is continued.
+    """
+    mu = 0 if args.method == "supervised" else args.mu
+    loader = TrainLoader(dataset, args.batch_size, mu, args.seed, runtime, args.workers)
+    meters, interrupt = Meters(), Interrupt()
+    loader.load_state_dict(state.get("loader", {"position": args.start_step}))
+    if "random_state" in state:
+        meters.load_state_dict(state["meters"], runtime.device)
+        runtime.set_rng_state(state["random_state"])
+
+    images_per_step = args.batch_size * (1 + mu) * runtime.world_size
+    progress = tqdm(
+        total=args.total_steps,
+        initial=args.start_step,
+        desc=args.name,
+        unit="step",
+        disable=not (runtime.is_main and sys.stderr.isatty()),
+    )
+    started, counted = time.perf_counter(), args.start_step
+
+    def count():
+        """Adds what was trained since the last evaluation to the run's totals; returns images per second."""
+        images, seconds = (step + 1 - counted) * images_per_step, time.perf_counter() - started
+        state["trained_images"] += images
+        state["train_seconds"] += seconds
+        return images / seconds
+
+    def checkpoint(*kinds):
+        state.update(meters=meters.state_dict(), loader=loader.state_dict(), random_state=runtime.rng_state())
+        content = method.state_dict() | state
+        content |= {"step": step + 1, "args": vars(args), "data": about(dataset)}
+        for kind in kinds:
+            runtime.save(content, checkpoint_path(args, kind))
+
+    for step in range(args.start_step, args.total_steps):
+        batch = next(loader)
+        batch_views = views(batch.images_l, batch.targets, batch.images_u, loader.generator)
+        meters.update(method.step(batch_views, step, batch.targets_u), step)
+        progress.update()
+
+        if (step + 1) % READ_EVERY == 0:
+            loss = next(iter(meters.read().values()))  # raises where a loss was not finite
+            rate = (step + 1 - counted) * images_per_step / (time.perf_counter() - started)
+            progress.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} images/s")
+
+        if (step + 1) % args.eval_step == 0 or step + 1 == args.total_steps:
+            record = meters.read() | {"images_per_second": count(), "student_rate": method.student.rate(step)}
+            test = evaluate(runtime, method.predictor, dataset.test, views)
+            record |= test
+            if dataset.val is not None:
+                record["val_top1"] = evaluate(runtime, method.predictor, dataset.val, views)["top1"]
+            better = dataset.val is None or record["val_top1"] > (state["best_val_top1"] or -1)
+            if better:
+                state["best_top1"], state["best_step"] = test["top1"], step + 1
+                state["best_val_top1"] = record.get("val_top1")
+            state["top1"], state["top5"] = test["top1"], test["top5"]
+            state["oracle_top1"] = max(state["oracle_top1"], test["top1"])
+            meters.reset()
+            log.evaluation(step + 1, record)
+            checkpoint("last", *["best"] * better)
+            if runtime.is_main:
+                shown = {name: value for name, value in record.items() if not name.endswith("_std")}
+                figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+                progress.write(f"step {step + 1}/{args.total_steps}  {figures}", file=sys.stderr)
+            started, counted = time.perf_counter(), step + 1
+
+        if interrupt.signal:
+            meters.read()
+            count()
+            checkpoint("last")
+            progress.close()
+            path = checkpoint_path(args, "last")
+            print(f"stopped after step {step + 1}; continue with --resume {path}", file=sys.stderr)
+            sys.exit(128 + interrupt.signal)
+    progress.close()
+
+
+def finetune(args, runtime, dataset, views, network, log, steps_before):
+    """Train a copy of ``network`` on the labelled images alone; returns its top-1 accuracy in percent.
+
+    SGD at a constant rate, ten evaluations on the way. With ``--num-val`` the one with the best validation
+    accuracy is taken, else the last. ``steps_before`` is the step that the figures are logged after.
+    """
+    network = copy.deepcopy(network).requires_grad_(True)
+    batch_size = min(args.finetune_batch_size, len(dataset.labeled))
+    steps = max(1, args.finetune_epochs * len(dataset.labeled) // (batch_size * runtime.world_size))
+    loader = TrainLoader(dataset, batch_size, 0, args.seed + 1, runtime, args.workers)
+    optimizer = sgd(network, args.finetune_lr, args.finetune_momentum, True, args.finetune_weight_decay)
+    scaler, meters = runtime.grad_scaler(), Meters()
+    best_val_top1, selected = -1.0, None
+    for step in range(steps):
+        batch = next(loader)
+        batch_views = views(batch.images_l, batch.targets, None, loader.generator)
+        network.train()
+        with runtime.autocast():
+            logits = network(batch_views.labeled).float()
+        loss = F.cross_entropy(logits, batch_views.targets)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        runtime.average_([p.grad for p in network.parameters() if p.grad is not None])
+        scaler.step(optimizer)
+        scaler.update()
+        meters.update({"finetune_loss": loss}, steps_before + step)
+
+        if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
+            record = {"finetune_loss": meters.read()["finetune_loss"]}
+            test = evaluate(runtime, network, dataset.test, views)
+            record["finetune_top1"] = test["top1"]
+            if dataset.val is not None:
+                record["finetune_val_top1"] = evaluate(runtime, network, dataset.val, views)["top1"]
+            meters.reset()
+            log.evaluation(steps_before + step + 1, record)
+            content = {"avg_state_dict": network.state_dict(), "optimizer": optimizer.state_dict()} | test
+            content |= {"step": steps_before, "finetune_step": step + 1}
+            content |= {"args": vars(args), "data": about(dataset)}
+            runtime.save(content, checkpoint_path(args, "finetune_last"))
+            val_top1 = record.get("finetune_val_top1")
+            if val_top1 is None or val_top1 > best_val_top1:
+                best_val_top1, selected = val_top1, test["top1"]
+                runtime.save(content, checkpoint_path(args, "finetune_best"))
+    return selected
+
+
+@torch.no_grad()
+def evaluate(runtime, network, image_set, views):
+    """Accuracy of ``network`` on a set, each image once over all processes.
+
+    Returns:
+        {"top1", "top5": percent, "test_loss": mean cross-entropy}; 5 is clipped to the number of classes.
+    """
+    network.eval()
+    total = torch.zeros(4, device=runtime.device)
+    for images, targets, mask in batches(
+        image_set, EVALUATION_BATCH, runtime.device, runtime.rank, runtime.world_size
+    ):
+        with runtime.autocast():
+            logits = network(views.evaluation(images)).float()
+        hits = topk_correct(logits, targets, (1, 5))
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        total += (torch.stack([*hits, losses, torch.ones_like(losses)]) * mask).sum(dim=1)
+    top1, top5, loss, count = runtime.sum_(total).tolist()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "test_loss": loss / count}
+
+
+# ---------------------------------------------------------------- main
+
+
+def about(dataset):
+    """What a checkpoint must know of its data to predict with it."""
+    return {
+        "name": dataset.name,
+        "classes": list(dataset.classes),
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "size": dataset.size,
+        "crop": dataset.crop,
+    }
+
+
+def result_line(summary):
+    parts = [f"top-1 {summary['top1']:.2f} %", f"top-5 {summary['top5']:.2f} %"]
+    if summary["selection"] == "val" and summary["best_top1"] is not None:
+        parts.append(f"chosen by validation {summary['best_top1']:.2f} %")
+    if summary["finetune_top1"] is not None:
+        parts.append(f"finetuned {summary['finetune_top1']:.2f} %")
+    if summary["teacher_top1"] is not None:
+        parts.append(f"teacher {summary['teacher_top1']:.2f} %")
+    about = [
+        summary["dataset"],
+        f"{summary['num_labeled']} labels",
+        summary["method"],
+        f"seed {summary['seed']}",
+    ]
+    return "  ".join(parts) + f"  ({', '.join(about)})"
+
+
+def train(args, runtime, dataset, views, log, saved):
+    """Build the method, continue from ``saved`` if there is one, train.
+
+    Returns:
+        the network that was selected, and the figures of the run for summary.json.
+    """
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    method = METHODS[args.method](args, dataset.num_classes, dataset.size, runtime)
+    torch.manual_seed(args.seed + runtime.rank)  # but other dropout masks
+    state = dict(FRESH)
+    if saved:
+        method.load_state_dict(saved, args.resume)
+        state |= {key: saved[key] for key in (*FRESH, *POSITION) if key in saved}
+    if runtime.is_main:
+        teacher = f"teacher and student {args.model}" if args.method == "mpl" else args.model
+        print(
+            f"{args.dataset}: {len(dataset.labeled)} labelled, {len(dataset.unlabeled)} unlabelled, "
+            f"{len(dataset.test)} test images; {args.method}, {teacher} with "
+            f"{count_parameters(method.student.network):,} parameters, on {runtime.describe()}",
+            file=sys.stderr,
+        )
+    train_loop(args, runtime, dataset, views, method, log, state)
+
+    network = method.predictor
+    if dataset.val is not None:  # the checkpoint that validation chose
+        network = copy.deepcopy(network)
+        best = checkpoint_path(args, "best")
+        load_state(network, predictor_state(runtime.load(best), best), best)
+    figures = {name: state[name] for name in SUMMARY if name in state}
+    figures["steps"] = args.total_steps
+    figures["images_per_second"] = state["trained_images"] / state["train_seconds"]
+    if method.teacher_network is not None:
+        figures["teacher_top1"] = evaluate(runtime, method.teacher_network, dataset.test, views)["top1"]
+    return network, figures
+
+
+def main(argv):
+    args = parse_arguments(argv)
+    runtime = Runtime(args.device, args.amp, args.amp_dtype, args.channels_last)
+    dataset = load_dataset(
+        args.dataset,
+        args.data_path,
+        num_labeled=args.num_labeled,
+        num_val=args.num_val,
+        seed=args.seed,
+        resize=args.resize,
+        labeled_indices=args.labeled_indices,
+        workers=args.workers,
+    )
+    if args.num_classes not in (None, dataset.num_classes):
+        raise UserError(
+            f"--num-classes {args.num_classes}, but {args.dataset} has {dataset.num_classes} classes"
+        )
+    views = build_views(args, dataset)
+    saved = runtime.load(args.resume) if args.resume else None
+    only = args.evaluate or args.finetune
+    if saved and not only:
+        args.start_step = saved["step"]
+    folder = os.path.join(args.results_path, args.name)
+    log = RunLog(folder, args, start_step=None if only else args.start_step, active=runtime.is_main)
+    if runtime.is_main:
+        write_labeled_indices(os.path.join(folder, "labeled_indices.txt"), dataset.labeled_indices)
+        os.makedirs(args.save_path, exist_ok=True)
+
+    if only:
+        network = build_network(args, dataset.num_classes, dataset.size, args.student_dropout)
+        load_state(network, predictor_state(saved, args.resume), args.resume)
+        runtime.place(network)
+        measured = evaluate(runtime, network, dataset.test, views)
+        figures = {"steps": saved["step"], "top1": measured["top1"], "top5": measured["top5"]}
+    else:
+        network, figures = train(args, runtime, dataset, views, log, saved)
+    if args.finetune_epochs and not args.evaluate:
+        figures["finetune_top1"] = finetune(args, runtime, dataset, views, network, log, figures["steps"])
+
+    summary = dict.fromkeys(SUMMARY) | figures
+    summary |= {
+        "name": args.name,
+        "dataset": args.dataset,
+        "method": args.method,
+        "num_labeled": len(dataset.labeled),
+        "seed": args.seed,
+        "selection": "last" if dataset.val is None else "val",
+        "device": runtime.describe(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+    log.summary(summary)
+    log.close()
+    if runtime.is_main:
+        if not only:
+            visualize.finished_run(folder)
+        print(result_line(summary))
+    runtime.close()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"main.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except NonFiniteError as error:
+        print(f"main.py: {error}; the last checkpoint is of before", file=sys.stderr)
+        sys.exit(3)

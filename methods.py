@@ -1,0 +1,385 @@
+"""The training step of each method: supervised, uda, pseudo-label, mpl.
+
+A method owns its networks, optimisers, schedules, gradient scalers and EMA. ``step`` takes one step on the
+``Views`` of one batch and returns a dict of scalar tensors for the meters, without waiting for the device;
+``predictor`` is the network that is evaluated; ``state_dict`` holds all that continuing needs.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import feedback
+from models import ModelEMA, build_model
+from runtime import UserError
+from utils import learning_rate, load_state, ramp_up
+
+# ---------------------------------------------------------------- losses
+
+
+def soft_cross_entropy(labels, logits, label_smoothing=0.0):
+    """Cross-entropy of each image against a distribution, (N,); labels and logits are (N, K)."""
+    if label_smoothing:
+        labels = labels * (1 - label_smoothing) + label_smoothing / labels.shape[1]
+    return -(labels * F.log_softmax(logits, dim=1)).sum(dim=1)
+
+
+def uda_loss(weak_logits, strong_logits, temperature, threshold):
+    """Unsupervised data augmentation: CE(softmax(weak/τ), strong) where the weak prediction is sure.
+
+    The mean is over all N images, those below the threshold counting as zero; the threshold is compared
+    with the largest probability before sharpening. No gradient through the weak view.
+
+    Args:
+        weak_logits, strong_logits: (N, K).
+        temperature: τ, below 1 sharpens.
+        threshold: largest probability from which on an image counts.
+
+    Returns:
+        loss (), share of images that count ().
+    """
+    weak_logits = weak_logits.detach()
+    mask = (F.softmax(weak_logits, dim=1).amax(dim=1) >= threshold).float()
+    sharpened = F.softmax(weak_logits / temperature, dim=1)
+    return (mask * soft_cross_entropy(sharpened, strong_logits)).mean(), mask.mean()
+
+
+def pseudo_labels(logits, kind):
+    """The teacher's labels for the student, (N, K) distributions without gradient, from logits (N, K).
+
+    ``argmax``: the most probable class, one-hot. ``sample``: one class drawn from the prediction (the
+    paper's ŷ ~ T(x_u)), one-hot. ``soft``: the prediction itself (the published code).
+    """
+    logits = logits.detach()
+    if kind == "soft":
+        return F.softmax(logits, dim=1)
+    if kind == "sample":  # Gumbel's trick: argmax of log p + g, on the device, without a wait
+        logits = logits - torch.empty_like(logits).exponential_().log()
+    return F.one_hot(logits.argmax(dim=1), logits.shape[1]).to(logits.dtype)
+
+
+def agreement(labels, truth):
+    """Share of pseudo labels (N, K) whose class is the true one, of the images whose truth (N,) is known."""
+    known = truth >= 0
+    return ((labels.argmax(dim=1) == truth) & known).sum() / known.sum().clamp_min(1)
+
+
+# ---------------------------------------------------------------- one network and what trains it
+
+
+class Learner:
+    """A network with its optimiser, learning-rate schedule, gradient scaler and, if asked for, EMA.
+
+    SGD with momentum; weight decay on everything but batch norm's scale and shift.
+
+    Args:
+        network: moved to the device.
+        peak: peak learning rate.
+        wait_steps: steps at rate zero before the warm-up.
+        ema: decay of the moving average, or None for no average.
+    """
+
+    def __init__(self, network, args, runtime, *, peak, wait_steps=0, ema=None):
+        self.network = runtime.place(network)
+        self.runtime, self.grad_clip = runtime, args.grad_clip
+        self.schedule = {
+            "peak": peak,
+            "total_steps": args.total_steps,
+            "warmup_steps": args.warmup_steps,
+            "wait_steps": wait_steps,
+        }
+        self.optimizer = sgd(network, peak, args.momentum, args.nesterov, args.weight_decay)
+        self.scaler = runtime.grad_scaler()
+        self.ema = ModelEMA(self.network, ema) if ema is not None else None
+
+    @property
+    def parameters(self):
+        """The parameters that learn, by name."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def rate(self, step):
+        return learning_rate(step, **self.schedule)
+
+    def __call__(self, images):
+        """Logits (N, K) float32 in training mode."""
+        self.network.train()
+        with self.runtime.autocast():
+            return self.network(images).float()
+
+    def backward(self, loss):
+        """Gradients of ``loss``, averaged over processes and unscaled, into the parameters' ``grad``."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        self.runtime.average_([p.grad for p in self.parameters.values() if p.grad is not None])
+
+    def update(self, rate):
+        """One optimiser step at ``rate`` on the gradients of ``backward``, then the EMA."""
+        if self.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema:
+            self.ema.update(self.network)
+
+    def state_dict(self, role):
+        """Under the keys of MPL-pytorch: ``ROLE_state_dict``, ``ROLE_optimizer``, ``ROLE_scaler``."""
+        state = {
+            f"{role}_state_dict": self.network.state_dict(),
+            f"{role}_optimizer": self.optimizer.state_dict(),
+            f"{role}_scaler": self.scaler.state_dict(),
+        }
+        if self.ema:
+            state |= {"avg_state_dict": self.ema.network.state_dict(), "avg_updates": self.ema.updates}
+        return state
+
+    def load_state_dict(self, state, role, path):
+        try:
+            load_state(self.network, state[f"{role}_state_dict"], path)
+            self.optimizer.load_state_dict(state[f"{role}_optimizer"])
+            self.scaler.load_state_dict(state[f"{role}_scaler"])
+            if self.ema:
+                load_state(self.ema.network, state["avg_state_dict"], path)
+                self.ema.updates = state["avg_updates"]
+        except KeyError as error:
+            raise UserError(f"{path} has no {error}: it was not written by this --method") from error
+
+
+def sgd(network, rate, momentum, nesterov, weight_decay):
+    """SGD over the parameters that learn, without weight decay on batch norm."""
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    plain = {id(p) for m in norms for p in m.parameters()}
+    learning = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in learning if id(p) not in plain], "weight_decay": weight_decay},
+        {"params": [p for p in learning if id(p) in plain], "weight_decay": 0.0},
+    ]
+    return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov and momentum > 0)
+
+
+# ---------------------------------------------------------------- methods
+
+
+class Method:
+    """What the methods share: a student that is evaluated through its EMA, and saving.
+
+    Args:
+        args: the command line.
+        num_classes: K.
+        image_size: pixels; networks for small images have another first layer.
+        runtime: where to run.
+    """
+
+    teacher_network = None  # where there is one, to be evaluated beside the student
+
+    def __init__(self, args, num_classes, image_size, runtime):
+        self.args, self.runtime = args, runtime
+        self.num_classes, self.image_size = num_classes, image_size
+        self.student = self.learner(args.student_lr, args.student_dropout, ema=args.ema)
+        self.learners = {"student": self.student}
+
+    def learner(self, peak, dropout, **options):
+        network = build_network(self.args, self.num_classes, self.image_size, dropout)
+        return Learner(network, self.args, self.runtime, peak=peak, **options)
+
+    @property
+    def predictor(self):
+        """The network that is evaluated: the EMA of the student."""
+        return self.student.ema.network
+
+    def learn(self, learner, loss, step):
+        """One plain step of one network."""
+        learner.backward(loss)
+        learner.update(learner.rate(step))
+
+    def state_dict(self):
+        state = {}
+        for role, learner in self.learners.items():
+            state |= learner.state_dict(role)
+        return state
+
+    def load_state_dict(self, state, path):
+        """Continue from ``state_dict()``; ``path`` is named in errors (``UserError``)."""
+        for role, learner in self.learners.items():
+            learner.load_state_dict(state, role, path)
+
+
+class Supervised(Method):
+    """Cross-entropy on the labelled images alone."""
+
+    def step(self, views, step, truth=None):
+        logits = self.student(views.labeled)
+        loss = F.cross_entropy(logits, views.targets, label_smoothing=self.args.label_smoothing)
+        self.learn(self.student, loss, step)
+        return {"labeled_loss": loss}
+
+
+class UDA(Method):
+    """Unsupervised Data Augmentation (Xie et al. 2020): one network, consistent under augmentation."""
+
+    def step(self, views, step, truth=None):
+        args = self.args
+        labeled, weak, strong = joint_logits(self.student, views)
+        labeled_loss = F.cross_entropy(labeled, views.targets, label_smoothing=args.label_smoothing)
+        consistency, mask = uda_loss(weak, strong, args.temperature, args.threshold)
+        loss = labeled_loss + args.lambda_u * ramp_up(step, args.uda_steps) * consistency
+        self.learn(self.student, loss, step)
+        return {"labeled_loss": labeled_loss, "uda_loss": consistency, "uda_mask": mask} | known_truth(
+            weak, truth
+        )
+
+
+class PseudoLabel(Method):
+    """A fixed teacher, from ``--teacher-checkpoint``, labels; the student learns from these labels alone."""
+
+    def __init__(self, args, num_classes, image_size, runtime):
+        super().__init__(args, num_classes, image_size, runtime)
+        state = runtime.load(args.teacher_checkpoint)
+        self.teacher_network = build_network(args, num_classes, image_size)
+        load_state(
+            self.teacher_network, predictor_state(state, args.teacher_checkpoint), args.teacher_checkpoint
+        )
+        runtime.place(self.teacher_network).eval().requires_grad_(False)
+
+    def step(self, views, step, truth=None):
+        args = self.args
+        with torch.no_grad(), self.runtime.autocast():
+            view = views.weak if args.pseudo_label_view == "weak" else views.strong
+            labels = pseudo_labels(self.teacher_network(view).float(), args.pseudo_label)
+        loss = soft_cross_entropy(labels, self.student(views.strong), args.label_smoothing).mean()
+        self.learn(self.student, loss, step)
+        return {"student_loss": loss} | known_truth(labels, truth)
+
+
+class MPL(Method):
+    """Meta Pseudo Labels (paper, algorithm 1) with a UDA teacher.
+
+    The teacher labels the unlabelled images, the student learns from these labels alone, and the teacher
+    learns from the labelled images, from its own consistency and from the feedback: how the student's
+    labelled loss answered to its step.
+    """
+
+    def __init__(self, args, num_classes, image_size, runtime):
+        super().__init__(args, num_classes, image_size, runtime)
+        self.student.schedule["wait_steps"] = args.student_wait_steps
+        self.teacher = self.learner(args.teacher_lr, args.teacher_dropout)
+        self.learners = {"teacher": self.teacher, "student": self.student}
+        self.baseline = torch.zeros((), device=runtime.device)  # moving average of a scalar feedback
+
+    def step(self, views, step, truth=None):
+        args = self.args
+        labeled, weak, strong = joint_logits(self.teacher, views)
+        labeling = weak if args.pseudo_label_view == "weak" else strong
+        labels = pseudo_labels(labeling, args.pseudo_label)
+
+        # the student's step, on the pseudo labels alone
+        rate = self.student.rate(step)
+        random_state = self.runtime.rng_state()
+        student_loss = soft_cross_entropy(labels, self.student(views.strong), args.label_smoothing).mean()
+        self.student.backward(student_loss)
+        before, gradient = self._snapshot() if args.feedback != "none" else (None, None)
+        self.student.update(rate)
+
+        # the teacher's step
+        labeled_loss = F.cross_entropy(labeled, views.targets, label_smoothing=args.label_smoothing)
+        consistency, mask = uda_loss(weak, strong, args.temperature, args.threshold)
+        loss = labeled_loss + args.lambda_u * ramp_up(step, args.uda_steps) * consistency
+        scalars = {
+            "labeled_loss": labeled_loss,
+            "uda_loss": consistency,
+            "uda_mask": mask,
+            "student_loss": student_loss,
+        }
+        if args.feedback != "none":
+            value = self._feedback(
+                feedback.StudentStep(
+                    network=self.student.network,
+                    before=before,
+                    gradient=gradient,
+                    images_u=views.strong,
+                    images_l=views.labeled,
+                    targets=views.targets,
+                    rate=rate,
+                    random_state=random_state,
+                    runtime=self.runtime,
+                    label_smoothing=args.label_smoothing,
+                )
+            )
+            term = feedback.feedback_term(
+                value,
+                labeling,
+                labels,
+                reduction=args.feedback_reduction,
+                world_size=self.runtime.world_size,
+            )
+            loss = loss + args.feedback_weight * term
+            scalars["feedback"] = value if value.ndim == 0 else (value * labels).sum()
+        self.learn(self.teacher, loss, step)
+        return scalars | known_truth(labels, truth)
+
+    def _snapshot(self):
+        """The student's parameters and gradients by name, before its step overwrites them."""
+        parameters = self.student.parameters
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        return before, {name: p.grad.clone() for name, p in parameters.items()}
+
+    def _feedback(self, student_step):
+        args = self.args
+        if args.feedback == "exact":
+            value = feedback.exact(student_step, args.feedback_jvp)
+        else:
+            value = feedback.ESTIMATORS[args.feedback](student_step)
+        if self.student.scaler.is_enabled():  # a step that the fp16 scaler skipped has no feedback
+            value = torch.where(torch.isfinite(value), value, 0.0)
+        if value.ndim == 0 and args.feedback_momentum:
+            self.baseline.lerp_(value, 1 - args.feedback_momentum)
+            value = value - self.baseline
+        return -value if args.flip_feedback else value
+
+    @property
+    def teacher_network(self):
+        return self.teacher.network
+
+    def state_dict(self):
+        return super().state_dict() | {"feedback_baseline": self.baseline}
+
+    def load_state_dict(self, state, path):
+        super().load_state_dict(state, path)
+        self.baseline.copy_(state["feedback_baseline"])
+
+
+def build_network(args, num_classes, image_size, dropout=0.0):
+    """The network of ``--model``; what does not fit is a ``UserError``."""
+    try:
+        return build_model(args.model, num_classes, image_size=image_size, dropout=dropout)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def joint_logits(learner, views):
+    """Logits of the labelled, weak and strong images from one pass, so that batch norm sees all of them."""
+    sizes = [len(views.labeled), len(views.weak), len(views.strong)]
+    return learner(torch.cat([views.labeled, views.weak, views.strong])).split(sizes)
+
+
+def known_truth(labels, truth):
+    """The meter of pseudo-label accuracy, where the data set knows the truth."""
+    return {} if truth is None else {"pseudo_label_accuracy": agreement(labels, truth)}
+
+
+def predictor_state(state, path):
+    """The weights that predict in a checkpoint: the EMA's, else the student's.
+
+    Raises:
+        UserError: the checkpoint holds neither.
+    """
+    weights = (
+        state.get("avg_state_dict") or state.get("student_state_dict") if isinstance(state, dict) else None
+    )
+    if not weights:
+        raise UserError(f"{path} holds no network: it is not a checkpoint of this program")
+    return weights
+
+
+METHODS = {"supervised": Supervised, "uda": UDA, "pseudo-label": PseudoLabel, "mpl": MPL}

@@ -1,0 +1,566 @@
+"""The networks, and the moving average of one.
+
+    model = build_model("wrn-28-2", num_classes=10, dropout=0.2)
+    logits = model(images)                        # (N, 3, H, W) float -> (N, K) float, no softmax
+    average = ModelEMA(model, decay=0.995)
+    average.update(model)                         # after every optimiser step
+
+From top to bottom: the classifier head that all networks share, the networks written here
+(`WideResNet`, `ConvLarge`, `MLP`), those taken from torchvision, weights from elsewhere, a frozen
+body, `build_model`, which puts these together, the two numbers printed at the start of a run, and
+`ModelEMA`.
+
+Activations do not work in place, so that `torch.func.functional_call` with forward-mode
+differentiation (`torch.func.jvp`) goes through every convolutional network, in training mode too if
+the call is given copies of the buffers, which batch norm updates. torchvision's vision transformers
+are the exception: PyTorch's fused attention has no forward mode. All networks run in float64 and in
+channels-last memory format, and all but RegNet can be built on the meta device.
+"""
+
+import copy
+import re
+from functools import partial
+from itertools import pairwise
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+BN_EPS = 1e-3  # added to a batch norm's variance; the published code's value
+
+
+class LinearHead(nn.Linear):
+    """Dropout, then the classifier: (N, in_features) float -> (N, num_classes) float logits.
+
+    The weights' names are those of a plain `nn.Linear`, so that a file written for one fits the other.
+    They start as there, uniform within 1 / sqrt(in_features), and the biases at zero.
+    """
+
+    def __init__(self, in_features, num_classes, dropout=0.0, bias=True):
+        super().__init__(in_features, num_classes, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, features):
+        return super().forward(self.dropout(features))
+
+
+# ----------------------------------------------------------------------------- networks written here
+
+
+def _init_convolutions(network):
+    """He-normal over fan-out, standard deviation sqrt(2 / (kernel area * out_channels)), as published."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class WideResNetBlock(nn.Module):
+    """Two 3x3 convolutions, each after batch norm and leaky ReLU (pre-activation), plus a shortcut.
+
+    (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride), float.
+
+    Where the shape changes, the first activated tensor feeds both the first convolution and the 1x1
+    convolution of the shortcut. Where it does not, the shortcut is the block's input as it came in.
+    """
+
+    def __init__(self, in_channels, out_channels, stride, slope, bn_momentum):
+        super().__init__()
+        self.slope = slope
+        self.bn1 = nn.BatchNorm2d(in_channels, eps=BN_EPS, momentum=bn_momentum)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=bn_momentum)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        changes_shape = stride != 1 or in_channels != out_channels
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False) if changes_shape else None
+
+    def forward(self, x):
+        activated = F.leaky_relu(self.bn1(x), self.slope)
+        residual = self.conv1(activated)
+        residual = self.conv2(F.leaky_relu(self.bn2(residual), self.slope))
+        return residual + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class WideResNet(nn.Module):
+    """WRN-D-K of Zagoruyko and Komodakis (arXiv:1605.07146): depth D = 6n + 4, widening factor K.
+
+    (N, 3, H, W) float -> (N, num_classes) float logits. One 3x3 convolution to 16 channels, three
+    stages of n blocks with 16K, 32K and 64K channels, the last two of which halve height and width,
+    then batch norm, leaky ReLU, the mean over positions and the classifier.
+
+    `slope` is the leaky ReLU's on negative inputs: 0.2 in the published Meta Pseudo Labels code
+    (other implementations take 0.1). `bn_momentum` is the share of the new batch in the running
+    statistics, 1 - decay in TensorFlow's terms. All weights start as in the published code:
+    convolutions He-normal over fan-out, the classifier uniform within 1 / sqrt(num_classes).
+    """
+
+    def __init__(self, depth, width, num_classes, dropout=0.0, slope=0.2, bn_momentum=0.01):
+        super().__init__()
+        if depth < 10 or (depth - 4) % 6 != 0:
+            raise ValueError(
+                f"a WideResNet of depth {depth} does not exist: choose 10, 16, 22, 28, ... (6n + 4)"
+            )
+        if width < 1:
+            raise ValueError(f"a WideResNet needs a width of at least 1, not {width}")
+        self.slope = slope
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        blocks = []
+        channels = 16
+        for stage in range(3):
+            out_channels = 16 * width * 2**stage
+            for index in range((depth - 4) // 6):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(WideResNetBlock(channels, out_channels, stride, slope, bn_momentum))
+                channels = out_channels
+        self.blocks = nn.Sequential(*blocks)
+        self.bn = nn.BatchNorm2d(channels, eps=BN_EPS, momentum=bn_momentum)
+        self.head = LinearHead(channels, num_classes, dropout)
+        _init_convolutions(self)
+        nn.init.uniform_(self.head.weight, -(num_classes**-0.5), num_classes**-0.5)
+
+    def forward(self, x):
+        x = self.blocks(self.conv1(x))
+        x = F.leaky_relu(self.bn(x), self.slope)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class ConvLarge(nn.Module):
+    """The 13-layer network of the consistency methods (Pi model, mean teacher, Meta-Gradient).
+
+    (N, 3, H, W) float -> (N, num_classes) float logits, H and W at least 12. Three 3x3 convolutions of
+    128 channels, pool, drop; three of 256, pool, drop; 512 (3x3, no padding), 256 (1x1), 128 (1x1);
+    the mean over positions; the classifier. Batch norm and leaky ReLU (slope 0.1) after each of the
+    nine convolutions. Table 5 of arXiv:1703.01780; the weight normalisation that some add to the batch
+    norm is left out, because the batch norm undoes its scale.
+
+    `drop` is the rate of the two dropouts behind the pools, a part of the published network;
+    `dropout` the one before the classifier, as in every network here.
+    """
+
+    def __init__(self, num_classes, dropout=0.0, drop=0.5, bn_momentum=0.01):
+        super().__init__()
+        layers = []
+        channels = 3
+        for out_channels, kernel, padding, pool in [
+            (128, 3, 1, False),
+            (128, 3, 1, False),
+            (128, 3, 1, True),
+            (256, 3, 1, False),
+            (256, 3, 1, False),
+            (256, 3, 1, True),
+            (512, 3, 0, False),
+            (256, 1, 0, False),
+            (128, 1, 0, False),
+        ]:
+            layers.append(nn.Conv2d(channels, out_channels, kernel, padding=padding, bias=False))
+            layers.append(nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=bn_momentum))
+            layers.append(nn.LeakyReLU(0.1))
+            if pool:
+                layers += [nn.MaxPool2d(2), nn.Dropout(drop)]
+            channels = out_channels
+        self.features = nn.Sequential(*layers)
+        self.head = LinearHead(channels, num_classes, dropout)
+        _init_convolutions(self)
+
+    def forward(self, x):
+        return self.head(self.features(x).mean(dim=(2, 3)))
+
+
+class MLP(nn.Module):
+    """Fully connected layers with tanh between them: (N, ...) float -> (N, sizes[-1]) float logits.
+
+    `sizes` lists the units of every layer, input first: (2, 8, 8, 2) is the network of the paper's
+    two-moons picture. An input of more than two dimensions is flattened. Initialised as PyTorch does:
+    biases that are not zero matter here, since without them a tanh network starts as an odd function.
+    """
+
+    def __init__(self, sizes, dropout=0.0):
+        super().__init__()
+        if len(sizes) < 2 or min(sizes) < 1:
+            raise ValueError(
+                "an mlp needs at least an input and an output size, all positive: for example mlp-2-8-8-2"
+            )
+        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes[:-1]))
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(sizes[-2], sizes[-1])
+
+    def forward(self, x):
+        x = x.flatten(1)
+        for layer in self.hidden:
+            x = torch.tanh(layer(x))
+        return self.head(self.dropout(x))
+
+
+# --------------------------------------------------------------------------- networks from torchvision
+
+SMALL_IMAGE = 64  # pixels: up to this size, networks designed for 224 pixels reduce less at their start
+
+
+def _efficientnet_l2():
+    """EfficientNet-L2 (arXiv:1911.04252): B0 with 4.3 times the channels and 5.3 times the layers."""
+    config = partial(torchvision.models.efficientnet.MBConvConfig, width_mult=4.3, depth_mult=5.3)
+    stages = [  # expansion, kernel, stride, channels in, channels out, layers of B0
+        config(1, 3, 1, 32, 16, 1),
+        config(6, 3, 2, 16, 24, 2),
+        config(6, 5, 2, 24, 40, 2),
+        config(6, 3, 2, 40, 80, 3),
+        config(6, 5, 1, 80, 112, 3),
+        config(6, 5, 2, 112, 192, 4),
+        config(6, 3, 1, 192, 320, 1),
+    ]
+    return torchvision.models.EfficientNet(
+        stages, dropout=0.5, norm_layer=partial(nn.BatchNorm2d, eps=BN_EPS)
+    )
+
+
+def _torchvision_network(name):
+    """A torchvision classifier by its name there, with random weights and 1,000 outputs."""
+    if name == "efficientnet_l2":
+        return _efficientnet_l2()
+    options = {}
+    if name in ("googlenet", "inception_v3"):  # one output also in training; input as the weights expect it
+        options = {"aux_logits": False, "transform_input": True, "init_weights": True}
+    return torchvision.models.get_model(name, weights=None, **options)
+
+
+def _find_head(model):
+    """(name, module) of the classifier: the last `nn.Linear`, or the last `nn.Conv2d` if there is none.
+
+    ValueError if there is neither. torchvision registers every classifier's last layer last;
+    SqueezeNet's is a 1x1 convolution before the mean over positions.
+    """
+    for kind in (nn.Linear, nn.Conv2d):
+        found = [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
+        if found:
+            return found[-1]
+    raise ValueError(
+        f"no classifier found in {type(model).__name__}: its last layer must be nn.Linear or nn.Conv2d"
+    )
+
+
+def head_of(model):
+    """The module that turns features into logits: a `LinearHead`, or SqueezeNet's 1x1 convolution."""
+    return _find_head(model)[1]
+
+
+def _replace_head(model, num_classes, dropout):
+    """Give a torchvision classifier a new last layer, and `dropout` as the rate before it.
+
+    Dropouts that the network has beside its head (AlexNet, VGG, EfficientNet, ...) get the rate; where
+    there is none, the head brings its own.
+    """
+    name, old = _find_head(model)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    dropouts = [module for module in parent.children() if isinstance(module, nn.Dropout)]
+    for module in dropouts:
+        module.p = dropout
+    if isinstance(old, nn.Conv2d):
+        new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size)
+        nn.init.normal_(new.weight, std=0.01)  # SqueezeNet's own
+        nn.init.zeros_(new.bias)
+    else:
+        rate = 0.0 if dropouts else dropout
+        new = LinearHead(old.in_features, num_classes, rate, bias=old.bias is not None)
+    model.set_submodule(name, new)
+
+
+def _reduce_less(model):
+    """Adapt a network's first layers to images of at most `SMALL_IMAGE` pixels; others stay as they are.
+
+    ResNet: a 3x3 convolution of stride 1 in place of 7x7 of stride 2, and no pooling (8-fold reduction
+    then, not 32-fold). EfficientNet: stride 1 in the first convolution and in the next two layers that
+    would halve (4-fold), as the published code does for CIFAR and SVHN; its weights keep their shapes.
+    """
+    if isinstance(model, torchvision.models.ResNet):
+        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+        model.maxpool = nn.Identity()
+    elif isinstance(model, torchvision.models.EfficientNet):
+        halving = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+        for convolution in halving[:3]:
+            convolution.stride = (1, 1)
+
+
+# ------------------------------------------------------------------------------ weights from elsewhere
+
+# Where a network's weights lie in a checkpoint, best first: this project's keys, then customary ones.
+STATE_KEYS = ["avg_state_dict", "student_state_dict", "teacher_state_dict", "network", "state_dict", "model"]
+
+
+def _read_state(path):
+    """A state dict from a file: one by itself, or inside a checkpoint of this project.
+
+    Of a checkpoint's networks the first present is taken: the average, the student, the teacher.
+    ValueError if the file cannot be read, or not without running code, or holds no state dict.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no weights file {path}: check --weights") from error
+    except Exception as error:  # torch.load raises many kinds for a file that is not one of its own
+        raise ValueError(
+            f"{path} is not a weights file that loads without running code ({type(error).__name__}): "
+            "save a state dict with torch.save(model.state_dict(), FILE) and give that"
+        ) from error
+    while isinstance(state, dict) and not all(isinstance(value, torch.Tensor) for value in state.values()):
+        state = next((state[key] for key in STATE_KEYS if isinstance(state.get(key), dict)), None)
+    if not state or not isinstance(state, dict):
+        raise ValueError(f"{path} holds no state dict: save one with torch.save(model.state_dict(), FILE)")
+    return state
+
+
+def _download_state(name):
+    """The state dict that torchvision calls the default for `name`; ValueError without one or a network."""
+    try:
+        weights = torchvision.models.get_model_weights(name.replace("-", "_")).DEFAULT
+    except ValueError as error:
+        raise ValueError(
+            f"there are no published weights for {name}: "
+            "give a file with --weights FILE, or leave --pretrained out"
+        ) from error
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network; a file that arrived damaged
+        raise ValueError(
+            f"the weights of {name} cannot be downloaded ({error}): fetch {weights.url} on another machine "
+            "and give the file with --weights FILE"
+        ) from error
+
+
+def _load_state(model, state, source):
+    """Copy a state dict into `model`, apart from a head of another shape, which stays as initialised.
+
+    Accepts names as DistributedDataParallel and torch.compile change them, and torchvision's older names
+    in DenseNet. ValueError that names the first keys if anything else is missing, left over or of
+    another shape; `source` is how the message calls the state dict's origin.
+    """
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
+    if isinstance(model, torchvision.models.DenseNet):  # norm.1 became norm1
+        state = {re.sub(r"\.(norm|conv)\.(\d)\.", r".\1\2.", key): value for key, value in state.items()}
+    if getattr(model, "aux_logits", True) is False:  # the second outputs of GoogLeNet and Inception
+        state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
+
+    own = model.state_dict()
+    head_name, _ = _find_head(model)
+    head = [key for key in own if key.startswith(head_name + ".")]
+    if all(key in state for key in head) and any(state[key].shape != own[key].shape for key in head):
+        state = {key: own[key] if key in head else value for key, value in state.items()}
+
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unknown = [key for key in state if key not in own]
+    reshaped = [key for key in own if key in state and state[key].shape != own[key].shape]
+    problems = []
+    for words, keys in [("lacks", missing), ("has unknown", unknown), ("has another shape for", reshaped)]:
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            problems.append(f"{words} {', '.join(keys[:3])}{more}")
+    if problems:
+        raise ValueError(
+            f"{source} does not fit this network: it {'; it '.join(problems)}. "
+            "Give --model the network that the weights were saved from, at the same image size"
+        )
+    model.load_state_dict(state, strict=False)  # files of old versions lack num_batches_tracked
+
+
+# --------------------------------------------------------------------------------------- frozen bodies
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm by the statistics it was made with, in training too; the same keys as `nn.BatchNorm2d`.
+
+    (N, C, H, W) -> the same shape. Not a subclass of `nn.BatchNorm2d`, so that nothing that looks for
+    batch norm, such as the conversion to synchronised statistics, sets it going again.
+    """
+
+    def __init__(self, batch_norm):
+        super().__init__()
+        self.eps = batch_norm.eps
+        self.weight, self.bias = batch_norm.weight, batch_norm.bias
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(batch_norm, name))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def _freeze_body(model):
+    """Leave only the head to learn: no gradients elsewhere, and batch-norm statistics as they are."""
+    model.requires_grad_(False)
+    head_of(model).requires_grad_(True)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, FrozenBatchNorm2d(child))
+
+
+# ------------------------------------------------------------------------------------- building by name
+
+
+def build_model(
+    name,
+    num_classes,
+    *,
+    image_size=32,
+    dropout=0.0,
+    pretrained=False,
+    weights=None,
+    freeze_body=False,
+    bn_momentum=0.01,
+):
+    """A network by its name: (N, 3, image_size, image_size) float -> (N, num_classes) float logits.
+
+    name         wrn-D-K         WideResNet, depth D = 6n + 4, width K: wrn-28-2, wrn-28-8, wrn-10-1
+                 mlp-A-B-...-Z   layers of A, B, ... Z units: A inputs, Z = num_classes: mlp-2-8-8-2
+                 convlarge       the 13-layer network of the consistency methods
+                 efficientnet-b0 ... efficientnet-b7, efficientnet-l2
+                 any classifier of torchvision.models: resnet50, alexnet, vgg16, densenet121, ...
+    image_size   pixels; up to 64, ResNet and EfficientNet reduce less at their start
+    dropout      rate before the classifier; takes the place of a torchvision network's own rate
+    pretrained   start from torchvision's ImageNet weights, downloaded on first use
+    weights      start from this file instead: a state dict or a checkpoint of this project. Of both, a
+                 head for another number of classes is left out.
+    freeze_body  only the head learns
+    bn_momentum  share of the new batch in the running statistics, 0.01 as published
+
+    ValueError, one sentence, for a name that is unknown or impossible, images too small for the network,
+    and weights that cannot be had or do not fit.
+    """
+    torchvision_name = name.replace("-", "_")
+    if match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
+        model = WideResNet(int(match[1]), int(match[2]), num_classes, dropout, bn_momentum=bn_momentum)
+    elif re.fullmatch(r"mlp(-\d+){2,}", name):
+        sizes = [int(size) for size in name.split("-")[1:]]
+        if sizes[-1] != num_classes:
+            fitting = "-".join(["mlp", *map(str, sizes[:-1]), str(num_classes)])
+            raise ValueError(
+                f"{name} ends in {sizes[-1]} units but there are {num_classes} classes: use {fitting}"
+            )
+        model = MLP(sizes, dropout)
+    elif name == "convlarge":
+        model = ConvLarge(num_classes, dropout, bn_momentum=bn_momentum)
+    elif torchvision_name in [*torchvision.models.list_models(module=torchvision.models), "efficientnet_l2"]:
+        model = _torchvision_network(torchvision_name)
+        _replace_head(model, num_classes, dropout)
+        if image_size <= SMALL_IMAGE:
+            _reduce_less(model)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):  # epsilon stays torchvision's: weight files rely on it
+                module.momentum = bn_momentum
+            if getattr(module, "inplace", False):
+                module.inplace = False
+    else:
+        raise ValueError(
+            f"there is no network {name!r}: use wrn-D-K (such as wrn-28-2), mlp-A-...-Z (such as "
+            "mlp-2-8-8-2), convlarge, efficientnet-b0 to -b7 or -l2, or a classifier of torchvision.models "
+            "(such as resnet50)"
+        )
+    if not isinstance(model, MLP):
+        try:
+            _run_on_meta(model, (3, image_size, image_size))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"{name} does not take images of {image_size} pixels ({str(error).splitlines()[0]}): "
+                "choose another --resize or --model"
+            ) from error
+
+    if weights is not None:
+        _load_state(model, _read_state(weights), weights)
+    elif pretrained:
+        if isinstance(model, torchvision.models.ResNet) and image_size <= SMALL_IMAGE:
+            raise ValueError(
+                f"the published weights of {name} are for large images, at {image_size} pixels "
+                "its first layer is another: enlarge the images with --resize 224, or leave --pretrained out"
+            )
+        _load_state(model, _download_state(name), f"torchvision's file for {name}")
+    if freeze_body:
+        _freeze_body(model)
+    return model
+
+
+# -------------------------------------------------------------------------------------- their two sizes
+
+
+def _run_on_meta(model, shape):
+    """One forward pass of one image on the meta device: shapes are checked, nothing is computed.
+
+    `model` is unchanged and may live on any device.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+    dtype = next(model.parameters()).dtype
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            torch.func.functional_call(model, tensors, (torch.empty(1, *shape, dtype=dtype, device="meta"),))
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def count_parameters(model):
+    """The number of parameters, frozen ones included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_flops(model, shape):
+    """Multiply-adds of one forward pass of one image, in matrix products and convolutions.
+
+    `shape` is that of an input without the batch, (3, 32, 32) or (2,); a single number is the size of a
+    square image. Computed on the meta device: no time to speak of, and no memory.
+    """
+    with FlopCounterMode(display=False) as counter:
+        _run_on_meta(model, (3, shape, shape) if isinstance(shape, int) else tuple(shape))
+    return counter.get_total_flops() // 2  # it counts a multiply-add as two
+
+
+# --------------------------------------------------------------------------------- the moving average
+
+
+class ModelEMA:
+    """An exponential moving average of a network: the model that is evaluated and saved.
+
+    `network` is a copy of the given network, in evaluation mode and without gradients. `update`
+    averages parameters and batch-norm statistics alike; integer buffers (counts of batches) are
+    copied. The decay is ramped, min(decay, (1 + t) / (10 + t)) with t the number of updates so far,
+    as in the published code, so that the average does not remember the initialisation.
+    """
+
+    def __init__(self, network, decay):
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"the decay of a moving average lies between 0 and 1, not at {decay}")
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, network):
+        """Move the average toward `network`, which has the same parameters and buffers in the same order.
+
+        Stays on the device: nothing is read back.
+        """
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        ours = [*self.network.parameters(), *self.network.buffers()]
+        theirs = [*network.parameters(), *network.buffers()]
+        pairs = list(zip(ours, theirs, strict=True))
+        averaged = [(a, b) for a, b in pairs if a.is_floating_point()]
+        copied = [(a, b) for a, b in pairs if not a.is_floating_point()]
+        if averaged:
+            a, b = zip(*averaged, strict=True)
+            torch._foreach_lerp_(a, b, 1.0 - decay)  # a + (1 - decay) * (b - a)
+        if copied:
+            a, b = zip(*copied, strict=True)
+            torch._foreach_copy_(a, b)
+        self.updates += 1
+
+    def state_dict(self):
+        """What continuing exactly needs: the network's state and the number of updates."""
+        return {"network": self.network.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state):
+        """Continue from what `state_dict` returned; RuntimeError if it is another network's."""
+        self.network.load_state_dict(state["network"])
+        self.updates = int(state["updates"])

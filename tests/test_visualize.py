@@ -1,0 +1,392 @@
+"""The pictures show what the files of a run and its networks say."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+
+import main
+import visualize
+from augmentation import OPERATIONS, ImageViews
+from data import load_dataset
+from models import build_model, head_of
+from runtime import Runtime, UserError
+
+PIXELS = round(visualize.WIDTH * visualize.PIXELS_PER_INCH)
+PROGRAM = Path(visualize.__file__)
+STEPS = ["--total-steps", "20", "--eval-step", "5", "--device", "cpu", "--finetune-epochs", "0"]
+MOONS = ["--dataset", "twomoons", "--num-labeled", "6", "--batch-size", "6", *STEPS]
+DIGITS = ["--dataset", "digits", "--num-labeled", "10", "--batch-size", "10", "--resize", "8", *STEPS]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder in which main.py trained four short runs: the working directory of this module."""
+    folder, before = tmp_path_factory.mktemp("runs"), os.getcwd()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small are slower on several
+    os.chdir(folder)
+    try:
+        main.main(["--name", "sup", "--method", "supervised", *MOONS])
+        teacher = ["--teacher-checkpoint", "checkpoint/sup_last.pth.tar"]
+        main.main(["--name", "pl", "--method", "pseudo-label", "--mu", "2", *teacher, *MOONS])
+        main.main(["--name", "mpl", "--mu", "2", *MOONS, "--finetune-epochs", "3"])
+        main.main(["--name", "digits", "--mu", "1", "--model", "wrn-10-1", *DIGITS])
+        yield folder
+    finally:
+        os.chdir(before)
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def records(name, key):
+    lines = [json.loads(line) for line in Path("results", name, "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if key in line], [line[key] for line in lines if key in line]
+
+
+def summary(name):
+    return json.loads(Path("results", name, "summary.json").read_text())
+
+
+def pixels(path):
+    image = Image.open(path)
+    assert image.format == "PNG"
+    return np.asarray(image.convert("RGB"))
+
+
+def assert_drawn(path):
+    """README width, something in every quarter, and more than one colour."""
+    image = pixels(path)
+    height, width, _ = image.shape
+    assert width == PIXELS and 0.2 * width < height < 1.5 * width
+    for quarter in (part for half in np.array_split(image, 2) for part in np.array_split(half, 2, axis=1)):
+        assert (quarter < 200).any()
+    assert len({tuple(pixel) for pixel in image[::5, ::5].reshape(-1, 3).tolist()}) > 20
+
+
+def lines(axes):
+    return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
+
+
+def command(monkeypatch, *words):
+    """``python visualize.py …`` in this process; returns the exit status."""
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM), *map(str, words)])
+    try:
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- finished_run
+
+
+@pytest.mark.parametrize(
+    ("name", "second"), [("mpl", "regions.png"), ("sup", "regions.png"), ("digits", "confusion.png")]
+)
+def test_training_leaves_pictures(runs, name, second):
+    assert_drawn(f"results/{name}/curves.png") if name != "sup" else pixels("results/sup/curves.png")
+    assert_drawn(f"results/{name}/{second}")
+    assert not list(Path("results", name).glob(".*"))  # no temporary files
+
+
+def test_finished_run_prints_nothing_and_returns_the_paths(runs, capsys):
+    paths = visualize.finished_run("results/sup")
+    assert capsys.readouterr() == ("", "")
+    assert [Path(path).name for path in paths] == ["curves.png", "regions.png"]
+    assert all(os.path.isfile(path) for path in paths)
+
+
+def test_importing_loads_no_drawing_library():
+    code = "import sys, visualize; print([m for m in ('matplotlib', 'sklearn') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parent, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- curves
+
+
+def test_curves_plot_the_values_of_the_metrics(runs):
+    figure = visualize.draw_curves([visualize.read_run("results/mpl")])
+    losses, accuracies, labels, feedback = figure.axes
+    assert set(lines(losses)) == {"labeled_loss", "uda_loss", "student_loss", "test_loss", "finetune_loss"}
+    assert set(lines(accuracies)) == {"top1", "finetune_top1"}  # of two classes top-5 is 100 % and left out
+    assert set(lines(labels)) == {"pseudo_label_accuracy", "uda_mask"}
+    for axes in figure.axes:
+        for key, line in lines(axes).items():
+            steps, values = records("mpl", key)
+            factor = 100 if axes is labels else 1
+            np.testing.assert_allclose(line.get_xdata(), steps)
+            np.testing.assert_allclose(line.get_ydata(), np.multiply(values, factor))
+        assert axes.get_xlabel() == "training step" and axes.get_ylabel()
+
+    (band,) = feedback.collections
+    mean, std = (np.array(records("mpl", key)[1]) for key in ("feedback", "feedback_std"))
+    corners = band.get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose([corners.min(), corners.max()], [(mean - std).min(), (mean + std).max()])
+
+
+def test_line_ends_carry_names_that_do_not_overlap(runs):
+    figure = visualize.draw_curves([visualize.read_run("results/mpl")])
+    figure.draw_without_rendering()
+    renderer = figure._get_renderer()
+    last = summary("mpl")
+    assert {text.get_text() for text in figure.axes[1].texts} == {
+        f"test {last['top1']:.2f} %",
+        f"finetuned {last['finetune_top1']:.2f} %",
+    }
+    for axes in figure.axes:
+        heights = sorted(text.get_window_extent(renderer).intervaly.tolist() for text in axes.texts)
+        assert all(low[1] <= high[0] + 4 for low, high in pairwise(heights))
+
+
+def test_a_supervised_run_has_no_panels_of_pseudo_labels(runs):
+    assert len(visualize.draw_curves([visualize.read_run("results/sup")]).axes) == 2
+
+
+def test_several_runs_are_overlaid(runs):
+    figure = visualize.draw_curves([visualize.read_run(f"results/{name}") for name in ("sup", "pl", "mpl")])
+    panels = {axes.get_title(loc="left"): axes for axes in figure.axes}
+    assert "Feedback to the teacher (nats)" in panels
+    drawn = [line for line in panels["Test accuracy (top-1, %)"].get_lines() if line.get_label() == "top1"]
+    for name, line in zip(("sup", "pl", "mpl"), drawn, strict=True):
+        np.testing.assert_allclose(line.get_ydata(), records(name, "top1")[1])
+    assert all(axes.get_lines() and axes.get_title(loc="left") for axes in figure.axes)  # no empty panel
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words[0] == f"sup  (supervised, top-1 {summary('sup')['top1']:.2f} %)"
+    assert len(words) == 3
+
+
+def test_shares_that_hardly_change_look_so(runs):
+    run = visualize.read_run("results/pl")
+    for number, record in enumerate(run.records):
+        record["pseudo_label_accuracy"] = 0.8455 + 1e-7 * (number % 2)
+    (axes,) = (
+        axes for axes in visualize.draw_curves([run]).axes if axes.get_title(loc="left") == "Pseudo labels"
+    )
+    bottom, top = axes.get_ylim()
+    assert top - bottom > 1 and bottom < 84.55 < top
+    assert [text.get_text() for text in axes.texts] == ["correct"]
+
+
+def test_half_a_line_of_metrics_is_left_out(runs, tmp_path):
+    for name in ("args.json", "metrics.jsonl"):
+        (tmp_path / name).write_bytes(Path("results/mpl", name).read_bytes())
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 25, "top1": 9')
+    assert visualize.read_run(tmp_path).records == visualize.read_run("results/mpl").records
+
+
+# ------------------------------------------------------------------------------------------------ regions
+
+
+def network_of(name, key):
+    state = torch.load(f"checkpoint/{name}_last.pth.tar", weights_only=True)[key]
+    network = build_model("mlp-2-8-8-2", 2, image_size=0)
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def test_regions_are_the_argmax_of_the_networks(runs):
+    figure = visualize.regions_of([visualize.read_run("results/mpl")])
+    last = summary("mpl")
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == [
+        f"teacher\ntest accuracy {last['teacher_top1']:.2f} %",
+        f"student (EMA)\ntest accuracy {last['top1']:.2f} %",
+    ]
+    for axes, key in zip(figure.axes, ("teacher_state_dict", "avg_state_dict"), strict=True):
+        (image,) = axes.images
+        drawn = np.asarray(image.get_array())
+        left, right, bottom, top = image.get_extent()
+        rows, columns = drawn.shape
+        network = network_of("mpl", key)
+        for row, column in np.random.RandomState(0).randint((0, 0), (rows, columns), size=(300, 2)):
+            x = left + (column + 0.5) / columns * (right - left)
+            y = bottom + (row + 0.5) / rows * (top - bottom)
+            logits = network(torch.tensor([[x, y]], dtype=torch.float32))[0].detach()
+            assert drawn[row, column] == logits.argmax() or (logits[0] - logits[1]).abs() < 1e-4
+        assert image.origin == "lower"
+
+
+def test_regions_mark_the_labelled_points_of_the_run(runs):
+    figure = visualize.regions_of([visualize.read_run("results/mpl")])
+    dataset = load_dataset("twomoons", num_labeled=6, seed=0)
+    unlabelled, upper, lower = figure.axes[0].get_lines()
+    assert len(unlabelled.get_xdata()) == 2000
+    for k, line in enumerate((upper, lower)):
+        expected = dataset.labeled.images[dataset.labeled.targets == k].numpy()
+        np.testing.assert_allclose(line.get_xydata(), expected)
+    assert upper.get_color() != lower.get_color() and upper.get_marker() != lower.get_marker()
+
+
+def test_regions_of_three_methods_side_by_side(runs, monkeypatch, capsys):
+    figure = visualize.regions_of([visualize.read_run(f"results/{name}") for name in ("sup", "pl", "mpl")])
+    names = {"sup": "supervised", "pl": "pseudo labels", "mpl": "Meta Pseudo Labels"}
+    for axes, (name, method) in zip(figure.axes, names.items(), strict=True):
+        assert axes.get_title() == f"{method}\ntest accuracy {summary(name)['top1']:.2f} %"
+    folders = [f"results/{name}" for name in names]
+    assert command(monkeypatch, "regions", *folders, "--out", "three/regions.png") == 0
+    assert capsys.readouterr().out == "three/regions.png\n"
+    assert_drawn("three/regions.png")
+
+
+# ----------------------------------------------------------------------------------- confusion and features
+
+
+def test_confusion_counts_the_test_images(runs):
+    run = visualize.read_run("results/digits")
+    dataset, runtime = visualize.read_dataset(run), Runtime("cpu")
+    network = visualize.read_networks(run, dataset, runtime)["student (EMA)"]
+    truth, predicted = visualize.predict(network, dataset.test, dataset, runtime)
+    assert torch.equal(truth, dataset.test.targets)
+    assert visualize.accuracy(truth, predicted) == pytest.approx(summary("digits")["top1"], abs=1e-4)
+
+    counts = visualize.confusion_matrix(truth, predicted, 10)
+    assert counts.tolist() == confusion_matrix(truth, predicted, labels=range(10)).tolist()
+    axes = visualize.confusion_of(run).axes[0]
+    shown = np.asarray(axes.images[0].get_array())
+    np.testing.assert_allclose(shown, 100 * counts / counts.sum(dim=1, keepdim=True))
+    words = {tuple(map(round, text.get_position()[::-1])): text.get_text() for text in axes.texts}
+    assert words == {
+        (i, j): f"{shown[i, j]:.0f} %\n{counts[i, j]}" for i in range(10) for j in range(10) if counts[i, j]
+    }
+
+
+@pytest.mark.parametrize("k", [2, 20, 100])
+def test_confusion_of_any_number_of_classes(k, tmp_path):
+    counts = torch.randint(1, 9, (k, k), generator=torch.Generator().manual_seed(0))
+    figure = visualize.draw_confusion(counts, [f"a long name {i}" for i in range(k)], "title")
+    assert len(figure.axes[0].texts) == (k * k if k <= 20 else 0)
+    assert_drawn(visualize.save(figure, tmp_path / "confusion.png"))
+
+
+def test_features_are_what_the_last_layer_reads(runs):
+    run = visualize.read_run("results/digits")
+    dataset, runtime = visualize.read_dataset(run), Runtime("cpu")
+    network = visualize.read_networks(run, dataset, runtime)["student (EMA)"]
+    features, truth, predicted = visualize.penultimate_features(network, dataset.test, dataset, runtime)
+    head = head_of(network)
+    logits = torch.nn.functional.linear(features, head.weight, head.bias)
+    assert torch.equal(logits.argmax(dim=1), predicted)
+    assert torch.equal(truth, dataset.test.targets) and len(head._forward_pre_hooks) == 0
+
+
+def test_features_picture(runs, monkeypatch, tmp_path):
+    monkeypatch.setattr(visualize, "MOST_POINTS", 50)
+    monkeypatch.setattr(visualize, "MOST_CLASSES", 8)
+    figure = visualize.features_of(visualize.read_run("results/digits"))
+    points = sum(len(line.get_xdata()) for line in figure.axes[0].get_lines()[:8])
+    assert 25 <= points <= 50 and "8 of 10 classes" in figure.axes[0].get_title(loc="left")
+    assert [text.get_text() for text in figure.axes[0].texts] == list("01234567")
+    assert_drawn(visualize.save(figure, tmp_path / "features.png"))
+
+
+# ------------------------------------------------------------------------------------------- augmentation
+
+
+def test_each_operation_is_shown_with_its_argument():
+    images = torch.randint(
+        0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    views = ImageViews(32, (0.5,) * 3, (0.25,) * 3)
+    figure = visualize.draw_augmentation(images, views, seed=1, heading="images")
+    grid, operations = figure.axes[:24], figure.axes[24:]
+    assert len(operations) == 16
+
+    titles = [axes.get_title().split("\n") for axes in operations[1:]]
+    assert [name for name, _ in titles] == list(OPERATIONS)
+    arguments = dict(titles)
+    assert arguments["Invert"] == "no argument" and arguments["Rotate"] == "48°"
+    assert arguments["Solarize"] == "from level 153" and arguments["TranslateX"] == "6.4 px"
+
+    shown = {axes.get_title().split("\n")[0]: np.asarray(axes.images[0].get_array()) for axes in operations}
+    original = images[0].permute(1, 2, 0).numpy()
+    assert (shown["original"] == original).all() and (shown["Invert"] == 255 - original).all()
+    assert (shown["Cutout"][10:22, 10:22] == 128).all() and (shown["Cutout"][:10] == original[:10]).all()
+    assert (shown["TranslateX"][:, 27:] == 128).all()
+
+    generator = torch.Generator().manual_seed(1)
+    rows = [images, views.weak(images, generator), *(views.strong(images, generator) for _ in range(4))]
+    for axes, image in zip(grid, torch.cat(rows), strict=True):
+        assert (np.asarray(axes.images[0].get_array()) == image.permute(1, 2, 0).numpy()).all()
+
+
+def test_picked_images_are_of_as_many_classes_as_there_are():
+    targets = np.repeat([0, 1, 2], [50, 30, 2])
+    for seed in range(5):
+        picked = visualize.pick(targets, 8, seed)
+        assert len(set(picked)) == 8
+        assert np.bincount(targets[picked]).tolist() == [3, 3, 2]
+        assert set(targets[picked[:3]]) == {0, 1, 2}
+    assert visualize.pick(targets, 8, 0) != visualize.pick(targets, 8, 1)
+
+
+def test_augment_command(runs, monkeypatch, capsys):
+    assert command(monkeypatch, "augment", "--dataset", "digits", "--randaug", "1", "9") == 0
+    assert capsys.readouterr().out == "results/augment_digits.png\n"
+    assert_drawn("results/augment_digits.png")
+
+
+# ------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.fixture
+def broken(runs):
+    """Folders of runs that something is wrong with."""
+    for name, files in {"empty": {}, "young": {}, "lost": {}, "damaged": {}}.items():
+        folder = Path("broken", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        if name != "empty":
+            args = json.loads(Path("results/mpl/args.json").read_text()) | {"name": name}
+            files["args.json"] = json.dumps(args)
+        if name == "damaged":
+            files["metrics.jsonl"] = "not json}\n"
+        for file, text in files.items():
+            (folder / file).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["curves", "nowhere"], "there is no folder nowhere"),
+        (["curves", "broken/empty"], "not the folder of a run"),
+        (["curves", "broken/young"], "no metrics yet"),
+        (["curves", "broken/damaged"], "cannot be read"),
+        (["curves", "results/mpl", "--out", "curves.jpg"], "does not end in .png"),
+        (["regions", "results/sup", "results/digits"], "not a two-moons run"),
+        (["regions", "broken/lost"], "there is no checkpoint"),
+        (["confusion", "results/digits", "--save-path", "nowhere"], "there is no checkpoint nowhere"),
+        (["augment", "--dataset", "folder", "--data-path", "nowhere"], "there is no folder 'nowhere'"),
+        (["augment", "--randaug", "-1", "3"], "not negative"),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_status_2(broken, monkeypatch, capsys, words, message):
+    assert command(monkeypatch, *words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("visualize.py: ") and err.count("\n") == 1
+    assert message in err
+
+
+def test_two_moons_have_no_images_to_augment(monkeypatch, capsys):
+    assert command(monkeypatch, "augment", "--dataset", "twomoons") == 2
+    assert "twomoons" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_network_is_refused(runs):
+    run = visualize.read_run("results/mpl")
+    run.args["model"] = "mlp-2-4-2"
+    with pytest.raises(UserError, match="network"):
+        visualize.regions_of([run])

@@ -1,0 +1,209 @@
+"""Small parts that every script needs: schedules, meters, checkpoints, the record of a run."""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from runtime import UserError
+
+# ---------------------------------------------------------------- schedules
+
+
+def learning_rate(step, *, peak, total_steps, warmup_steps=0, wait_steps=0):
+    """Learning rate at ``step`` (0, 1, …): zero while waiting, linear warm-up, cosine to zero.
+
+    The cosine spans the steps left after wait and warm-up (ALGORITHM section 5; published code).
+    """
+    step -= wait_steps
+    if step < 0:
+        return 0.0
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - wait_steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def ramp_up(step, steps):
+    """Weight of the unlabelled loss: min(1, (step + 1) / steps), 1 for ``steps`` = 0."""
+    return min(1.0, (step + 1) / steps) if steps else 1.0
+
+
+# ---------------------------------------------------------------- meters
+
+
+class NonFiniteError(Exception):
+    """A loss was not finite: the run stops with exit status 3."""
+
+
+class Meters:
+    """Mean and standard deviation of named scalars since the last ``reset``, kept on the device.
+
+    ``update`` never waits for the device; ``read`` does. The first step at which a scalar was not finite
+    is remembered on the device too, so that ``read`` can name it however late it is called.
+    """
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.names, self.count = None, 0
+        self.mean = self.squares = self.bad_step = None
+
+    def update(self, scalars, step):
+        """Take in one step's scalars, ``{name: () tensor}``; the names are the same at every step."""
+        values = torch.stack([value.detach().float() for value in scalars.values()])
+        if self.names is None:
+            self.names = list(scalars)
+            self.mean, self.squares = torch.zeros_like(values), torch.zeros_like(values)
+            self.bad_step = torch.full_like(values, -1, dtype=torch.int64)
+        self.count += 1
+        first_bad = ~torch.isfinite(values) & (self.bad_step < 0)
+        self.bad_step.masked_fill_(first_bad, step)
+        delta = values - self.mean  # Welford's recurrence
+        self.mean += delta / self.count
+        self.squares += delta * (values - self.mean)
+
+    def read(self):
+        """``{name: mean, name + "_std": standard deviation}`` as floats, in the order of the names.
+
+        Raises:
+            NonFiniteError: a scalar was not finite; the message names the first such step and the terms.
+        """
+        if self.names is None:
+            return {}
+        bad = {name: step for name, step in zip(self.names, self.bad_step.tolist(), strict=True) if step >= 0}
+        if bad:
+            first = min(bad.values())
+            terms = ", ".join(name for name, step in bad.items() if step == first)
+            raise NonFiniteError(f"step {first}: {terms} is not finite")
+        means = dict(zip(self.names, self.mean.tolist(), strict=True))
+        stds = (self.squares / max(1, self.count - 1)).sqrt().tolist()
+        return means | {f"{name}_std": std for name, std in zip(self.names, stds, strict=True)}
+
+    def state_dict(self):
+        return {key: getattr(self, key) for key in ("names", "count", "mean", "squares", "bad_step")}
+
+    def load_state_dict(self, state, device):
+        for key, value in state.items():
+            setattr(self, key, value.to(device) if isinstance(value, torch.Tensor) else value)
+
+
+def topk_correct(logits, targets, ks):
+    """For each image and each k: is the target among the k largest logits? k is clipped to K.
+
+    Args:
+        logits: (N, K) float.
+        targets: (N,) int64.
+        ks: sequence of int.
+
+    Returns:
+        (len(ks), N) float32 of zeros and ones.
+    """
+    num_classes = logits.shape[1]
+    ranked = logits.topk(min(max(ks), num_classes), dim=1).indices
+    hits = ranked.eq(targets[:, None])
+    return torch.stack([hits[:, : min(k, num_classes)].any(dim=1) for k in ks]).float()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def load_state(module, state, path):
+    """``module.load_state_dict`` with a sentence instead of a list when the network is another one.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the network in {path} is not the one asked for: give the --model and --num-classes that it was "
+            "trained with"
+        ) from error
+
+
+# ---------------------------------------------------------------- the record of a run
+
+
+def commit():
+    """The commit of the program, with ``-dirty`` for uncommitted changes; None outside a clone."""
+    try:
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        folder = Path(__file__).resolve().parent
+        return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class RunLog:
+    """``results/NAME/``: args.json, metrics.jsonl, TensorBoard events, summary.json.
+
+    Only the main process writes; in the others every call is a no-op.
+
+    Args:
+        folder: ``results/NAME``, made if it is not there.
+        args: the arguments of the run, written with the versions and the commit.
+        start_step: lines of metrics.jsonl after this step are dropped, since they are about to be written
+            (again); None adds to the record of a finished run and keeps its arguments.
+        tensorboard: also write event files.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def __init__(self, folder, args, *, start_step=0, tensorboard=True, active=True):
+        self.folder, self.active, self.writer = Path(folder), active, None
+        if not active:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.metrics = self.folder / "metrics.jsonl"
+            if start_step is not None or not (self.folder / "args.json").exists():
+                about = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit()}
+                self._write("args.json", vars(args) | {"versions": about, "command": sys.argv})
+            if start_step is not None:
+                self._drop_after(start_step)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from error
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is used
+
+            self.writer = SummaryWriter(self.folder, purge_step=start_step)
+
+    def _drop_after(self, step):
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        complete = [line for line in lines if line.endswith("}")]  # a killed run may leave half a line
+        kept = [line for line in complete if json.loads(line)["step"] <= step]
+        self.metrics.write_text("".join(f"{line}\n" for line in kept))
+
+    def _write(self, name, content):
+        path = self.folder / name
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(temporary, path)
+
+    def evaluation(self, step, record):
+        """One line of metrics.jsonl and the same figures to TensorBoard."""
+        if not self.active:
+            return
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps({"step": step} | record) + "\n")
+        if self.writer:
+            for name, value in record.items():
+                if value is not None:
+                    self.writer.add_scalar(name, value, step)
+
+    def summary(self, record):
+        if self.active:
+            self._write("summary.json", record)
+
+    def close(self):
+        if self.writer:
+            self.writer.close()
