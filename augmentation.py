@@ -331,7 +331,7 @@ class RandAugment:
         self._cache = {}
 
     def __call__(self, images, generator=None):
-        """(N, 3, H, W) uint8 → (N, 3, H, W) uint8, new memory."""
+        """(N, 3, H, W) uint8 → (N, 3, H, W) uint8; the input stays as it is."""
         n, _, height, width = check_images(images).shape
         return self.apply(images, self.draw(n, height, width, generator, images.device))
 

@@ -415,8 +415,7 @@ def _torchvision(name, data_path, size):
 
     def read(train, download):
         part = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
-        with contextlib.redirect_stdout(sys.stderr):
-            return make(data_path, download=download, **part)
+        return make(data_path, download=download, **part)
 
     try:
         try:

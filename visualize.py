@@ -87,10 +87,10 @@ def read_run(folder):
         )
     try:
         args = json.loads((folder / "args.json").read_text())
-        name, method, dataset = args["name"], args["method"], args["dataset"]  # the least a run has said
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if missing := {"name", "method", "dataset", "model", "save_path", "data_path"} - set(args):
+            raise ValueError(f"args.json has no {', '.join(missing)}")
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder} is not the folder of a run: it has no readable args.json") from error
-    args |= {"name": name, "method": method, "dataset": dataset}
     metrics = folder / "metrics.jsonl"
     try:
         lines = metrics.read_text().splitlines() if metrics.exists() else []

@@ -1,0 +1,301 @@
+"""The feedback against references: differentiating through the step, enumeration, constructed problems."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
+
+import feedback
+from feedback import ESTIMATORS, StudentStep, dot, exact, feedback_term, taylor
+from models import build_model
+from runtime import Runtime
+
+torch.set_num_threads(1)
+
+
+class Small(nn.Module):
+    """A convolution, optionally batch norm and dropout, a linear layer."""
+
+    def __init__(self, num_classes, norm=True, dropout=0.0):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4) if norm else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        x = torch.tanh(self.norm(self.convolution(x)))
+        return self.head(self.dropout(x.mean((2, 3))))
+
+
+def problem(num_classes=3, n=6, batch=4, norm=True, dropout=0.0, dtype=torch.float64, seed=0, size=5):
+    """A student, its images, and the teacher's logits."""
+    torch.manual_seed(seed)
+    network = Small(num_classes, norm, dropout).to(dtype).train()
+    return {
+        "network": network,
+        "images_u": torch.randn(n, 3, size, size, dtype=dtype),
+        "images_l": torch.randn(batch, 3, size, size, dtype=dtype),
+        "targets": torch.randint(num_classes, (batch,)),
+        "logits": torch.randn(n, num_classes, dtype=dtype, requires_grad=True),
+    }
+
+
+def take_step(problem, labels, rate, smoothing=0.0, runtime=None):
+    """One plain SGD step of a copy of the student on ``labels``, as a StudentStep."""
+    runtime = runtime or Runtime("cpu")
+    network = copy.deepcopy(problem["network"])
+    state = runtime.rng_state()
+    k = labels.shape[1]
+    targets = labels * (1 - smoothing) + smoothing / k
+    loss = -(targets * F.log_softmax(network(problem["images_u"]), dim=1)).sum(1).mean()
+    gradient = dict(zip(dict(network.named_parameters()), torch.autograd.grad(loss, network.parameters()), strict=True))
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            p -= rate * gradient[name]
+    return StudentStep(
+        network,
+        before,
+        gradient,
+        problem["images_u"],
+        problem["images_l"],
+        problem["targets"],
+        rate,
+        state,
+        runtime,
+        smoothing,
+    )
+
+
+def through_the_step(problem, rate, smoothing=0.0, seed=None):
+    """dJ/dlogits by differentiating through the student's step with a graph of the gradient."""
+    network, logits = problem["network"], problem["logits"]
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in network.named_parameters()}
+
+    def forward(parameters, images):
+        buffers = {name: b.clone() for name, b in network.named_buffers()}
+        return functional_call(network, (parameters, buffers), (images,))
+
+    labels = F.softmax(logits, dim=1)
+    labels = labels * (1 - smoothing) + smoothing / labels.shape[1]
+    if seed is not None:
+        torch.manual_seed(seed)
+    log_p = F.log_softmax(forward(parameters, problem["images_u"]), dim=1)
+    loss = -(labels * log_p).sum(1).mean()
+    gradient = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+    after = {name: p - rate * g for (name, p), g in zip(parameters.items(), gradient, strict=True)}
+    dropout = [m for m in network.modules() if isinstance(m, nn.Dropout)]
+    for module in dropout:
+        module.eval()
+    objective = F.cross_entropy(forward(after, problem["images_l"]), problem["targets"])
+    for module in dropout:
+        module.train()
+    return torch.autograd.grad(objective, logits)[0]
+
+
+def gradient_of(value, problem, labels, **options):
+    term = feedback_term(value, problem["logits"], labels, **options)
+    return torch.autograd.grad(term, problem["logits"])[0]
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+CASES = [(norm, k, n, batch) for norm in (True, False) for k in (3, 10) for n, batch in ((1, 1), (6, 4), (20, 20))]
+
+
+@pytest.mark.parametrize(("norm", "num_classes", "n", "batch"), CASES)
+@pytest.mark.parametrize(
+    ("mode", "dtype", "tolerance"),
+    [
+        ("forward", torch.float64, 1e-10),
+        ("difference", torch.float64, 1e-4),
+        ("difference", torch.float32, 1e-2),
+    ],
+)
+def test_exact_is_the_gradient_through_the_step(norm, num_classes, n, batch, mode, dtype, tolerance):
+    p = problem(num_classes, n, batch, norm, dtype=dtype)
+    labels = F.softmax(p["logits"].detach(), dim=1)
+    step = take_step(p, labels, 0.3)
+    reference = through_the_step(p, 0.3)
+    assert reference.norm() > 0
+    assert relative_error(gradient_of(exact(step, mode), p, labels), reference) < tolerance
+
+
+def test_exact_of_a_wide_residual_network():
+    """Leaky ReLU, batch norm, residual connections: the network that is trained, in double precision."""
+    p = problem(n=4, batch=3, size=8)
+    p["network"] = build_model("wrn-10-1", 3, image_size=8).double().train()
+    labels = F.softmax(p["logits"].detach(), dim=1)
+    step = take_step(p, labels, 0.05)
+    assert relative_error(gradient_of(exact(step), p, labels), through_the_step(p, 0.05)) < 1e-10
+
+
+def test_exact_with_label_smoothing_and_the_same_dropout():
+    p = problem(dropout=0.5, n=12)
+    labels = F.softmax(p["logits"].detach(), dim=1)
+    torch.manual_seed(7)
+    step = take_step(p, labels, 0.3, smoothing=0.2)
+    reference = through_the_step(p, 0.3, smoothing=0.2, seed=7)
+    torch.manual_seed(99)  # whatever was drawn in between
+    assert relative_error(gradient_of(exact(step, "forward"), p, labels), reference) < 1e-10
+    assert relative_error(gradient_of(exact(step, "difference"), p, labels), reference) < 1e-4
+    assert relative_error(through_the_step(p, 0.3, smoothing=0.2, seed=8), reference) > 1e-2  # masks matter
+
+
+def test_exact_falls_back_where_forward_mode_is_missing():
+    class NoForwardMode(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x.sin()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * ctx.saved_tensors[0].cos()
+
+    class Student(Small):
+        def forward(self, x):
+            return NoForwardMode.apply(super().forward(x))
+
+    p = problem()
+    p["network"] = Student(3).double().train()
+    labels = F.softmax(p["logits"].detach(), dim=1)
+    step = take_step(p, labels, 0.3)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        exact(step, "forward")
+    assert relative_error(gradient_of(exact(step, "auto"), p, labels), through_the_step(p, 0.3)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_nothing_is_left_behind(name):
+    p = problem(dropout=0.5)
+    step = take_step(p, F.softmax(p["logits"].detach(), dim=1), 0.3)
+    state = {key: tensor.clone() for key, tensor in step.network.state_dict().items()}
+    modes = [module.training for module in step.network.modules()]
+    random_state = torch.get_rng_state()
+    ESTIMATORS[name](step)
+    for key, tensor in step.network.state_dict().items():
+        assert torch.equal(tensor, state[key]), key
+    assert [module.training for module in step.network.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(parameter.grad is None for parameter in step.network.parameters())
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_autocast_is_near_full_precision(name):
+    p = problem(dtype=torch.float32, n=16, batch=16)
+    labels = F.softmax(p["logits"].detach(), dim=1)
+    full = ESTIMATORS[name](take_step(p, labels, 2.0))
+    mixed_runtime = Runtime("cpu", amp=True)
+    if mixed_runtime.amp_dtype is None:
+        pytest.skip("no bf16 on this device")
+    mixed = ESTIMATORS[name](take_step(p, labels, 2.0, runtime=mixed_runtime))
+    assert mixed.dtype == torch.float32
+    assert relative_error(mixed, full) < 0.1
+
+
+# ---------------------------------------------------------------- the scalar forms
+
+
+def every_labelling(n, num_classes):
+    grids = torch.meshgrid(*[torch.arange(num_classes)] * n, indexing="ij")
+    return torch.stack([grid.reshape(-1) for grid in grids], dim=1)
+
+
+def test_sampled_dot_is_unbiased():
+    """The mean over sampled labels is the gradient of the enumerated expectation Σ P(ŷ) · (−h(ŷ))."""
+    n, k = 3, 3
+    p = problem(k, n, batch=4, norm=False)
+    logits = p["logits"]
+    log_q = F.log_softmax(logits, dim=1)
+    labellings = every_labelling(n, k)  # (27, 3)
+    h = torch.stack([dot(take_step(p, F.one_hot(y, k).double(), 0.5)) for y in labellings])
+    log_probability = log_q[torch.arange(n), labellings].sum(1)
+    expected = torch.autograd.grad(-(log_probability.exp() * h).sum(), logits)[0]
+
+    each = torch.stack(
+        [gradient_of(value, p, F.one_hot(y, k).double()) for y, value in zip(labellings, h, strict=True)]
+    )
+    samples = 40_000
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(log_probability.exp().detach(), samples, True, generator=generator)
+    estimates = each[drawn]
+    error = estimates.std(0) / samples**0.5
+    assert (estimates.mean(0) - expected).abs().le(4 * error).all()
+    assert expected.abs().gt(8 * error).any()  # the bound can tell the gradient from zero
+
+
+def test_taylor_converges_to_dot():
+    """(taylor − dot) / rate vanishes linearly with the rate: slope 1 on logarithmic axes."""
+    p = problem(norm=True)
+    labels = F.one_hot(torch.randint(3, (6,)), 3).double()
+    rates = torch.logspace(-1, -4, 7, dtype=torch.float64)
+    gaps = []
+    for rate in rates.tolist():
+        step = take_step(p, labels, rate)
+        gaps.append((taylor(step) - dot(step)).abs() / rate)
+    x, y = rates.log(), torch.stack(gaps).log()
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    assert 0.9 < slope < 1.1
+    assert gaps[-1] < 1e-2 * taylor(take_step(p, labels, 1.0)).abs()
+
+
+def helpful_problem():
+    """One unlabelled image equal to a labelled one of class 0: teaching class 0 helps, class 1 hurts."""
+    p = problem(2, 1, 1, norm=False)
+    p["images_l"] = p["images_u"].clone()
+    p["targets"] = torch.tensor([0])
+    p["logits"] = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    return p
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("taught", [0, 1])
+def test_sign(name, taught):
+    """Descending the term raises the probability of the class that helps; with the sign flipped, lowers it."""
+    p = helpful_problem()
+    labels = F.one_hot(torch.tensor([taught]), 2).double()
+    value = ESTIMATORS[name](take_step(p, labels, 0.5))
+
+    def probability_after(value):
+        logits = p["logits"].detach() - 0.5 * gradient_of(value, p, labels)
+        return F.softmax(logits, dim=1)[0, 0]
+
+    assert probability_after(value) > 0.5
+    assert probability_after(-value) < 0.5
+
+
+def test_soft_labels_with_a_scalar_feedback_have_no_gradient():
+    """The published code multiplies CE(softmax(z) detached, z), whose gradient in z is zero."""
+    p = problem()
+    labels = F.softmax(p["logits"].detach(), dim=1)
+    value = taylor(take_step(p, labels, 0.5))
+    assert value.abs() > 1e-4
+    assert gradient_of(value, p, labels).abs().max() < 1e-15
+
+
+def test_mean_is_sum_over_images():
+    p = problem()
+    labels = F.one_hot(torch.randint(3, (6,)), 3).double()
+    value = dot(take_step(p, labels, 0.5))
+    torch.testing.assert_close(
+        6 * gradient_of(value, p, labels, reduction="mean"), gradient_of(value, p, labels, reduction="sum")
+    )
+
+
+def test_measured_under_the_same_normalisation():
+    """Without a step both labelled losses are the same to the last bit, whatever the running statistics."""
+    p = problem()
+    p["network"].norm.running_mean += 3.0
+    step = take_step(p, F.softmax(p["logits"].detach(), dim=1), 0.0)
+    assert taylor(step) == 0
+    assert feedback.labeled_loss(step, step.before) > 0
