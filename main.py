@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import visualize
 from augmentation import ImageViews, PointViews
-from data import TrainLoader, batches, load_dataset, write_labeled_indices
+from data import NAMES, TrainLoader, batches, load_dataset, write_labeled_indices
 from methods import METHODS, build_network, predictor_state, sgd
 from models import count_parameters
 from runtime import Runtime, UserError
@@ -28,7 +28,7 @@ from utils import Meters, NonFiniteError, RunLog, commit, load_state, topk_corre
 
 # ---------------------------------------------------------------- arguments
 
-DATASETS = ("twomoons", "digits", "cifar10", "folder")
+DATASETS = NAMES
 READ_EVERY = 50  # steps between two looks at the meters, each of which waits for the device
 EVALUATION_BATCH = 256  # fixed, so that an accuracy does not depend on the command that asks for it
 
@@ -307,6 +307,8 @@ def parse_arguments(argv):
     for name in ("total_steps", "eval_step", "batch_size", "mu", "finetune_batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.start_step < args.total_steps:
+        parser.error(f"--start-step {args.start_step} is not below --total-steps {args.total_steps}")
     args.model = args.model or ("mlp-2-8-8-2" if args.dataset == "twomoons" else "wrn-28-2")
     if args.name is None:
         checkpoint = os.path.basename(args.resume).removesuffix(".pth.tar") if args.evaluate else None
@@ -336,31 +338,38 @@ def checkpoint_path(args, kind):
 
 
 class Interrupt:
-    """Remembers SIGTERM or SIGINT, so that the loop can stop between two steps."""
+    """Context that remembers SIGTERM or SIGINT, so that the loop can stop between two steps."""
 
-    def __init__(self):
+    def __enter__(self):
         self.signal = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self.before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
 
     def _note(self, number, frame):
         self.signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
 
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
 
 # ---------------------------------------------------------------- training
 
 
-def train_loop(args, runtime, dataset, views, method, log, state):
+def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     """Train from ``args.start_step`` to ``args.total_steps``; evaluate and save every ``--eval-step`` steps.
 
     Args:
         state: what the run knows of itself (``FRESH``), updated in place; with the ``POSITION`` of a
             checkpoint where a run is continued.
+        interrupt: an entered ``Interrupt``; after a signal the loop saves and exits with 128 + its number.
     """
     mu = 0 if args.method == "supervised" else args.mu
     loader = TrainLoader(dataset, args.batch_size, mu, args.seed, runtime, args.workers)
-    meters, interrupt = Meters(), Interrupt()
+    meters = Meters()
     loader.load_state_dict(state.get("loader", {"position": args.start_step}))
     if "random_state" in state:
         meters.load_state_dict(state["meters"], runtime.device)
@@ -407,7 +416,8 @@ def train_loop(args, runtime, dataset, views, method, log, state):
             record |= test
             if dataset.val is not None:
                 record["val_top1"] = evaluate(runtime, method.predictor, dataset.val, views)["top1"]
-            better = dataset.val is None or record["val_top1"] > (state["best_val_top1"] or -1)
+            best = state["best_val_top1"]
+            better = dataset.val is None or best is None or record["val_top1"] > best
             if better:
                 state["best_top1"], state["best_step"] = test["top1"], step + 1
                 state["best_val_top1"] = record.get("val_top1")
@@ -554,7 +564,8 @@ def train(args, runtime, dataset, views, log, saved):
             f"{count_parameters(method.student.network):,} parameters, on {runtime.describe()}",
             file=sys.stderr,
         )
-    train_loop(args, runtime, dataset, views, method, log, state)
+    with Interrupt() as interrupt:
+        train_loop(args, runtime, dataset, views, method, log, state, interrupt)
 
     network = method.predictor
     if dataset.val is not None:  # the checkpoint that validation chose
@@ -591,6 +602,8 @@ def main(argv):
     only = args.evaluate or args.finetune
     if saved and not only:
         args.start_step = saved["step"]
+        if args.start_step > args.total_steps:
+            raise UserError(f"{args.resume} is of step {args.start_step}: give a larger --total-steps")
     folder = os.path.join(args.results_path, args.name)
     log = RunLog(folder, args, start_step=None if only else args.start_step, active=runtime.is_main)
     if runtime.is_main:

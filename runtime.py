@@ -7,6 +7,7 @@ program reads as if there were one device. ``Runtime`` is made once, in ``main.p
 import contextlib
 import os
 import pickle
+import sys
 import zipfile
 
 import torch
@@ -55,6 +56,10 @@ class Runtime:
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
         self.channels_last = channels_last
         self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype] if amp else None
+        if self.amp_dtype == torch.bfloat16 and not self._has_bf16():
+            self.amp_dtype = None
+            if self.is_main:
+                print(f"this {self.kind} device has no bf16: --amp is left out", file=sys.stderr)
 
     @property
     def is_main(self):
@@ -65,6 +70,11 @@ class Runtime:
         """The device in words, for people and for summary.json."""
         name = torch.cuda.get_device_name(self.device) if self.kind == "cuda" else f"{os.cpu_count()} cores"
         return f"{self.world_size} × {self.kind} ({name})" if self.world_size > 1 else f"{self.kind} ({name})"
+
+    def _has_bf16(self):
+        if self.kind == "cuda":
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def place(self, network):
         """The network on the device, in the chosen memory order; images follow the order of the filters."""

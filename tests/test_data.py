@@ -1,6 +1,7 @@
 """The data sets of data.py on files that the tests write, the split, the loaders, and the error sentences."""
 
 import hashlib
+import math
 import pickle
 import shutil
 import struct
@@ -90,8 +91,13 @@ def test_two_moons_are_the_same_points_for_every_seed_with_noise_of_a_tenth():
     points, targets = first.unlabeled.images, first.unlabeled.targets
     assert points.shape == (2000, 2) and points.dtype == torch.float32
     assert targets.bincount().tolist() == [1000, 1000]
+    assert torch.allclose(points.mean(dim=0), torch.zeros(2), atol=1e-6)
+    assert torch.allclose(points.std(dim=0, correction=0), torch.ones(2), atol=1e-5)
+    # The unscaled points have mean (1/2, 1/4), variance 3/4 and 9/16 - 1/pi, and the noise adds 0.01 to both.
+    scale = torch.tensor([0.75 + 0.01, 0.5625 - 1 / math.pi + 0.01]).sqrt()
     for k, centre in enumerate([(0, 0), (1, 0.5)]):
-        radius = (points[targets == k] - torch.tensor(centre)).norm(dim=1)
+        moon = points[targets == k] * scale + torch.tensor([0.5, 0.25])
+        radius = (moon - torch.tensor(centre)).norm(dim=1)
         assert radius.mean().item() == pytest.approx(1, abs=0.02)
         assert radius.std().item() == pytest.approx(0.1, abs=0.01)
     assert first.labeled.targets.bincount().tolist() == [3, 3]
@@ -452,8 +458,10 @@ def test_files_that_are_no_images_and_hidden_files_are_left_out(tmp_path):
     (tmp_path / "__MACOSX").mkdir()
     (tmp_path / "a" / "deep" / "er").mkdir(parents=True)
     picture(10, 10).save(tmp_path / "a" / "deep" / "er" / "one.JPG")
+    write_tree(tmp_path.parent / f"{tmp_path.name}-elsewhere", {"linked": 3})
+    (tmp_path / "b" / "link").symlink_to(tmp_path.parent / f"{tmp_path.name}-elsewhere" / "linked")
     dataset = load_dataset("folder", tmp_path, num_labeled=2)
-    assert dataset.classes == ["a", "b"] and len(dataset.unlabeled) + len(dataset.test) == 11
+    assert dataset.classes == ["a", "b"] and len(dataset.unlabeled) + len(dataset.test) == 14
 
 
 def test_images_of_other_sizes_are_decoded_by_workers_unless_resized_to_64_or_less(tmp_path):
@@ -585,6 +593,14 @@ def test_unreadable_small_images_are_skipped_and_counted_if_asked(tmp_path, caps
     captured = capsys.readouterr()
     assert "skipped 3 unreadable of 10 images" in captured.err and captured.out == ""
     assert all(path in captured.err for path in bad)
+
+
+def test_the_size_of_a_folder_is_that_of_its_first_readable_image(tmp_path):
+    write_tree(tmp_path / "train", {"a": 3, "b": 3})
+    write_tree(tmp_path / "test", {"a": 3, "b": 3})
+    (tmp_path / "train" / "a" / "000.png").write_bytes(b"")
+    dataset = load_dataset("folder", tmp_path, num_labeled=2, skip_unreadable=True)
+    assert dataset.unlabeled.images.shape == (5, 3, 10, 10)
 
 
 def large_tree_with_damage(tmp_path):
@@ -850,6 +866,12 @@ def test_labelled_batches_larger_than_the_labelled_set_are_drawn_without_end():
     batch = next(TrainLoader(numbered(50), 64, 1, 0, process()))
     counts = np.bincount(drawn(batch.images_l), minlength=6)
     assert counts.sum() == 64 and counts.min() >= 10 and counts.max() <= 11
+
+
+def test_labelled_and_unlabelled_images_are_shuffled_independently():
+    loader = TrainLoader(numbered(6), 6, 1, 0, process())
+    orders = [(drawn(batch.images_l), drawn(batch.images_u)) for batch in (next(loader) for _ in range(10))]
+    assert sum(first == second for first, second in orders) <= 1
 
 
 def test_the_seed_decides_the_order():

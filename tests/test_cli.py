@@ -1,0 +1,292 @@
+"""The scripts as a user runs them: training, killing, resuming, evaluating, getting it wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+from runtime import UserError
+
+ROOT = Path(main.__file__).parent
+TINY = (
+    "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --mu 2 --nesterov "
+    "--teacher-lr 0.02 --student-lr 0.02 --warmup-steps 2 --uda-steps 4 --label-smoothing 0.1 --device cpu "
+    "--student-dropout 0.3 --teacher-dropout 0.3 --finetune-epochs 2 --workers 0"
+).split()
+MOONS = "--dataset twomoons --num-labeled 6 --batch-size 6 --mu 4 --device cpu --finetune-epochs 0".split()
+
+
+def run(*arguments, cwd, script=("main.py",), check=True):
+    """Run a script of the repository in ``cwd``; on one thread, since the networks are tiny."""
+    program = [sys.executable, str(ROOT / script[0]), *script[1:], *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(program, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def checkpoint(folder, name):
+    return torch.load(folder / "checkpoint" / f"{name}.pth.tar", weights_only=True)
+
+
+def tensors(state, prefix=""):
+    """All tensors of a nested checkpoint by path, clocks left out."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else []
+    return {path: t for key, value in items for path, t in tensors(value, f"{prefix}/{key}").items()}
+
+
+def assert_same_checkpoint(a, b):
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys()
+    assert len(a) > 50
+    for path, tensor in a.items():
+        assert torch.equal(tensor, b[path]), path
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A finished run of 24 steps, all that is random switched on."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    done = run(*TINY, "--total-steps", 24, "--eval-step", 6, "--pseudo-label", "sample", "--name", "run", cwd=folder)
+    return folder, done
+
+
+def test_what_a_run_leaves(unbroken):
+    folder, done = unbroken
+    results = folder / "results" / "run"
+    summary = json.loads((results / "summary.json").read_text())
+    design = (
+        "name dataset method num_labeled seed steps top1 top5 best_top1 best_step selection oracle_top1 "
+        "teacher_top1 finetune_top1 train_seconds images_per_second device torch commit"
+    )
+    assert set(summary) == set(design.split())
+    assert summary["selection"] == "last"
+    assert summary["best_top1"] == summary["top1"] <= summary["oracle_top1"]
+    lines = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "top1" in line] == [6, 12, 18, 24]
+    assert max(line["top1"] for line in lines if "top1" in line) == summary["oracle_top1"]
+    assert len((results / "labeled_indices.txt").read_text().split()) == 10
+    assert json.loads((results / "args.json").read_text())["mu"] == 2
+    assert list(results.glob("events.out.tfevents.*"))
+    assert (results / "curves.png").stat().st_size > 1000
+    saved = {path.name for path in (folder / "checkpoint").iterdir()}
+    kinds = ("last", "best", "finetune_last", "finetune_best")
+    assert saved == {f"run_{kind}.pth.tar" for kind in kinds}
+    assert f"top-1 {summary['top1']:.2f} %" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["best", "finetune_best"])
+def test_evaluate_repeats_the_accuracy(unbroken, kind):
+    folder, _ = unbroken
+    arguments = [*TINY[:10], "--device", "cpu", "--evaluate", "--resume", f"checkpoint/run_{kind}.pth.tar"]
+    done = run(*arguments, cwd=folder)
+    summary = json.loads((folder / "results" / "run" / "summary.json").read_text())
+    evaluated = json.loads((folder / "results" / f"run_{kind}" / "summary.json").read_text())
+    assert evaluated["top1"] == summary["best_top1" if kind == "best" else "finetune_top1"]
+    assert f"top-1 {evaluated['top1']:.2f} %" in done.stdout
+
+
+def test_finetune_alone_repeats_that_of_training(unbroken, tmp_path):
+    folder, _ = unbroken
+    path = folder / "checkpoint" / "run_last.pth.tar"
+    run(*TINY, "--finetune", "--resume", path, "--name", "alone", "--student-dropout", 0, cwd=tmp_path)
+    alone = checkpoint(tmp_path, "alone_finetune_last")
+    before, after = checkpoint(folder, "run_last"), alone["avg_state_dict"]
+    assert alone["finetune_step"] > 0
+    assert any(not torch.equal(before["avg_state_dict"][key], after[key]) for key in after)
+    assert before["avg_state_dict"].keys() == after.keys()
+
+
+def test_killed_and_resumed_is_bit_identical(unbroken, tmp_path):
+    """SIGKILL between two checkpoints; the resumed run ends with the tensors of the unbroken one."""
+    folder, _ = unbroken
+    arguments = [*TINY, "--total-steps", "24", "--eval-step", "6", "--pseudo-label", "sample", "--name", "run"]
+    program = [sys.executable, str(ROOT / "main.py"), *arguments]
+    process = subprocess.Popen(
+        program, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+    )
+    metrics = tmp_path / "results" / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    step = checkpoint(tmp_path, "run_last")["step"]
+    assert 0 < step < 24, "the run was not killed half-way"
+    run(*arguments, "--resume", "checkpoint/run_last.pth.tar", cwd=tmp_path)
+    assert_same_checkpoint(checkpoint(folder, "run_last"), checkpoint(tmp_path, "run_last"))
+    assert_same_checkpoint(checkpoint(folder, "run_finetune_last"), checkpoint(tmp_path, "run_finetune_last"))
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    reference = (folder / "results" / "run" / "metrics.jsonl").read_text().splitlines()
+    for line, other in zip(lines, map(json.loads, reference), strict=True):
+        assert line | {"images_per_second": 0} == other | {"images_per_second": 0}
+
+
+def test_terminated_saves_and_resumes(tmp_path):
+    arguments = [*MOONS, "--total-steps", "3000", "--eval-step", "3000", "--name", "run"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir(), broken.mkdir()
+    run(*arguments, cwd=whole)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *arguments],
+        cwd=broken,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stderr.readline()  # the line that says that training begins
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert 0 < checkpoint(broken, "run_last")["step"] < 3000
+    run(*arguments, "--resume", "checkpoint/run_last.pth.tar", cwd=broken)
+    a, b = tensors(checkpoint(whole, "run_last")), tensors(checkpoint(broken, "run_last"))
+    assert all(torch.equal(tensor, b[path]) for path, tensor in a.items())
+
+
+def test_validation_chooses_and_the_test_set_does_not(tmp_path):
+    arguments = [*TINY, "--num-val", 50, "--total-steps", 12, "--eval-step", 2, "--name", "run", "--finetune-epochs", 0]
+    run(*arguments, cwd=tmp_path)
+    lines = (tmp_path / "results" / "run" / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    summary = json.loads((tmp_path / "results" / "run" / "summary.json").read_text())
+    best = max(lines, key=lambda line: line["val_top1"])  # the first of equals
+    assert summary["selection"] == "val"
+    assert (summary["best_step"], summary["best_top1"]) == (best["step"], best["top1"])
+    assert checkpoint(tmp_path, "run_best")["step"] == best["step"]
+
+
+# ---------------------------------------------------------------- the command line
+
+
+PUBLISHED = """
+    --seed 5 --name cifar10-4K.5 --expand-labels --dataset cifar10 --num-classes 10 --num-labeled 4000
+    --total-steps 300000 --eval-step 1000 --randaug 2 16 --batch-size 128 --teacher_lr 0.05 --student_lr 0.05
+    --weight-decay 5e-4 --ema 0.995 --nesterov --mu 7 --label-smoothing 0.15 --temperature 0.7
+    --threshold 0.6 --lambda-u 8 --warmup-steps 5000 --uda-steps 5000 --student-wait-steps 3000
+    --teacher-dropout 0.2 --student-dropout 0.2 --amp
+"""
+PUBLISHED_FINETUNE = """
+    --seed 5 --name cifar10-4K.5 --dataset cifar10 --num-classes 10 --num-labeled 4000 --finetune
+    --finetune-epochs 625 --finetune-batch-size 512 --finetune-lr 3e-5 --finetune-weight-decay 0
+    --finetune-momentum 0.9 --resume checkpoint/cifar10-4K.5_best.pth.tar --amp
+"""
+PUBLISHED_EVALUATE = """
+    --seed 5 --name cifar10-4K.5 --dataset cifar10 --num-classes 10 --evaluate --workers 4 --data-path ./data
+    --save-path ./checkpoint --resume checkpoint/cifar10-4K.5_best.pth.tar --resize 32 --start-step 0
+"""
+
+
+@pytest.mark.parametrize("command", [PUBLISHED, PUBLISHED_FINETUNE, PUBLISHED_EVALUATE])
+def test_published_commands_are_accepted(command):
+    args = main.parse_arguments(command.split())
+    assert (args.seed, args.name, args.num_classes) == (5, "cifar10-4K.5", 10)
+    if command is PUBLISHED:
+        assert (args.teacher_lr, args.student_lr, args.randaug) == (0.05, 0.05, [2, 16])
+        assert (args.num_labeled, args.batch_size, args.lambda_u) == (4000, 128, 8)
+
+
+def test_every_flag_is_explained():
+    parser = main.build_parser()
+    for action in parser._actions:
+        explained = action.help or action.choices or re.search("(steps|path|rate|decay|lr|size|momentum)", action.dest)
+        assert explained, action.dest
+    assert len(parser._action_groups) > 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--method supervised --feedback taylor", "--feedback"),
+        ("--method uda --teacher-lr 0.1", "--teacher-lr"),
+        ("--dataset twomoons --randaug 2 16", "--randaug"),
+        ("--dataset digits --jitter 0 1", "--jitter"),
+        ("--evaluate", "--resume"),
+        ("--method pseudo-label", "--teacher-checkpoint"),
+        ("--mu 0", "--mu"),
+        ("--no-such-flag", "--no-such-flag"),
+        ("--num-labeled 40.5", "40.5"),
+        ("--start-step 7 --total-steps 7", "--start-step"),
+    ],
+)
+def test_refused(arguments, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        main.parse_arguments(arguments.split())
+
+
+def test_overriding_the_method_of_a_recipe_sets_its_flags_aside(capsys):
+    recipe = "--method mpl --feedback taylor --mu 7 --dataset digits".split()
+    args = main.parse_arguments([*recipe, "--method", "supervised"])
+    assert args.method == "supervised"
+    assert "--feedback --mu set aside" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--mu"):
+        main.parse_arguments([*recipe, "--method", "supervised", "--mu", "3"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--dataset cifar10 --data-path nowhere", ("digits", "folder")),
+        ("--dataset folder --data-path nowhere", ("nowhere",)),
+        ("--dataset folder --data-path empty", ("empty",)),
+        ("--dataset digits --num-labeled 45", ("45", "10 classes")),
+        ("--dataset digits --num-labeled 4000", ("class", "images")),
+        ("--dataset digits --num-labeled 40 --num-classes 7", ("7", "10")),
+        ("--dataset digits --num-labeled 40 --model wrn-11-1", ("wrn-11-1",)),
+        ("--dataset digits --num-labeled 40 --resume nothing.pth.tar", ("nothing.pth.tar",)),
+        ("--dataset digits --num-labeled 40 --resume text.pth.tar", ("text.pth.tar",)),
+        ("--dataset digits --num-labeled 40 --total-step 9", ("--total-step",)),
+    ],
+)
+def test_a_sentence_and_status_2(arguments, words, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pth.tar").write_text("not a checkpoint")
+    done = run(*arguments.split(), "--device", "cpu", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    """Status 3, the step and the term named; the checkpoint of before is still whole."""
+    arguments = [*TINY, "--total-steps", "8", "--eval-step", "4", "--name", "run"]
+    run(*arguments[:-6], "--total-steps", 4, "--eval-step", 4, "--name", "run", cwd=tmp_path)
+    good = checkpoint(tmp_path, "run_last")
+    bad = good | {"teacher_state_dict": {key: t.clone() for key, t in good["teacher_state_dict"].items()}}
+    next(iter(bad["teacher_state_dict"].values())).fill_(float("nan"))
+    torch.save(bad, tmp_path / "bad.pth.tar")
+    done = run(*arguments, "--resume", "bad.pth.tar", cwd=tmp_path, check=False)
+    assert done.returncode == 3
+    assert "step 4" in done.stderr and "labeled_loss" in done.stderr and "Traceback" not in done.stderr
+    assert_same_checkpoint(good, checkpoint(tmp_path, "run_last"))
+
+
+@pytest.mark.parametrize("method", ["supervised", "uda"])
+def test_other_methods_train(method, tmp_path):
+    done = run(*TINY, "--method", "mpl", "--method", method, "--total-steps", 4, "--eval-step", 2, cwd=tmp_path)
+    assert f"10 labels, {method}" in done.stdout
+
+
+def test_pseudo_label_from_a_checkpoint(unbroken, tmp_path):
+    folder, _ = unbroken
+    teacher = folder / "checkpoint" / "run_best.pth.tar"
+    arguments = "--method pseudo-label --total-steps 4 --eval-step 2".split()
+    flags = [flag for flag in TINY]
+    run(*["--method", "mpl", *flags], *arguments, "--teacher-checkpoint", teacher, cwd=tmp_path)
+    summary = json.loads((tmp_path / "results" / "digits" / "summary.json").read_text())
+    reference = json.loads((folder / "results" / "run" / "summary.json").read_text())
+    assert summary["teacher_top1"] == reference["best_top1"]

@@ -1,0 +1,203 @@
+"""The training steps: losses against their formulas, methods against each other."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import main
+from augmentation import Views
+from methods import METHODS, agreement, pseudo_labels, sgd, soft_cross_entropy, uda_loss
+from models import build_model
+from runtime import Runtime
+
+torch.set_num_threads(1)
+FLAGS = (
+    "--dataset digits --model wrn-10-1 --batch-size 4 --mu 2 --nesterov --teacher-lr 0.1 --student-lr 0.1 "
+    "--total-steps 100 --uda-steps 10 --label-smoothing 0.1 --lambda-u 2 --threshold 0.05"
+).split()
+
+
+def build(*flags, method="mpl", runtime=None, double=False):
+    """A method on 8-pixel images of 3 classes, weights from seed 0."""
+    words = ["--method", "mpl", *FLAGS, *map(str, flags), "--method", method]
+    args = main.parse_arguments(words)
+    torch.manual_seed(0)
+    return METHODS[method](args, 3, 8, runtime or Runtime("cpu"))
+
+
+def make_views(seed=1, batch=4, unlabeled=8):
+    generator = torch.Generator().manual_seed(seed)
+
+    def images(n):
+        return torch.randn(n, 3, 8, 8, generator=generator)
+
+    return Views(images(batch), torch.arange(batch) % 3, images(unlabeled), images(unlabeled))
+
+
+def weights(network):
+    return torch.cat([p.detach().reshape(-1) for p in network.parameters()])
+
+
+def test_soft_cross_entropy_against_torch():
+    logits, targets = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    ours = soft_cross_entropy(F.one_hot(targets, 4).float(), logits, 0.15)
+    torch.testing.assert_close(ours, F.cross_entropy(logits, targets, reduction="none", label_smoothing=0.15))
+
+
+def test_uda_loss_against_the_formula():
+    weak = torch.tensor([[3.0, 0.0, 0.0], [0.1, 0.0, 0.0], [0.0, 2.0, 0.0]], requires_grad=True)
+    strong = torch.randn(3, 3, requires_grad=True)
+    loss, share = uda_loss(weak, strong, 0.5, 0.6)
+    expected = 0.0
+    for w, s in zip(weak.detach().double().numpy(), strong.detach().double().numpy(), strict=True):
+        if np.exp(w).max() / np.exp(w).sum() >= 0.6:
+            target = np.exp(w / 0.5) / np.exp(w / 0.5).sum()
+            expected += -(target * (s - np.log(np.exp(s).sum()))).sum() / 3
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert share.item() == pytest.approx(2 / 3)
+    loss.backward()
+    assert weak.grad is None and strong.grad.abs().sum() > 0
+
+
+def test_pseudo_labels():
+    logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 5.0]], requires_grad=True)
+    assert pseudo_labels(logits, "argmax").tolist() == [[1, 0, 0], [0, 0, 1]]
+    torch.testing.assert_close(pseudo_labels(logits, "soft"), F.softmax(logits.detach(), dim=1))
+    torch.manual_seed(0)
+    drawn = pseudo_labels(logits[:1].expand(50_000, 3), "sample")
+    assert drawn.sum(1).eq(1).all() and not drawn.requires_grad
+    expected = F.softmax(logits[0].detach(), dim=0)
+    error = (expected * (1 - expected) / 50_000).sqrt()
+    assert ((drawn.mean(0) - expected).abs() < 4 * error).all()
+
+
+def test_agreement_leaves_out_what_is_not_known():
+    labels = F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float()
+    assert agreement(labels, torch.tensor([0, 2, -1, -1])).item() == 0.5
+    assert agreement(labels, torch.tensor([-1, -1, -1, -1])).item() == 0.0
+
+
+def test_no_weight_decay_on_batch_norm():
+    network = build_model("wrn-10-1", 3, image_size=8)
+    decayed, plain = sgd(network, 0.1, 0.9, True, 5e-4).param_groups
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert {id(p) for p in plain["params"]} == {id(p) for m in norms for p in m.parameters()}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (5e-4, 0.0)
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(network.parameters()))
+
+
+def test_supervised_step_is_plain_sgd():
+    method, views = build(method="supervised"), make_views()
+    torch.manual_seed(0)
+    network = build_model("wrn-10-1", 3, image_size=8).train()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    loss = F.cross_entropy(network(views.labeled), views.targets, label_smoothing=0.1)
+    loss.backward()
+    scalars = method.step(views, 0)
+    torch.testing.assert_close(scalars["labeled_loss"], loss)
+    # the first step of Nesterov momentum 0.9 is 1.9 times the gradient (and decay, on all but batch norm)
+    decay = {id(p): group["weight_decay"] for group in method.student.optimizer.param_groups for p in group["params"]}
+    pairs = zip(method.student.network.parameters(), network.parameters(), strict=True)
+    for ours, p in pairs:
+        torch.testing.assert_close(ours.detach(), (p - 0.1 * 1.9 * (p.grad + decay[id(ours)] * p)).detach())
+    assert optimizer.param_groups[0]["lr"] == method.student.rate(0)
+
+
+def test_teacher_without_feedback_is_the_uda_network():
+    mpl, uda = build("--feedback", "none"), build(method="uda")
+    mpl.teacher.network.load_state_dict(uda.student.network.state_dict())
+    for step in range(3):
+        mpl.step(make_views(step), step)
+        uda.step(make_views(step), step)
+    assert torch.equal(weights(mpl.teacher.network), weights(uda.student.network))
+
+
+def test_student_learns_from_pseudo_labels_alone():
+    """Other labels change the teacher at once, the student only through the teacher, one step later."""
+    a, b = build("--feedback", "none"), build("--feedback", "none")
+    views = make_views()
+    a.step(views, 0)
+    b.step(views._replace(targets=(views.targets + 1) % 3), 0)
+    assert torch.equal(weights(a.student.network), weights(b.student.network))
+    assert not torch.equal(weights(a.teacher.network), weights(b.teacher.network))
+
+
+def test_the_student_waits():
+    method = build("--student-wait-steps", 2)
+    before = weights(method.student.network)
+    for step in range(2):
+        method.step(make_views(step), step)
+    assert torch.equal(weights(method.student.network), before)
+    method.step(make_views(2), 2)
+    assert not torch.equal(weights(method.student.network), before)
+
+
+@pytest.mark.parametrize("estimator", ["taylor", "dot", "exact"])
+def test_every_feedback_moves_the_teacher(estimator):
+    flags = ["--pseudo-label", "sample", "--feedback-reduction", "sum"]
+    without, with_feedback = build("--feedback", "none", *flags), build("--feedback", estimator, *flags)
+    flipped = build("--feedback", estimator, "--flip-feedback", *flags)
+    for method in (without, with_feedback, flipped):
+        torch.manual_seed(3)
+        scalars = method.step(make_views(), 0)
+    assert torch.equal(weights(without.student.network), weights(with_feedback.student.network))
+    there = weights(with_feedback.teacher.network) - weights(without.teacher.network)
+    back = weights(flipped.teacher.network) - weights(without.teacher.network)
+    assert there.norm() > 1e-5
+    torch.testing.assert_close(there, -back, rtol=1e-2, atol=1e-6)
+    assert torch.isfinite(scalars["feedback"])
+
+
+def test_moving_average_of_the_feedback():
+    """value − b, where b is the average after it has taken in the value; kept by a checkpoint."""
+    flags = ["--feedback", "taylor", "--feedback-momentum", "0.5"]
+    method, plain = build(*flags), build("--feedback", "taylor")
+    h = plain.step(make_views(), 0)["feedback"]
+    shown = method.step(make_views(), 0)["feedback"]
+    torch.testing.assert_close(method.baseline, 0.5 * h)
+    torch.testing.assert_close(shown, 0.5 * h)
+    again = build(*flags)
+    again.load_state_dict(method.state_dict(), "memory")
+    assert torch.equal(again.baseline, method.baseline)
+
+
+def test_non_finite_feedback_of_a_skipped_fp16_step_is_left_out():
+    method = build("--feedback", "taylor")
+    method.student.scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=1e40)
+    before = weights(method.student.network)
+    method.step(make_views(), 0)
+    assert torch.equal(weights(method.student.network), before)  # the scaler skipped the step
+    assert torch.isfinite(weights(method.teacher.network)).all()
+
+
+@pytest.mark.parametrize("method", ["supervised", "uda", "mpl"])
+def test_bf16_is_near_full_precision(method):
+    runtime = Runtime("cpu", amp=True, channels_last=True)
+    if runtime.amp_dtype is None:
+        pytest.skip("no bf16 on this device")
+    full, mixed = build(method=method), build(method=method, runtime=runtime)
+    for step in range(3):
+        a, b = full.step(make_views(step), step), mixed.step(make_views(step), step)
+    torch.testing.assert_close(a["labeled_loss"], b["labeled_loss"], rtol=0.05, atol=0.02)
+    assert weights(mixed.student.network).dtype == torch.float32
+
+
+def test_learns_a_tiny_problem():
+    """Three classes that differ by their mean grey level: a few steps are enough for the teacher's student."""
+    method = build("--temperature", 0.7)
+    generator = torch.Generator().manual_seed(0)
+    level = torch.tensor([-1.5, 0.0, 1.5])
+
+    def images(targets):
+        noise = torch.randn(len(targets), 3, 8, 8, generator=generator)
+        return level[targets][:, None, None, None] + 0.3 * noise
+
+    for step in range(60):
+        targets, truth = torch.tensor([0, 1, 2, 0]), torch.randint(3, (8,), generator=generator)
+        weak = images(truth)
+        strong = weak + 0.1 * torch.randn(8, 3, 8, 8, generator=generator)
+        scalars = method.step(Views(images(targets), targets, weak, strong), step, truth)
+    truth = torch.arange(60) % 3
+    assert scalars["pseudo_label_accuracy"] == 1
+    assert (method.predictor(images(truth)).argmax(1) == truth).float().mean() > 0.95
