@@ -155,9 +155,8 @@ def _log_probabilities(step, parameters):
 
 
 def _product_forward(step, v):
-    """D by forward mode, (N, K)."""
-    with step.runtime.autocast(scaled=False):
-        return jvp(lambda parameters: _log_probabilities(step, parameters), (step.before,), (v,))[1]
+    """D by forward mode, (N, K). Not under autocast, where batch norm's tangents lose their dtype."""
+    return jvp(lambda parameters: _log_probabilities(step, parameters), (step.before,), (v,))[1]
 
 
 @torch.no_grad()

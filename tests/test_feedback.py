@@ -52,8 +52,8 @@ def take_step(problem, labels, rate, smoothing=0.0, runtime=None):
     k = labels.shape[1]
     targets = labels * (1 - smoothing) + smoothing / k
     loss = -(targets * F.log_softmax(network(problem["images_u"]), dim=1)).sum(1).mean()
-    gradient = dict(zip(dict(network.named_parameters()), torch.autograd.grad(loss, network.parameters()), strict=True))
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    gradient = dict(zip(before, torch.autograd.grad(loss, network.parameters()), strict=True))
     with torch.no_grad():
         for name, p in network.named_parameters():
             p -= rate * gradient[name]
@@ -106,7 +106,8 @@ def relative_error(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-CASES = [(norm, k, n, batch) for norm in (True, False) for k in (3, 10) for n, batch in ((1, 1), (6, 4), (20, 20))]
+SIZES = ((1, 1), (6, 4), (20, 20))
+CASES = [(norm, k, n, batch) for norm in (True, False) for k in (3, 10) for n, batch in SIZES]
 
 
 @pytest.mark.parametrize(("norm", "num_classes", "n", "batch"), CASES)
@@ -261,7 +262,7 @@ def helpful_problem():
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.parametrize("taught", [0, 1])
 def test_sign(name, taught):
-    """Descending the term raises the probability of the class that helps; with the sign flipped, lowers it."""
+    """Descending the term raises the probability of the class that helps; flipped, it lowers it."""
     p = helpful_problem()
     labels = F.one_hot(torch.tensor([taught]), 2).double()
     value = ESTIMATORS[name](take_step(p, labels, 0.5))

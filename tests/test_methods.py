@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import main
 from augmentation import Views
+from feedback import ESTIMATORS
 from methods import METHODS, agreement, pseudo_labels, sgd, soft_cross_entropy, uda_loss
 from models import build_model
 from runtime import Runtime
@@ -97,7 +98,8 @@ def test_supervised_step_is_plain_sgd():
     scalars = method.step(views, 0)
     torch.testing.assert_close(scalars["labeled_loss"], loss)
     # the first step of Nesterov momentum 0.9 is 1.9 times the gradient (and decay, on all but batch norm)
-    decay = {id(p): group["weight_decay"] for group in method.student.optimizer.param_groups for p in group["params"]}
+    groups = method.student.optimizer.param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     pairs = zip(method.student.network.parameters(), network.parameters(), strict=True)
     for ours, p in pairs:
         torch.testing.assert_close(ours.detach(), (p - 0.1 * 1.9 * (p.grad + decay[id(ours)] * p)).detach())
@@ -171,12 +173,15 @@ def test_non_finite_feedback_of_a_skipped_fp16_step_is_left_out():
     assert torch.isfinite(weights(method.teacher.network)).all()
 
 
-@pytest.mark.parametrize("method", ["supervised", "uda", "mpl"])
-def test_bf16_is_near_full_precision(method):
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [("supervised", ()), ("uda", ()), *[("mpl", ("--feedback", name)) for name in ("none", *ESTIMATORS)]],
+)
+def test_bf16_is_near_full_precision(method, flags):
     runtime = Runtime("cpu", amp=True, channels_last=True)
     if runtime.amp_dtype is None:
         pytest.skip("no bf16 on this device")
-    full, mixed = build(method=method), build(method=method, runtime=runtime)
+    full, mixed = build(*flags, method=method), build(*flags, method=method, runtime=runtime)
     for step in range(3):
         a, b = full.step(make_views(step), step), mixed.step(make_views(step), step)
     torch.testing.assert_close(a["labeled_loss"], b["labeled_loss"], rtol=0.05, atol=0.02)
@@ -184,7 +189,7 @@ def test_bf16_is_near_full_precision(method):
 
 
 def test_learns_a_tiny_problem():
-    """Three classes that differ by their mean grey level: a few steps are enough for the teacher's student."""
+    """Three classes that differ by their mean grey level: a few steps are enough."""
     method = build("--temperature", 0.7)
     generator = torch.Generator().manual_seed(0)
     level = torch.tensor([-1.5, 0.0, 1.5])
