@@ -28,7 +28,6 @@ from utils import Meters, NonFiniteError, RunLog, commit, load_state, topk_corre
 
 # ---------------------------------------------------------------- arguments
 
-DATASETS = NAMES
 READ_EVERY = 50  # steps between two looks at the meters, each of which waits for the device
 EVALUATION_BATCH = 256  # fixed, so that an accuracy does not depend on the command that asks for it
 
@@ -104,7 +103,12 @@ def build_parser():
     )
 
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset", default="cifar10", choices=DATASETS)
+    group.add_argument(
+        "--dataset",
+        default="cifar10",
+        choices=NAMES,
+        help="twomoons and digits need no download; folder: your own",
+    )
     group.add_argument("--data-path", default="data", help="folder of the data set")
     group.add_argument(
         "--num-labeled",
@@ -171,7 +175,9 @@ def build_parser():
     group.add_argument("--ema", type=float, default=0.995, help="decay of the student's moving average")
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--total-steps", type=int, default=300_000)
+    group.add_argument(
+        "--total-steps", type=int, default=300_000, help="steps of training; the cosine ends here"
+    )
     group.add_argument(
         "--eval-step", type=int, default=1000, help="steps between evaluations, with a checkpoint each"
     )
@@ -186,7 +192,7 @@ def build_parser():
         default=0.05,
         help="peak learning rate; of the only network too",
     )
-    group.add_argument("--momentum", type=float, default=0.9)
+    group.add_argument("--momentum", type=float, default=0.9, help="of SGD (all recipes: 0.9)")
     group.add_argument("--nesterov", action="store_true", help="Nesterov momentum (all recipes)")
     group.add_argument("--weight-decay", type=float, default=5e-4, help="none on batch norm")
     group.add_argument(
@@ -196,7 +202,7 @@ def build_parser():
     group.add_argument("--label-smoothing", type=float, default=0.0, help="CIFAR-10 recipe: 0.15")
 
     group = parser.add_argument_group("method")
-    group.add_argument("--method", default="mpl", choices=sorted(METHODS))
+    group.add_argument("--method", default="mpl", choices=sorted(METHODS), help="how the student is trained")
     group.add_argument(
         "--student-wait-steps", type=int, default=0, help="mpl: steps before the student's warm-up begins"
     )
@@ -257,9 +263,9 @@ def build_parser():
     group = parser.add_argument_group("finetuning on the labelled images, after training")
     group.add_argument("--finetune-epochs", type=int, default=625, help="0: none")
     group.add_argument("--finetune-batch-size", type=int, default=512, help="at most all labelled images")
-    group.add_argument("--finetune-lr", type=float, default=3e-5)
-    group.add_argument("--finetune-weight-decay", type=float, default=0.0)
-    group.add_argument("--finetune-momentum", type=float, default=0.9)
+    group.add_argument("--finetune-lr", type=float, default=3e-5, help="constant learning rate")
+    group.add_argument("--finetune-weight-decay", type=float, default=0.0, help="none on batch norm")
+    group.add_argument("--finetune-momentum", type=float, default=0.9, help="of SGD, with Nesterov")
     return parser
 
 

@@ -242,7 +242,7 @@ def test_overriding_the_method_of_a_recipe_sets_its_flags_aside(capsys):
         ("--dataset digits --num-labeled 45", ("45", "10 classes")),
         ("--dataset digits --num-labeled 4000", ("class", "images")),
         ("--dataset digits --num-labeled 40 --num-classes 7", ("7", "10")),
-        ("--dataset digits --num-labeled 40 --model wrn-11-1", ("wrn-11-1",)),
+        ("--dataset digits --num-labeled 40 --model wrn-11-1", ("depth 11",)),
         ("--dataset digits --num-labeled 40 --resume nothing.pth.tar", ("nothing.pth.tar",)),
         ("--dataset digits --num-labeled 40 --resume text.pth.tar", ("text.pth.tar",)),
         ("--dataset digits --num-labeled 40 --total-step 9", ("--total-step",)),
