@@ -3,25 +3,36 @@
     python benchmark.py augment                          # 896 pairs of 32 × 32: one CIFAR-10 step
     python benchmark.py augment --size 224 --pairs 64    # the ImageNet policy
     python benchmark.py augment --device cuda --static   # the form without branches, on the GPU
+    python benchmark.py data                             # what a training step spends outside its networks
+    python benchmark.py step                             # what each form of the feedback costs
 
 A figure alone says as much about the machine as about the code. So each subcommand measures both ways
-alternately, in the same process, and prints the ratio of the medians.
+alternately, in one run, and prints the ratio of the medians.
 """
 
 import argparse
 import functools
 import os
 import random
+import resource
 import statistics
 import time
 
 import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
+from torch.func import functional_call
 from torchvision.transforms import functional
 
+import feedback
+import main as training
 from augmentation import GREY, OPERATIONS, ImageViews
+from data import Dataset, ImageSet, TrainLoader
+from methods import METHODS
+from runtime import Runtime
+from utils import Meters
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 
@@ -175,7 +186,153 @@ def augment(args):
     print_ratios("pairs/s; reference: Pillow on CPU", rows)
 
 
+# ------------------------------------------------------------------------------------- data: the whole step
+
+
+def training_step(args, flags=()):
+    """The parts of one MPL step on random images of 32 pixels: loader, views, method."""
+    size = ["--batch-size", str(args.batch_size), "--mu", str(args.mu), "--model", args.model]
+    recipe = ["--dataset", "cifar10", "--nesterov", "--warmup-steps", "10", "--device", args.device, *size]
+    recipe += [flag for flag in ("--amp", "--channels-last") if getattr(args, flag[2:].replace("-", "_"))]
+    options = training.parse_arguments([*recipe, *flags])
+    runtime = Runtime(options.device, options.amp, channels_last=options.channels_last)
+    images = torch.randint(256, (5000, 3, 32, 32), dtype=torch.uint8)
+    whole = ImageSet(torch.arange(5000) % 10, images)
+    dataset = Dataset(
+        name="cifar10",
+        classes=[str(k) for k in range(10)],
+        mean=MEAN,
+        std=STD,
+        flip=True,
+        size=32,
+        crop="pad",
+        labeled=whole.subset(range(1000)),
+        unlabeled=whole,
+        val=None,
+        test=whole,
+        labeled_indices=list(range(1000)),
+    )
+    loader = TrainLoader(dataset, options.batch_size, options.mu, 0, runtime)
+    views = training.build_views(options, dataset)
+    return loader, views, METHODS["mpl"](options, 10, 32, runtime), runtime
+
+
+def data(args):
+    """Share of a training step outside forward, backward and optimiser: drawing, augmenting, metering."""
+    loader, views, method, runtime = training_step(args)
+    meters = Meters()
+    shares, seconds = [], []
+    for step in range(args.repeats + 1):
+        start = time.perf_counter()
+        batch = next(loader)
+        drawn = views(batch.images_l, batch.targets, batch.images_u, loader.generator)
+        runtime.wait()
+        ready = time.perf_counter()
+        scalars = method.step(drawn, step, batch.targets_u)
+        runtime.wait()
+        stepped = time.perf_counter()
+        meters.update(scalars, step)
+        runtime.wait()
+        end = time.perf_counter()
+        if step:
+            shares.append((ready - start + end - stepped) / (end - start))
+            seconds.append(end - start)
+    size = f"batch {args.batch_size}, mu {args.mu}, {torch.get_num_threads()} thread(s), {runtime.describe()}"
+    print(f"{args.model}, {size}: {1000 * statistics.median(seconds):.1f} ms per step")
+    print(f"outside the networks: {100 * statistics.median(shares):.2f} % of the step")
+
+
+# ---------------------------------------------------------------------------------- step: the feedback's cost
+
+
+def double_backward(step):
+    """What ``feedback.exact`` computes, by differentiating through the step with a graph of its gradient."""
+    network, (n, k) = step.network, (len(step.images_u), network_classes(step.network))
+    parameters = {name: before.clone().requires_grad_() for name, before in step.before.items()}
+
+    def forward(parameters, images):
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        return functional_call(network, (parameters, buffers), (images,))
+
+    labels = torch.full((n, k), 1 / k, device=step.images_u.device, requires_grad=True)
+    loss = -(labels * F.log_softmax(forward(parameters, step.images_u), dim=1)).sum(dim=1).mean()
+    gradient = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+    after = {name: p - step.rate * g for (name, p), g in zip(parameters.items(), gradient, strict=True)}
+    objective = F.cross_entropy(forward(after, step.images_l), step.targets)
+    return torch.autograd.grad(objective, labels)[0]
+
+
+def network_classes(network):
+    return list(network.parameters())[-1].numel()
+
+
+FEEDBACKS = {
+    "none": ("--feedback", "none"),
+    "taylor": ("--feedback", "taylor"),
+    "dot": ("--feedback", "dot"),
+    "exact, forward mode": ("--feedback", "exact", "--feedback-jvp", "forward"),
+    "exact, difference": ("--feedback", "exact", "--feedback-jvp", "difference"),
+    "double backward": ("--feedback", "dot"),  # the estimator is put in its place
+}
+
+
+def step_worker(name, args, pipe):
+    """In a process of its own, so that its peak memory is its own: one step for each message, timed."""
+    torch.set_num_threads(args.threads)
+    loader, views, method, runtime = training_step(args, FEEDBACKS[name])
+    if name == "double backward":
+        feedback.ESTIMATORS["dot"] = double_backward
+    batch = next(loader)
+    drawn = views(batch.images_l, batch.targets, batch.images_u, loader.generator)
+    step = 0
+    while pipe.recv() == "step":
+        runtime.wait()
+        start = time.perf_counter()
+        method.step(drawn, step, batch.targets_u)
+        runtime.wait()
+        step += 1
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if runtime.kind == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**20
+        pipe.send((time.perf_counter() - start, memory))
+
+
+def step(args):
+    """Seconds and peak memory of one MPL step with each form of the feedback, as ratios to none."""
+    context = multiprocessing.get_context("spawn")
+    pipes, workers, seconds, memory = {}, [], {name: [] for name in FEEDBACKS}, {}
+    for name in FEEDBACKS:
+        pipes[name], end = context.Pipe()
+        workers.append(context.Process(target=step_worker, args=(name, args, end), daemon=True))
+        workers[-1].start()
+    for repeat in range(args.repeats + 1):
+        for name, pipe in pipes.items():  # in turns: one works while the others wait
+            pipe.send("step")
+            taken, memory[name] = pipe.recv()
+            if repeat:
+                seconds[name].append(taken)
+    for pipe in pipes.values():
+        pipe.send("end")
+    size = f"batch {args.batch_size}, mu {args.mu}, {args.threads} thread(s), {args.device}"
+    print(f"{args.model}, {size}, median of {args.repeats} steps")
+    print(f"{'feedback':<24}{'ms/step':>12}{'ratio':>8}{'peak MiB':>12}{'ratio':>8}")
+    for name in FEEDBACKS:
+        median = statistics.median(seconds[name])
+        ratio, more = median / statistics.median(seconds["none"]), memory[name] / memory["none"]
+        print(f"{name:<24}{1000 * median:>12.1f}{ratio:>8.2f}{memory[name]:>12.0f}{more:>8.2f}")
+
+
 # ----------------------------------------------------------------------------------------------- command line
+
+
+def add_step_arguments(command, batch_size, repeats):
+    command.add_argument("--model", default="wrn-28-2", help="network of teacher and student")
+    command.add_argument("--batch-size", type=int, default=batch_size, help="labelled images")
+    command.add_argument("--mu", type=int, default=7, help="unlabelled images per labelled one")
+    command.add_argument("--device", default="cpu", help="cpu or cuda")
+    command.add_argument("--amp", action="store_true", help="bf16")
+    command.add_argument("--channels-last", action="store_true", help="memory order of the recipes")
+    command.add_argument("--repeats", type=int, default=repeats, help="steps that are measured")
 
 
 def main():
@@ -197,6 +354,15 @@ def main():
     command.add_argument("--batches", type=int, default=5, help="batches per measurement of this project")
     command.add_argument("--repeats", type=int, default=7, help="measurements of each, alternating")
     command.set_defaults(run=augment)
+
+    command = commands.add_parser("data", help="share of a training step outside its networks")
+    add_step_arguments(command, batch_size=32, repeats=5)
+    command.set_defaults(run=data)
+
+    command = commands.add_parser("step", help="cost of each form of the feedback, against none")
+    add_step_arguments(command, batch_size=8, repeats=5)
+    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    command.set_defaults(run=step)
 
     args = parser.parse_args()
     args.run(args)

@@ -62,6 +62,7 @@ ONLY_FOR = {
     "feedback": ("mpl",),
     "feedback_weight": ("mpl",),
     "feedback_reduction": ("mpl",),
+    "feedback_view": ("mpl",),
     "feedback_momentum": ("mpl",),
     "flip_feedback": ("mpl",),
     "feedback_jvp": ("mpl",),
@@ -244,6 +245,13 @@ def build_parser():
         "is what the published code does",
     )
     group.add_argument(
+        "--feedback-view",
+        default="same",
+        choices=("same", "strong"),
+        help="mpl: the view whose labels taylor and dot push: the one that was labelled, or the strong one "
+        "with labels of its own, as MPL-pytorch does",
+    )
+    group.add_argument(
         "--feedback-momentum",
         type=float,
         default=0.0,
@@ -313,6 +321,10 @@ def parse_arguments(argv):
     for name in ("total_steps", "eval_step", "batch_size", "mu", "finetune_batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.feedback == "exact" and args.feedback_view == "strong" != args.pseudo_label_view:
+        parser.error(
+            "--feedback exact belongs to the labels that the student learned: use --feedback-view same"
+        )
     if not 0 <= args.start_step < args.total_steps:
         parser.error(f"--start-step {args.start_step} is not below --total-steps {args.total_steps}")
     args.model = args.model or ("mlp-2-8-8-2" if args.dataset == "twomoons" else "wrn-28-2")
@@ -408,7 +420,8 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     for step in range(args.start_step, args.total_steps):
         batch = next(loader)
         batch_views = views(batch.images_l, batch.targets, batch.images_u, loader.generator)
-        meters.update(method.step(batch_views, step, batch.targets_u), step)
+        evaluating = (step + 1) % args.eval_step == 0 or step + 1 == args.total_steps
+        meters.update(method.step(batch_views, step, batch.targets_u, diagnose=evaluating), step)
         progress.update()
 
         if (step + 1) % READ_EVERY == 0:
@@ -416,8 +429,9 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
             rate = (step + 1 - counted) * images_per_step / (time.perf_counter() - started)
             progress.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} images/s")
 
-        if (step + 1) % args.eval_step == 0 or step + 1 == args.total_steps:
-            record = meters.read() | {"images_per_second": count(), "student_rate": method.student.rate(step)}
+        if evaluating:
+            record = meters.read() | {name: value.item() for name, value in method.diagnostics.items()}
+            record |= {"images_per_second": count(), "student_rate": method.student.rate(step)}
             test = evaluate(runtime, method.predictor, dataset.test, views)
             record |= test
             if dataset.val is not None:

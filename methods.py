@@ -2,7 +2,8 @@
 
 A method owns its networks, optimisers, schedules, gradient scalers and EMA. ``step`` takes one step on the
 ``Views`` of one batch and returns a dict of scalar tensors for the meters, without waiting for the device;
-``predictor`` is the network that is evaluated; ``state_dict`` holds all that continuing needs.
+``predictor`` is the network that is evaluated; ``state_dict`` holds all that continuing needs. A step that
+is asked to ``diagnose`` also measures what is too dear for every step, into ``diagnostics``.
 """
 
 import torch
@@ -172,6 +173,7 @@ class Method:
     """
 
     teacher_network = None  # where there is one, to be evaluated beside the student
+    diagnostics = {}  # noqa: RUF012  scalars of the last step that was asked to ``diagnose``
 
     def __init__(self, args, num_classes, image_size, runtime):
         self.args, self.runtime = args, runtime
@@ -208,7 +210,7 @@ class Method:
 class Supervised(Method):
     """Cross-entropy on the labelled images alone."""
 
-    def step(self, views, step, truth=None):
+    def step(self, views, step, truth=None, diagnose=False):
         logits = self.student(views.labeled)
         loss = F.cross_entropy(logits, views.targets, label_smoothing=self.args.label_smoothing)
         self.learn(self.student, loss, step)
@@ -218,7 +220,7 @@ class Supervised(Method):
 class UDA(Method):
     """Unsupervised Data Augmentation (Xie et al. 2020): one network, consistent under augmentation."""
 
-    def step(self, views, step, truth=None):
+    def step(self, views, step, truth=None, diagnose=False):
         args = self.args
         labeled, weak, strong = joint_logits(self.student, views)
         labeled_loss = F.cross_entropy(labeled, views.targets, label_smoothing=args.label_smoothing)
@@ -242,7 +244,7 @@ class PseudoLabel(Method):
         )
         runtime.place(self.teacher_network).eval().requires_grad_(False)
 
-    def step(self, views, step, truth=None):
+    def step(self, views, step, truth=None, diagnose=False):
         args = self.args
         with torch.no_grad(), self.runtime.autocast():
             view = views.weak if args.pseudo_label_view == "weak" else views.strong
@@ -267,21 +269,13 @@ class MPL(Method):
         self.learners = {"teacher": self.teacher, "student": self.student}
         self.baseline = torch.zeros((), device=runtime.device)  # moving average of a scalar feedback
 
-    def step(self, views, step, truth=None):
+    def step(self, views, step, truth=None, diagnose=False):
         args = self.args
         labeled, weak, strong = joint_logits(self.teacher, views)
         labeling = weak if args.pseudo_label_view == "weak" else strong
         labels = pseudo_labels(labeling, args.pseudo_label)
+        student_loss, student_step = self._student_step(views, labels, self.student.rate(step))
 
-        # the student's step, on the pseudo labels alone
-        rate = self.student.rate(step)
-        random_state = self.runtime.rng_state()
-        student_loss = soft_cross_entropy(labels, self.student(views.strong), args.label_smoothing).mean()
-        self.student.backward(student_loss)
-        before, gradient = self._snapshot() if args.feedback != "none" else (None, None)
-        self.student.update(rate)
-
-        # the teacher's step
         labeled_loss = F.cross_entropy(labeled, views.targets, label_smoothing=args.label_smoothing)
         consistency, mask = uda_loss(weak, strong, args.temperature, args.threshold)
         loss = labeled_loss + args.lambda_u * ramp_up(step, args.uda_steps) * consistency
@@ -291,40 +285,43 @@ class MPL(Method):
             "uda_mask": mask,
             "student_loss": student_loss,
         }
-        if args.feedback != "none":
-            value = self._feedback(
-                feedback.StudentStep(
-                    network=self.student.network,
-                    before=before,
-                    gradient=gradient,
-                    images_u=views.strong,
-                    images_l=views.labeled,
-                    targets=views.targets,
-                    rate=rate,
-                    random_state=random_state,
-                    runtime=self.runtime,
-                    label_smoothing=args.label_smoothing,
-                )
-            )
-            term = feedback.feedback_term(
-                value,
-                labeling,
-                labels,
-                reduction=args.feedback_reduction,
-                world_size=self.runtime.world_size,
-            )
-            loss = loss + args.feedback_weight * term
-            scalars["feedback"] = value if value.ndim == 0 else (value * labels).sum()
+        if student_step is not None:
+            value, improvement = self._feedback(student_step, labels)
+            term = args.feedback_weight * self._feedback_term(value, labeling, strong, labels)
+            if diagnose:
+                self.diagnostics = {"feedback_cosine": self._cosine(term, loss)}
+            loss = loss + term
+            scalars["feedback"] = improvement
         self.learn(self.teacher, loss, step)
         return scalars | known_truth(labels, truth)
 
-    def _snapshot(self):
-        """The student's parameters and gradients by name, before its step overwrites them."""
-        parameters = self.student.parameters
-        before = {name: p.detach().clone() for name, p in parameters.items()}
-        return before, {name: p.grad.clone() for name, p in parameters.items()}
+    def _student_step(self, views, labels, rate):
+        """The student learns the labels; returns its loss and what an estimator must know of the step."""
+        args, student = self.args, self.student
+        random_state = self.runtime.rng_state()
+        loss = soft_cross_entropy(labels, student(views.strong), args.label_smoothing).mean()
+        student.backward(loss)
+        if args.feedback == "none":
+            student.update(rate)
+            return loss, None
+        before = {name: p.detach().clone() for name, p in student.parameters.items()}
+        gradient = {name: p.grad.clone() for name, p in student.parameters.items()}
+        student.update(rate)
+        return loss, feedback.StudentStep(
+            network=student.network,
+            before=before,
+            gradient=gradient,
+            images_u=views.strong,
+            images_l=views.labeled,
+            targets=views.targets,
+            rate=rate,
+            random_state=random_state,
+            runtime=self.runtime,
+            label_smoothing=args.label_smoothing,
+        )
 
-    def _feedback(self, student_step):
+    def _feedback(self, student_step, labels):
+        """The value of the feedback, with baseline and sign, and how much the student improved, ()."""
         args = self.args
         if args.feedback == "exact":
             value = feedback.exact(student_step, args.feedback_jvp)
@@ -332,10 +329,29 @@ class MPL(Method):
             value = feedback.ESTIMATORS[args.feedback](student_step)
         if self.student.scaler.is_enabled():  # a step that the fp16 scaler skipped has no feedback
             value = torch.where(torch.isfinite(value), value, 0.0)
+        improvement = value if value.ndim == 0 else -(value * labels).sum()
         if value.ndim == 0 and args.feedback_momentum:
             self.baseline.lerp_(value, 1 - args.feedback_momentum)
             value = value - self.baseline
-        return -value if args.flip_feedback else value
+        return -value if args.flip_feedback else value, improvement
+
+    def _feedback_term(self, value, labeling, strong, labels):
+        if self.args.feedback_view == "strong":  # MPL-pytorch: not the labels that the student learned
+            labeling, labels = strong, pseudo_labels(strong, self.args.pseudo_label)
+        return feedback.feedback_term(
+            value,
+            labeling,
+            labels,
+            reduction=self.args.feedback_reduction,
+            world_size=self.runtime.world_size,
+        )
+
+    def _cosine(self, term, rest):
+        """Cosine between the teacher's gradients of the feedback and of the rest of its loss, ()."""
+        parameters = list(self.teacher.parameters.values())
+        gradients = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (term, rest)]
+        flat = [torch.cat([g.reshape(-1) for g in self.runtime.average_(list(each))]) for each in gradients]
+        return F.cosine_similarity(*flat, dim=0)
 
     @property
     def teacher_network(self):

@@ -81,6 +81,11 @@ class Runtime:
         memory_format = torch.channels_last if self.channels_last else torch.preserve_format
         return network.to(self.device, memory_format=memory_format)
 
+    def wait(self):
+        """Until the device has done all that it was asked to: for measuring time."""
+        if self.kind == "cuda":
+            torch.cuda.synchronize(self.device)
+
     # precision
 
     def autocast(self, scaled=True):

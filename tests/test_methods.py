@@ -153,15 +153,65 @@ def test_every_feedback_moves_the_teacher(estimator):
 
 def test_moving_average_of_the_feedback():
     """value − b, where b is the average after it has taken in the value; kept by a checkpoint."""
-    flags = ["--feedback", "taylor", "--feedback-momentum", "0.5"]
-    method, plain = build(*flags), build("--feedback", "taylor")
+    flags = ["--feedback", "taylor", "--feedback-weight", 1000]
+    method, plain = build(*flags, "--feedback-momentum", 0.75), build(*flags)
+    without = build("--feedback", "none")
     h = plain.step(make_views(), 0)["feedback"]
-    shown = method.step(make_views(), 0)["feedback"]
-    torch.testing.assert_close(method.baseline, 0.5 * h)
-    torch.testing.assert_close(shown, 0.5 * h)
-    again = build(*flags)
+    torch.testing.assert_close(method.step(make_views(), 0)["feedback"], h)  # shown as it was measured
+    torch.testing.assert_close(method.baseline, 0.25 * h)
+    without.step(make_views(), 0)
+    base = weights(without.teacher.network)
+    torch.testing.assert_close(
+        weights(method.teacher.network) - base,
+        0.75 * (weights(plain.teacher.network) - base),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+    again = build(*flags, "--feedback-momentum", 0.75)
     again.load_state_dict(method.state_dict(), "memory")
     assert torch.equal(again.baseline, method.baseline)
+
+
+def test_the_published_code_is_a_uda_teacher():
+    """Its flags give a feedback whose gradient is zero: the teacher is that of ``--feedback none``."""
+    views = "--pseudo-label soft --pseudo-label-view strong".split()
+    published = "--feedback taylor --flip-feedback --feedback-momentum 0.99".split()
+    a, b = build(*views, *published), build(*views, "--feedback", "none")
+    for step in range(3):
+        scalars = a.step(make_views(step), step)
+        b.step(make_views(step), step)
+    assert scalars["feedback"].abs() > 1e-4
+    torch.testing.assert_close(weights(a.teacher.network), weights(b.teacher.network), rtol=1e-5, atol=1e-6)
+
+
+def test_mpl_pytorch_has_the_reverse_sign_on_labels_of_the_strong_view():
+    """Its term is (L_new − L_old) · CE(argmax T(strong), T(strong)), averaged over images."""
+    flags = ["--flip-feedback", "--feedback-view", "strong"]
+    method = build(*flags)
+    logits = torch.randn(8, 3, requires_grad=True)
+    h = torch.tensor(0.3)
+    own = F.cross_entropy(logits, logits.argmax(1))
+    student_labels = F.one_hot(torch.zeros(8, dtype=torch.int64), 3).float()
+    value = -h  # what --flip-feedback makes of L_old − L_new
+    torch.testing.assert_close(method._feedback_term(value, None, logits, student_labels), -h * own)
+    plain, flipped = build("--feedback-view", "strong"), build(*flags)
+    without = build("--feedback", "none")
+    for each in (plain, flipped, without):
+        each.step(make_views(), 0)
+    base = weights(without.teacher.network)
+    there, back = weights(plain.teacher.network) - base, weights(flipped.teacher.network) - base
+    assert there.norm() > 1e-6
+    torch.testing.assert_close(there, -back, rtol=1e-2, atol=1e-6)
+
+
+def test_diagnose_measures_the_cosine_and_changes_nothing():
+    a, b = build("--feedback", "exact"), build("--feedback", "exact")
+    b.teacher.network.load_state_dict(a.teacher.network.state_dict())
+    a.step(make_views(), 0, diagnose=True)
+    b.step(make_views(), 0)
+    assert torch.equal(weights(a.teacher.network), weights(b.teacher.network))
+    assert -1 <= a.diagnostics["feedback_cosine"] <= 1 and a.diagnostics["feedback_cosine"] != 0
+    assert b.diagnostics == {}
 
 
 def test_a_step_that_the_fp16_scaler_skips_has_no_feedback():
