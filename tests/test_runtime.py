@@ -1,0 +1,79 @@
+"""Devices, random state, files."""
+
+import os
+
+import pytest
+import torch
+
+from runtime import Runtime, UserError
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch run-by-a-checkpoint",)
+
+
+def test_unknown_and_missing_devices_are_refused():
+    with pytest.raises(UserError, match="auto, cpu or cuda"):
+        Runtime("gpu")
+    with pytest.raises(UserError, match="fp16 needs CUDA"):
+        Runtime("cpu", amp=True, amp_dtype="fp16")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA device"):
+            Runtime("cuda")
+
+
+def test_replay_draws_the_same_and_leaves_no_trace():
+    runtime = Runtime("cpu")
+    state = runtime.rng_state()
+    first = torch.rand(5)
+    after = torch.get_rng_state()
+    with runtime.replay(state):
+        again = torch.rand(5)
+        torch.rand(100)
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_save_replaces_whole_files_only(tmp_path, monkeypatch):
+    runtime, path = Runtime("cpu"), tmp_path / "a.pth.tar"
+    runtime.save({"step": 1}, path)
+
+    class Full(dict):
+        def __reduce_ex__(self, protocol):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left"):
+        runtime.save({"step": Full()}, path)
+    assert runtime.load(path) == {"step": 1}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "missing", "code"])
+def test_damaged_checkpoints(tmp_path, damage, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runtime, path = Runtime("cpu"), tmp_path / "a.pth.tar"
+    runtime.save({"weights": torch.zeros(1000)}, path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif damage == "text":
+        path.write_text("hello")
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "missing":
+        path.unlink()
+    else:
+        torch.save({"weights": Payload()}, path)
+    with pytest.raises(UserError, match=r"a\.pth\.tar"):
+        runtime.load(path)
+    assert not (tmp_path / "run-by-a-checkpoint").exists()
+
+
+def test_bf16_of_the_forward_pass_only():
+    runtime = Runtime("cpu", amp=True)
+    if runtime.amp_dtype is None:
+        pytest.skip("no bf16 on this device")
+    layer = torch.nn.Linear(4, 4)
+    with runtime.autocast():
+        assert layer(torch.zeros(1, 4)).dtype == torch.bfloat16
+    assert layer.weight.dtype == torch.float32
+    assert not runtime.grad_scaler().is_enabled()

@@ -1,0 +1,81 @@
+"""Schedules, meters, accuracy, and the record of a run."""
+
+import json
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+
+from utils import Meters, NonFiniteError, RunLog, learning_rate, ramp_up, topk_correct
+
+
+def test_learning_rate_waits_warms_up_and_falls():
+    schedule = {"peak": 0.1, "total_steps": 100, "warmup_steps": 10, "wait_steps": 20}
+    rates = [learning_rate(step, **schedule) for step in range(101)]
+    assert rates[:20] == [0.0] * 20
+    assert rates[20:30] == pytest.approx([0.01 * k for k in range(1, 11)])
+    expected = [0.05 * (1 + math.cos(math.pi * k / 70)) for k in range(71)]
+    assert rates[30:] == pytest.approx(expected)
+    assert learning_rate(150, **schedule) == pytest.approx(0.0, abs=1e-12)
+    assert learning_rate(0, peak=0.1, total_steps=100) == 0.1
+
+
+def test_ramp_up():
+    assert [ramp_up(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert ramp_up(0, 0) == 1
+
+
+def test_meters_against_plain_statistics():
+    meters, values = Meters(), torch.randn(50, 2, dtype=torch.float64) * 3 + 100
+    for step, (a, b) in enumerate(values):
+        meters.update({"a": a, "b": b}, step)
+    read = meters.read()
+    for index, name in enumerate("ab"):
+        assert read[name] == pytest.approx(values[:, index].mean().item(), rel=1e-6)
+        assert read[f"{name}_std"] == pytest.approx(values[:, index].std().item(), rel=1e-4)
+    meters.reset()
+    assert meters.read() == {}
+
+
+def test_meters_continue_from_a_checkpoint():
+    values = torch.randn(20)
+    whole, first, second = Meters(), Meters(), Meters()
+    for step, value in enumerate(values):
+        whole.update({"a": value}, step)
+        (first if step < 7 else second).update({"a": value}, step)
+        if step == 6:
+            second.load_state_dict(first.state_dict(), "cpu")
+    assert second.read() == whole.read()
+
+
+def test_meters_name_the_first_step_and_term_that_was_not_finite():
+    meters = Meters()
+    for step in range(5):
+        bad = torch.tensor(float("nan") if step >= 3 else 1.0)
+        meters.update({"good": torch.tensor(1.0), "bad": bad}, step)
+    with pytest.raises(NonFiniteError, match=r"^step 3: bad is not finite$"):
+        meters.read()
+
+
+def test_topk_is_clipped_to_the_number_of_classes():
+    logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
+    hits = topk_correct(logits, torch.tensor([1, 0]), (1, 2, 5))
+    assert hits.tolist() == [[0, 0], [1, 0], [1, 1]]
+
+
+def test_the_record_drops_what_is_about_to_be_written_again(tmp_path):
+    log = RunLog(tmp_path, Namespace(seed=0), tensorboard=False)
+    for step in (10, 20, 30):
+        log.evaluation(step, {"top1": step, "val_top1": None})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 40, "to')  # killed in the middle of a line
+    steps = lambda: [json.loads(line)["step"] for line in open(tmp_path / "metrics.jsonl")]  # noqa: E731, SIM115
+    RunLog(tmp_path, Namespace(seed=0), start_step=20, tensorboard=False)
+    assert steps() == [10, 20]
+    RunLog(tmp_path, Namespace(seed=1), start_step=None, tensorboard=False)
+    assert steps() == [10, 20]
+    assert json.loads((tmp_path / "args.json").read_text())["seed"] == 0
+    RunLog(tmp_path, Namespace(seed=2), start_step=0, tensorboard=False)
+    assert steps() == []
+    assert json.loads((tmp_path / "args.json").read_text())["seed"] == 2
