@@ -466,8 +466,8 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
 def finetune(args, runtime, dataset, views, network, log, steps_before):
     """Train a copy of ``network`` on the labelled images alone; returns its top-1 accuracy in percent.
 
-    SGD at a constant rate, ten evaluations on the way. With ``--num-val`` the one with the best validation
-    accuracy is taken, else the last. ``steps_before`` is the step that the figures are logged after.
+    SGD at a constant rate, up to ten evaluations on the way. With ``--num-val`` the one with the best
+    validation accuracy is taken, else the last. ``steps_before`` is the step that figures are logged after.
     """
     network = copy.deepcopy(network).requires_grad_(True)
     batch_size = min(args.finetune_batch_size, len(dataset.labeled))
@@ -491,7 +491,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before):
         scaler.update()
         meters.update({"finetune_loss": loss}, steps_before + step)
 
-        if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
+        if (step + 1) % max(50, steps // 10) == 0 or step + 1 == steps:
             record = {"finetune_loss": meters.read()["finetune_loss"]}
             test = evaluate(runtime, network, dataset.test, views)
             record["finetune_top1"] = test["top1"]
@@ -657,7 +657,7 @@ def main(argv):
     log.close()
     if runtime.is_main:
         if not only:
-            visualize.finished_run(folder)
+            visualize.finished_run(folder, dataset)
         print(result_line(summary))
     runtime.close()
 

@@ -496,8 +496,10 @@ def draw_regions(panels, dataset):
     return figure
 
 
-def regions_of(runs, data_path=None, save_path=None):
+def regions_of(runs, data_path=None, save_path=None, dataset=None):
     """The figure for one run (teacher and student) or several (the student of each).
+
+    A ``dataset`` that the caller has read already is taken for all runs.
 
     Raises:
         UserError: a run on another data set.
@@ -511,15 +513,15 @@ def regions_of(runs, data_path=None, save_path=None):
     panels = []
     methods = [run.method for run in runs]
     for run in runs:
-        dataset, runtime = read_dataset(run, data_path), make_runtime(run.args)
-        networks = read_networks(run, dataset, runtime, save_path)
+        points, runtime = dataset or read_dataset(run, data_path), make_runtime(run.args)
+        networks = read_networks(run, points, runtime, save_path)
         if len(runs) > 1:
             name = run.method if methods.count(run.method) == 1 else run.name
             networks = {name: networks[STUDENT]}
         for name, network in networks.items():
-            right = accuracy(*predict(network, dataset.test, dataset, runtime))
-            panels.append((f"{name}\ntest accuracy {right:.2f} %", network, dataset.labeled))
-    return draw_regions(panels, dataset)
+            right = accuracy(*predict(network, points.test, points, runtime))
+            panels.append((f"{name}\ntest accuracy {right:.2f} %", network, points.labeled))
+    return draw_regions(panels, points)
 
 
 # ---------------------------------------------------------------------------------------------- confusion
@@ -578,9 +580,9 @@ def draw_confusion(counts, classes, heading):
     return figure
 
 
-def confusion_of(run, data_path=None, save_path=None):
-    """The figure of the predictor of a run, on the test set."""
-    dataset, runtime = read_dataset(run, data_path), make_runtime(run.args)
+def confusion_of(run, data_path=None, save_path=None, dataset=None):
+    """The figure of the predictor of a run, on the test set; ``dataset`` saves reading it again."""
+    dataset, runtime = dataset or read_dataset(run, data_path), make_runtime(run.args)
     network = read_networks(run, dataset, runtime, save_path)[STUDENT]
     truth, predicted = predict(network, dataset.test, dataset, runtime)
     right = accuracy(truth, predicted)
@@ -788,17 +790,17 @@ def augmentation_of(name, data_path, *, randaug=(2, 16), seed=0, resize=None, co
 # ------------------------------------------------------------------------------------ called after training
 
 
-def finished_run(folder):
+def finished_run(folder, dataset=None):
     """The pictures that every training run leaves in its folder; returns their paths.
 
-    curves.png; for two moons regions.png, for images confusion.png.
+    curves.png; for two moons regions.png, for images confusion.png. ``dataset`` saves reading it again.
     """
     run = read_run(folder)
     paths = [save(draw_curves([run]), run.folder / "curves.png")]
     if run.args["dataset"] == "twomoons":
-        paths.append(save(regions_of([run]), run.folder / "regions.png"))
+        paths.append(save(regions_of([run], dataset=dataset), run.folder / "regions.png"))
     else:
-        paths.append(save(confusion_of(run), run.folder / "confusion.png"))
+        paths.append(save(confusion_of(run, dataset=dataset), run.folder / "confusion.png"))
     return paths
 
 
