@@ -7,6 +7,7 @@ program reads as if there were one device. ``Runtime`` is made once, in ``main.p
 import contextlib
 import os
 import pickle
+import platform
 import sys
 import zipfile
 
@@ -74,6 +75,9 @@ class Runtime:
     def _has_bf16(self):
         if self.kind == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
+        if platform.machine() in ("x86_64", "AMD64"):  # others than these emulate it, slower than float32
+            checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+            return any(getattr(torch.cpu, check, bool)() for check in checks)
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def place(self, network):
