@@ -92,7 +92,9 @@ def build_parser():
         "--seed", type=int, default=0, help="of labels, initial weights, batches, augmentation"
     )
     group.add_argument("--resume", metavar="CKPT", help="checkpoint to continue, finetune or evaluate")
-    group.add_argument("--evaluate", action="store_true", help="only evaluate the checkpoint of --resume")
+    group.add_argument(
+        "--evaluate", action="store_true", help="only evaluate the checkpoint of --resume, into results/CKPT"
+    )
     group.add_argument("--finetune", action="store_true", help="only finetune the checkpoint of --resume")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
     group.add_argument("--amp", action="store_true", help="mixed precision")
@@ -328,9 +330,9 @@ def parse_arguments(argv):
     if not 0 <= args.start_step < args.total_steps:
         parser.error(f"--start-step {args.start_step} is not below --total-steps {args.total_steps}")
     args.model = args.model or ("mlp-2-8-8-2" if args.dataset == "twomoons" else "wrn-28-2")
-    if args.name is None:
-        checkpoint = os.path.basename(args.resume).removesuffix(".pth.tar") if args.evaluate else None
-        args.name = checkpoint or args.dataset
+    args.name = args.name or args.dataset
+    if args.evaluate:  # a folder of its own: the record of the training run stays as it is
+        args.name = os.path.basename(args.resume).removesuffix(".pth.tar")
     return args
 
 
@@ -641,7 +643,7 @@ def main(argv):
     if args.finetune_epochs and not args.evaluate:
         figures["finetune_top1"] = finetune(args, runtime, dataset, views, network, log, figures["steps"])
 
-    summary = dict.fromkeys(SUMMARY) | figures
+    summary = dict.fromkeys(SUMMARY) | (log.read_summary() if args.finetune else {}) | figures
     summary |= {
         "name": args.name,
         "dataset": args.dataset,

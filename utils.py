@@ -204,6 +204,11 @@ class RunLog:
         if self.active:
             self._write("summary.json", record)
 
+    def read_summary(self):
+        """What an earlier part of the run has written, {} if nothing."""
+        path = self.folder / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
     def close(self):
         if self.writer:
             self.writer.close()
