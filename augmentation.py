@@ -538,7 +538,8 @@ class ImageViews:
         crop: "pad" for small images (CIFAR), weak = flip and a random crop after padding size/8 with grey,
             strong = weak, the RandAugment layers, a cutout of half-width size/4, flip and crop again.
             "none" for images that are random resized crops already (ImageNet), weak = flip, strong = flip and
-            the layers with translate 100 and cutout 40 pixels.
+            the layers with translate 100 and cutout 40 pixels at the published size of 224, in proportion at
+            others: 100 pixels would push a small image out of sight.
         randaug: (layers, magnitude), or None for strong views without these layers.
         labeled_view: "weak" or "strong", the view of labelled images.
         static: static shapes and no branch on data, see RandAugment.
@@ -564,7 +565,7 @@ class ImageViews:
         self.static = static
         self.randaug = None
         if randaug is not None:
-            translate, half = (None, None) if crop == "pad" else (100, 40)
+            translate, half = (None, None) if crop == "pad" else (100 * size / 224, 40 * size / 224)
             self.randaug = RandAugment(*randaug, translate=translate, cutout=half, static=static)
         self._scale = torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1)
         self._shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
