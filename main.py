@@ -308,7 +308,9 @@ def parse_arguments(argv):
     of_user = given(parser, argv[last:] if overrides else argv)
 
     useless = {name for name, methods in ONLY_FOR.items() if args.method not in methods}
-    useless |= {"jitter"} if args.dataset != "twomoons" else {"randaug", "resize"}
+    useless |= {"jitter"} if args.dataset != "twomoons" else {"randaug", "resize", "labeled_view"}
+    if args.method == "supervised" and args.labeled_view == "weak":
+        useless |= {"randaug"}
     if refused := sorted(useless & of_user):
         flags = ", ".join("--" + name.replace("_", "-") for name in refused)
         parser.error(f"--method {args.method} on {args.dataset} does not use {flags}: leave it out")
