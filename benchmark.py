@@ -21,16 +21,14 @@ import time
 import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
-import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
-from torch.func import functional_call
 from torchvision.transforms import functional
 
 import feedback
 import main as training
 from augmentation import GREY, OPERATIONS, ImageViews
 from data import Dataset, ImageSet, TrainLoader
-from methods import METHODS
+from methods import METHODS, soft_cross_entropy
 from runtime import Runtime
 from utils import Meters
 
@@ -247,23 +245,13 @@ def data(args):
 
 def double_backward(step):
     """What ``feedback.exact`` computes, by differentiating through the step with a graph of its gradient."""
-    network, (n, k) = step.network, (len(step.images_u), network_classes(step.network))
     parameters = {name: before.clone().requires_grad_() for name, before in step.before.items()}
-
-    def forward(parameters, images):
-        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-        return functional_call(network, (parameters, buffers), (images,))
-
-    labels = torch.full((n, k), 1 / k, device=step.images_u.device, requires_grad=True)
-    loss = -(labels * F.log_softmax(forward(parameters, step.images_u), dim=1)).sum(dim=1).mean()
+    logits = feedback.logits_at(step.network, parameters, step.images_u)
+    labels = torch.full_like(logits, 1 / logits.shape[1], requires_grad=True)
+    loss = soft_cross_entropy(labels, logits).mean()
     gradient = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
     after = {name: p - step.rate * g for (name, p), g in zip(parameters.items(), gradient, strict=True)}
-    objective = F.cross_entropy(forward(after, step.images_l), step.targets)
-    return torch.autograd.grad(objective, labels)[0]
-
-
-def network_classes(network):
-    return list(network.parameters())[-1].numel()
+    return torch.autograd.grad(feedback.labeled_loss(step, after), labels)[0]
 
 
 FEEDBACKS = {

@@ -50,7 +50,7 @@ class StudentStep:
 # ---------------------------------------------------------------- measuring
 
 
-def _forward(network, parameters, images):
+def logits_at(network, parameters, images):
     """Logits (N, K) at other parameters; running statistics are updated in copies and dropped."""
     buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
     return functional_call(network, (parameters, buffers), (images,))
@@ -72,7 +72,7 @@ def _measuring(network):
 def labeled_loss(step, parameters):
     """CE(y_l, S(x_l; ``parameters``)), (), of this process's labelled images."""
     with _measuring(step.network), step.runtime.autocast(scaled=False):
-        logits = _forward(step.network, parameters, step.images_l)
+        logits = logits_at(step.network, parameters, step.images_l)
     return F.cross_entropy(_full_precision(logits), step.targets)
 
 
@@ -150,7 +150,7 @@ def exact(step, mode="auto"):
 
 
 def _log_probabilities(step, parameters):
-    logits = _forward(step.network, parameters, step.images_u)
+    logits = logits_at(step.network, parameters, step.images_u)
     return F.log_softmax(_full_precision(logits), dim=1)
 
 

@@ -303,9 +303,10 @@ def parse_arguments(argv):
     parser = build_parser()
     args = parser.parse_args(argv)
     last = max((i for i, word in enumerate(argv) if word.split("=")[0] == "--method"), default=0)
-    overrides = "method" in given(parser, argv[:last])
-    of_recipe = given(parser, argv[:last]) if overrides else set()
-    of_user = given(parser, argv[last:] if overrides else argv)
+    of_recipe = given(parser, argv[:last])
+    if "method" not in of_recipe:  # nothing is overridden: all flags are the user's
+        last, of_recipe = 0, set()
+    of_user = given(parser, argv[last:])
 
     useless = {name for name, methods in ONLY_FOR.items() if args.method not in methods}
     useless |= {"jitter"} if args.dataset != "twomoons" else {"randaug", "resize", "labeled_view"}

@@ -173,10 +173,10 @@ class Method:
     """
 
     teacher_network = None  # where there is one, to be evaluated beside the student
-    diagnostics = {}  # noqa: RUF012  scalars of the last step that was asked to ``diagnose``
 
     def __init__(self, args, num_classes, image_size, runtime):
         self.args, self.runtime = args, runtime
+        self.diagnostics = {}  # scalars of the last step that was asked to ``diagnose``
         self.num_classes, self.image_size = num_classes, image_size
         self.student = self.learner(args.student_lr, args.student_dropout, ema=args.ema)
         self.learners = {"student": self.student}
