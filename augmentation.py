@@ -12,7 +12,7 @@ with a degenerate image; everything that moves pixels is one map of source posit
 Every pixel is the one that Pillow computes (rounding included), with the arguments of the code published
 with *Meta Pseudo Labels* (Pham et al., CVPR 2021), which follows *RandAugment* (Cubuk et al., 2020).
 
-All randomness comes from the ``torch.Generator`` that is handed in (on the images' device; None is torch's
+All randomness comes from the ``torch.Generator`` that is handed in, of the device or the host (None: torch's
 default one), so that a seed fixes the views and restoring its state continues them.
 """
 
@@ -74,6 +74,12 @@ class Draws(NamedTuple):
     operation: torch.Tensor
     negative: torch.Tensor
     centre: torch.Tensor
+
+
+def _drawn(function, arguments, generator, device):
+    """Random numbers on the device, drawn where the generator lives: on the host for XLA, which has none."""
+    home = device if generator is None else generator.device
+    return function(*arguments, generator=generator, device=home).to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------- point operations: lookup tables
@@ -337,10 +343,8 @@ class RandAugment:
 
     def draw(self, n, height, width, generator=None, device="cpu"):
         """The random choices for n images of this size: Draws on the device."""
-        p = 0.2 + 0.6 * torch.rand(n, generator=generator, device=device)
-        chance, kind, sign, row, column = torch.rand(
-            5, self.num_layers, n, generator=generator, device=device
-        )
+        p = 0.2 + 0.6 * _drawn(torch.rand, (n,), generator, device)
+        chance, kind, sign, row, column = _drawn(torch.rand, (5, self.num_layers, n), generator, device)
         operation = (kind * len(OPERATIONS)).long().clamp(max=len(OPERATIONS) - 1)
         operation = torch.where(chance < p, operation, UNCHANGED)
         # a float32 below 1 times the size may round up to the size
@@ -481,7 +485,7 @@ def random_crop(images, padding, generator=None, flip=False, static=False):
     n, channels, height, width = images.shape
     device = images.device
     mirrored = _coins(images, generator) if flip else torch.zeros(n, dtype=torch.bool, device=device)
-    top, left = torch.randint(2 * padding + 1, (2, n, 1, 1), generator=generator, device=device)
+    top, left = _drawn(torch.randint, (2 * padding + 1, (2, n, 1, 1)), generator, device)
     rows = top + torch.arange(height, device=device)[:, None]  # (N, H, 1), of the padded image
     if static:
         row = rows - padding
@@ -505,14 +509,14 @@ def random_crop(images, padding, generator=None, flip=False, static=False):
 
 def _coins(images, generator):
     """One toss for each image: (N,) bool."""
-    return torch.rand(len(images), generator=generator, device=images.device) < 0.5
+    return _drawn(torch.rand, (len(images),), generator, images.device) < 0.5
 
 
 def cutout(images, half, generator=None):
     """A grey square of half-width ``half`` in each image, its middle anywhere. (N, C, H, W) uint8 → same."""
     n, _, height, width = images.shape
-    row = torch.randint(height, (n,), generator=generator, device=images.device)
-    column = torch.randint(width, (n,), generator=generator, device=images.device)
+    row = _drawn(torch.randint, (height, (n,)), generator, images.device)
+    column = _drawn(torch.randint, (width, (n,)), generator, images.device)
     return erase(images, torch.stack((row, column), dim=1), half)
 
 
@@ -661,7 +665,7 @@ class PointViews:
 
 def jitter(points, std, generator=None):
     """Points plus Gaussian noise of standard deviation ``std``. (N, D) float32 → the same."""
-    noise = torch.randn(points.shape, generator=generator, device=points.device)
+    noise = _drawn(torch.randn, points.shape, generator, points.device)
     return points.float() + std * noise
 
 
@@ -675,8 +679,9 @@ def mixup(images, targets, alpha, generator=None):
     """
     if alpha <= 0:
         raise ValueError(f"alpha must be above 0, not {alpha}")
-    concentration = torch.full((2,), float(alpha), device=images.device)
+    home = images.device if generator is None else generator.device
+    concentration = torch.full((2,), float(alpha), device=home)
     first, second = torch._standard_gamma(concentration, generator=generator)
-    share = first / (first + second)
-    partner = torch.randperm(len(images), generator=generator, device=images.device)
+    share = (first / (first + second)).to(images.device)
+    partner = _drawn(torch.randperm, (len(images),), generator, images.device)
     return torch.lerp(images[partner], images, share), torch.lerp(targets[partner], targets, share)

@@ -211,14 +211,14 @@ def training_step(args, flags=()):
         labeled_indices=list(range(1000)),
     )
     loader = TrainLoader(dataset, options.batch_size, options.mu, 0, runtime)
-    views = training.build_views(options, dataset)
+    views = training.build_views(options, dataset, runtime)
     return loader, views, METHODS["mpl"](options, 10, 32, runtime), runtime
 
 
 def data(args):
     """Share of a training step outside forward, backward and optimiser: drawing, augmenting, metering."""
     loader, views, method, runtime = training_step(args)
-    meters = Meters()
+    meters = Meters(runtime)
     shares, seconds = [], []
     for step in range(args.repeats + 1):
         start = time.perf_counter()

@@ -1028,7 +1028,9 @@ class TrainLoader:
             (UNLABELED, dataset.unlabeled, mu * batch_size),
         ):
             if count:
-                stream = _Stream(len(image_set), name, seed, 16 * count * runtime.world_size, home)
+                # XLA compiles a graph anew for every offset that it slices at: the host slices instead
+                slicing = torch.device("cpu") if self.device.type == "xla" else home
+                stream = _Stream(len(image_set), name, seed, 16 * count * runtime.world_size, slicing)
                 share = _Share(name, image_set.to(home), stream, count, runtime.rank, runtime.world_size)
                 self.shares.append(share)
         self.decoded = None
@@ -1055,7 +1057,7 @@ class TrainLoader:
     def _from_memory(self, step):
         tensors = []
         for share in self.shares:
-            index = share.take(step)
+            index = share.take(step).to(self.device)
             tensors += [
                 tensor.index_select(0, index) for tensor in (share.image_set.images, share.image_set.targets)
             ]

@@ -73,7 +73,7 @@ def labeled_loss(step, parameters):
     """CE(y_l, S(x_l; ``parameters``)), (), of this process's labelled images."""
     with _measuring(step.network), step.runtime.autocast(scaled=False):
         logits = logits_at(step.network, parameters, step.images_l)
-    return F.cross_entropy(_full_precision(logits), step.targets)
+    return F.cross_entropy(full_precision(logits), step.targets)
 
 
 def labeled_gradient(step):
@@ -83,8 +83,8 @@ def labeled_gradient(step):
     return dict(zip(after, step.runtime.average_(list(gradient)), strict=True))
 
 
-def _full_precision(logits):
-    """Losses are measured in float32, or in float64 where the network is."""
+def full_precision(logits):
+    """Losses are computed in float32, or in float64 where the network is."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -111,7 +111,10 @@ def dot(step):
     part of it. Cost: one forward and backward pass on x_l.
     """
     v = labeled_gradient(step)
-    return step.rate * torch.stack([(v[name] * step.gradient[name]).sum() for name in v]).sum()
+    return (
+        step.runtime.scalar(step.rate)
+        * torch.stack([(v[name] * step.gradient[name]).sum() for name in v]).sum()
+    )
 
 
 # ---------------------------------------------------------------- exact form
@@ -146,12 +149,13 @@ def exact(step, mode="auto"):
     product = {"forward": _product_forward, "difference": _product_difference}[mode]
     with step.runtime.replay(step.random_state):
         derivative = product(step, v)
-    return (1 - step.label_smoothing) * step.rate / len(step.images_u) * derivative
+    factor = (1 - step.label_smoothing) * step.rate / len(step.images_u)
+    return step.runtime.scalar(factor) * derivative
 
 
 def _log_probabilities(step, parameters):
     logits = logits_at(step.network, parameters, step.images_u)
-    return F.log_softmax(_full_precision(logits), dim=1)
+    return F.log_softmax(full_precision(logits), dim=1)
 
 
 def _product_forward(step, v):
@@ -172,7 +176,8 @@ def _product_difference(step, v):
 
     def at(sign):
         moved = {name: before + sign * scale * v[name] for name, before in step.before.items()}
-        with step.runtime.replay(step.runtime.rng_state()):  # both passes draw the same dropout masks
+        # both passes draw the same dropout masks
+        with step.runtime.replay(step.runtime.rng_state()), step.runtime.full_float32():
             return _log_probabilities(step, moved)
 
     return (at(+1) - at(-1)) * (norm / (2 * epsilon))
@@ -196,7 +201,7 @@ def feedback_term(value, logits, labels, *, reduction="sum", world_size=1):
             of images and what the published code does. ``exact`` needs no choice.
         world_size: the processes over which the teacher's gradient is averaged.
     """
-    log_q = F.log_softmax(_full_precision(logits), dim=1)
+    log_q = F.log_softmax(full_precision(logits), dim=1)
     if value.ndim == 2:
         return (log_q.exp() * value).sum()
     cross_entropy = -(labels * log_q).sum(dim=1)

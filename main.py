@@ -21,13 +21,14 @@ from tqdm import tqdm
 import visualize
 from augmentation import ImageViews, PointViews
 from data import NAMES, TrainLoader, batches, load_dataset, write_labeled_indices
-from methods import METHODS, build_network, predictor_state, sgd
+from methods import METHODS, Learner, build_network, predictor_state, sgd
 from models import count_parameters
 from runtime import Runtime, UserError
 from utils import Meters, NonFiniteError, RunLog, commit, load_state, topk_correct
 
 # ---------------------------------------------------------------- arguments
 
+STOP_EVERY = 10  # steps between two looks at whether another process was told to stop
 READ_EVERY = 50  # steps between two looks at the meters, each of which waits for the device
 EVALUATION_BATCH = 256  # fixed, so that an accuracy does not depend on the command that asks for it
 
@@ -40,7 +41,7 @@ FRESH = {
     "train_seconds": 0.0,
     "trained_images": 0,
 }
-POSITION = ("top1", "top5", "meters", "loader", "random_state")
+POSITION = ("top1", "top5", "meters", "loader")
 SUMMARY = (
     *("name", "dataset", "method", "num_labeled", "seed", "steps", "top1", "top5", "best_top1", "best_step"),
     *("selection", "oracle_top1", "teacher_top1", "finetune_top1", "train_seconds", "images_per_second"),
@@ -96,13 +97,16 @@ def build_parser():
         "--evaluate", action="store_true", help="only evaluate the checkpoint of --resume, into results/CKPT"
     )
     group.add_argument("--finetune", action="store_true", help="only finetune the checkpoint of --resume")
-    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to run")
+    group.add_argument("--device", default="auto", choices=Runtime.KINDS, help="where to run")
     group.add_argument("--amp", action="store_true", help="mixed precision")
     group.add_argument("--amp-dtype", default="bf16", choices=("bf16", "fp16"), help="fp16 needs CUDA")
     group.add_argument(
         "--channels-last",
         action="store_true",
         help="memory order in which convolutions are faster (all recipes)",
+    )
+    group.add_argument(
+        "--sync-bn", action="store_true", help="batch statistics over the batches of all processes"
     )
 
     group = parser.add_argument_group("data")
@@ -342,7 +346,7 @@ def parse_arguments(argv):
 # ---------------------------------------------------------------- setup
 
 
-def build_views(args, dataset):
+def build_views(args, dataset, runtime):
     if dataset.size == 0:
         return PointViews(*args.jitter)
     return ImageViews(
@@ -353,6 +357,7 @@ def build_views(args, dataset):
         crop=dataset.crop,
         randaug=tuple(args.randaug),
         labeled_view=args.labeled_view,
+        static=runtime.static,
     )
 
 
@@ -364,7 +369,7 @@ class Interrupt:
     """Context that remembers SIGTERM or SIGINT, so that the loop can stop between two steps."""
 
     def __enter__(self):
-        self.signal = None
+        self.signal = 0
         self.before = {
             number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
         }
@@ -373,6 +378,12 @@ class Interrupt:
     def _note(self, number, frame):
         self.signal = number
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    def on_any(self, runtime):
+        """The signal that any of the processes has received, 0 for none; all take part in the question."""
+        if runtime.world_size > 1:
+            self.signal = int(runtime.max_(torch.tensor(self.signal, device=runtime.device)))
+        return self.signal
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -392,11 +403,10 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     """
     mu = 0 if args.method == "supervised" else args.mu
     loader = TrainLoader(dataset, args.batch_size, mu, args.seed, runtime, args.workers)
-    meters = Meters()
+    meters = Meters(runtime)
     loader.load_state_dict(state.get("loader", {"position": args.start_step}))
-    if "random_state" in state:
+    if "meters" in state:
         meters.load_state_dict(state["meters"], runtime.device)
-        runtime.set_rng_state(state["random_state"])
 
     images_per_step = args.batch_size * (1 + mu) * runtime.world_size
     progress = tqdm(
@@ -416,7 +426,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
         return images / seconds
 
     def checkpoint(*kinds):
-        state.update(meters=meters.state_dict(), loader=loader.state_dict(), random_state=runtime.rng_state())
+        state.update(meters=meters.state_dict(), loader=loader.state_dict())
         content = method.state_dict() | state
         content |= {"step": step + 1, "args": vars(args), "data": about(dataset)}
         for kind in kinds:
@@ -424,9 +434,11 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
 
     for step in range(args.start_step, args.total_steps):
         batch = next(loader)
-        batch_views = views(batch.images_l, batch.targets, batch.images_u, loader.generator)
+        runtime.seed(args.seed, step)
+        batch_views = runtime.shard(views(batch.images_l, batch.targets, batch.images_u, loader.generator))
         evaluating = (step + 1) % args.eval_step == 0 or step + 1 == args.total_steps
         meters.update(method.step(batch_views, step, batch.targets_u, diagnose=evaluating), step)
+        runtime.finish_step()
         progress.update()
 
         if (step + 1) % READ_EVERY == 0:
@@ -437,6 +449,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
         if evaluating:
             record = meters.read() | {name: value.item() for name, value in method.diagnostics.items()}
             record |= {"images_per_second": count(), "student_rate": method.student.rate(step)}
+            method.agree()
             test = evaluate(runtime, method.predictor, dataset.test, views)
             record |= test
             if dataset.val is not None:
@@ -457,9 +470,11 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
                 progress.write(f"step {step + 1}/{args.total_steps}  {figures}", file=sys.stderr)
             started, counted = time.perf_counter(), step + 1
 
-        if interrupt.signal:
+        # several processes stop together: they ask each other, but not at every step
+        if (runtime.world_size == 1 or (step + 1) % STOP_EVERY == 0) and interrupt.on_any(runtime):
             meters.read()
             count()
+            method.agree()
             checkpoint("last")
             progress.close()
             path = checkpoint_path(args, "last")
@@ -478,25 +493,27 @@ def finetune(args, runtime, dataset, views, network, log, steps_before):
     batch_size = min(args.finetune_batch_size, len(dataset.labeled))
     steps = max(1, args.finetune_epochs * len(dataset.labeled) // (batch_size * runtime.world_size))
     loader = TrainLoader(dataset, batch_size, 0, args.seed + 1, runtime, args.workers)
-    optimizer = sgd(network, args.finetune_lr, args.finetune_momentum, True, args.finetune_weight_decay)
-    scaler, meters = runtime.grad_scaler(), Meters()
+    learner = Learner(
+        network,
+        runtime,
+        optimizer=lambda network: sgd(
+            network, args.finetune_lr, args.finetune_momentum, True, args.finetune_weight_decay
+        ),
+        rate=lambda step: args.finetune_lr,
+    )
+    network, meters = learner.network, Meters(runtime)
     best_val_top1, selected = -1.0, None
     for step in range(steps):
         batch = next(loader)
-        batch_views = views(batch.images_l, batch.targets, None, loader.generator)
-        network.train()
-        with runtime.autocast():
-            logits = network(batch_views.labeled).float()
-        loss = F.cross_entropy(logits, batch_views.targets)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        runtime.average_([p.grad for p in network.parameters() if p.grad is not None])
-        scaler.step(optimizer)
-        scaler.update()
+        runtime.seed(args.seed + 1, step)
+        labeled, targets, *_ = runtime.shard(views(batch.images_l, batch.targets, None, loader.generator))
+        loss = F.cross_entropy(learner(labeled), targets)
+        learner.learn(loss, step)
         meters.update({"finetune_loss": loss}, steps_before + step)
+        runtime.finish_step()
 
         if (step + 1) % max(50, steps // 10) == 0 or step + 1 == steps:
+            learner.agree()
             record = {"finetune_loss": meters.read()["finetune_loss"]}
             test = evaluate(runtime, network, dataset.test, views)
             record["finetune_top1"] = test["top1"]
@@ -504,7 +521,10 @@ def finetune(args, runtime, dataset, views, network, log, steps_before):
                 record["finetune_val_top1"] = evaluate(runtime, network, dataset.val, views)["top1"]
             meters.reset()
             log.evaluation(steps_before + step + 1, record)
-            content = {"avg_state_dict": network.state_dict(), "optimizer": optimizer.state_dict()} | test
+            content = {
+                "avg_state_dict": network.state_dict(),
+                "optimizer": learner.optimizer.state_dict(),
+            } | test
             content |= {"step": steps_before, "finetune_step": step + 1}
             content |= {"args": vars(args), "data": about(dataset)}
             runtime.save(content, checkpoint_path(args, "finetune_last"))
@@ -528,10 +548,11 @@ def evaluate(runtime, network, image_set, views):
         image_set, EVALUATION_BATCH, runtime.device, runtime.rank, runtime.world_size
     ):
         with runtime.autocast():
-            logits = network(views.evaluation(images)).float()
+            logits = network(*runtime.shard((views.evaluation(images),))).float()
         hits = topk_correct(logits, targets, (1, 5))
         losses = F.cross_entropy(logits, targets, reduction="none")
         total += (torch.stack([*hits, losses, torch.ones_like(losses)]) * mask).sum(dim=1)
+        runtime.finish_step()
     top1, top5, loss, count = runtime.sum_(total).tolist()
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "test_loss": loss / count}
 
@@ -607,7 +628,7 @@ def train(args, runtime, dataset, views, log, saved):
 
 def main(argv):
     args = parse_arguments(argv)
-    runtime = Runtime(args.device, args.amp, args.amp_dtype, args.channels_last)
+    runtime = Runtime(args.device, args.amp, args.amp_dtype, args.channels_last, args.sync_bn)
     dataset = load_dataset(
         args.dataset,
         args.data_path,
@@ -622,7 +643,7 @@ def main(argv):
         raise UserError(
             f"--num-classes {args.num_classes}, but {args.dataset} has {dataset.num_classes} classes"
         )
-    views = build_views(args, dataset)
+    views = build_views(args, dataset, runtime)
     saved = runtime.load(args.resume) if args.resume else None
     only = args.evaluate or args.finetune
     if saved and not only:

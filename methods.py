@@ -70,25 +70,20 @@ def agreement(labels, truth):
 class Learner:
     """A network with its optimiser, learning-rate schedule, gradient scaler and, if asked for, EMA.
 
-    SGD with momentum; weight decay on everything but batch norm's scale and shift.
-
     Args:
         network: moved to the device.
-        peak: peak learning rate.
-        wait_steps: steps at rate zero before the warm-up.
+        runtime: where to run.
+        optimizer: a function of the network on the device that returns its optimiser.
+        rate: the learning rate as a function of the step.
+        grad_clip: bound of the gradient's norm, 0 for none.
         ema: decay of the moving average, or None for no average.
     """
 
-    def __init__(self, network, args, runtime, *, peak, wait_steps=0, ema=None):
+    def __init__(self, network, runtime, *, optimizer, rate, grad_clip=0.0, ema=None):
         self.network = runtime.place(network)
-        self.runtime, self.grad_clip = runtime, args.grad_clip
-        self.schedule = {
-            "peak": peak,
-            "total_steps": args.total_steps,
-            "warmup_steps": args.warmup_steps,
-            "wait_steps": wait_steps,
-        }
-        self.optimizer = sgd(network, peak, args.momentum, args.nesterov, args.weight_decay)
+        self.training_network = runtime.parallel(self.network)
+        self.runtime, self.rate, self.grad_clip = runtime, rate, grad_clip
+        self.optimizer = optimizer(self.network)
         self.scaler = runtime.grad_scaler()
         self.ema = ModelEMA(self.network, ema) if ema is not None else None
 
@@ -97,21 +92,17 @@ class Learner:
         """The parameters that learn, by name."""
         return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
 
-    def rate(self, step):
-        return learning_rate(step, **self.schedule)
-
     def __call__(self, images):
-        """Logits (N, K) float32 in training mode."""
+        """Logits (N, K) in training mode, float32 (float64 where the network is)."""
         self.network.train()
         with self.runtime.autocast():
-            return self.network(images).float()
+            return feedback.full_precision(self.training_network(images))
 
     def backward(self, loss):
         """Gradients of ``loss``, averaged over processes and unscaled, into the parameters' ``grad``."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        self.runtime.average_([p.grad for p in self.parameters.values() if p.grad is not None])
 
     def update(self, rate):
         """One optimiser step at ``rate`` on the gradients of ``backward``, then the EMA."""
@@ -123,6 +114,18 @@ class Learner:
         self.scaler.update()
         if self.ema:
             self.ema.update(self.network)
+
+    def learn(self, loss, step):
+        """One step of the network alone."""
+        self.backward(loss)
+        self.update(self.rate(step))
+
+    def agree(self):
+        """Make the running statistics, which each process keeps of its own batches, the same on all: their
+        mean. Moving averages are linear, so that it does not matter how often this is done."""
+        networks = [self.network] + ([self.ema.network] if self.ema else [])
+        buffers = [buffer for network in networks for buffer in network.buffers()]
+        self.runtime.average_([buffer for buffer in buffers if buffer.is_floating_point()])
 
     def state_dict(self, role):
         """Under the keys of MPL-pytorch: ``ROLE_state_dict``, ``ROLE_optimizer``, ``ROLE_scaler``."""
@@ -142,7 +145,7 @@ class Learner:
             self.scaler.load_state_dict(state[f"{role}_scaler"])
             if self.ema:
                 load_state(self.ema.network, state["avg_state_dict"], path)
-                self.ema.updates = state["avg_updates"]
+                self.ema.updates.copy_(state["avg_updates"])
         except KeyError as error:
             raise UserError(f"{path} has no {error}: it was not written by this --method") from error
 
@@ -178,22 +181,40 @@ class Method:
         self.args, self.runtime = args, runtime
         self.diagnostics = {}  # scalars of the last step that was asked to ``diagnose``
         self.num_classes, self.image_size = num_classes, image_size
-        self.student = self.learner(args.student_lr, args.student_dropout, ema=args.ema)
+        wait_steps = args.student_wait_steps if args.method == "mpl" else 0
+        self.student = self.learner(args.student_lr, args.student_dropout, wait_steps, ema=args.ema)
         self.learners = {"student": self.student}
 
-    def learner(self, peak, dropout, **options):
-        network = build_network(self.args, self.num_classes, self.image_size, dropout)
-        return Learner(network, self.args, self.runtime, peak=peak, **options)
+    def learner(self, peak, dropout, wait_steps=0, ema=None):
+        """A learner as the command line describes it, with this peak learning rate."""
+        args = self.args
+
+        def optimizer(network):
+            return sgd(network, peak, args.momentum, args.nesterov, args.weight_decay)
+
+        def rate(step):
+            return learning_rate(
+                step,
+                peak=peak,
+                total_steps=args.total_steps,
+                warmup_steps=args.warmup_steps,
+                wait_steps=wait_steps,
+            )
+
+        network = build_network(args, self.num_classes, self.image_size, dropout)
+        return Learner(
+            network, self.runtime, optimizer=optimizer, rate=rate, grad_clip=args.grad_clip, ema=ema
+        )
 
     @property
     def predictor(self):
         """The network that is evaluated: the EMA of the student."""
         return self.student.ema.network
 
-    def learn(self, learner, loss, step):
-        """One plain step of one network."""
-        learner.backward(loss)
-        learner.update(learner.rate(step))
+    def agree(self):
+        """The same running statistics in all processes: before an evaluation or a checkpoint."""
+        for learner in self.learners.values():
+            learner.agree()
 
     def state_dict(self):
         state = {}
@@ -213,7 +234,7 @@ class Supervised(Method):
     def step(self, views, step, truth=None, diagnose=False):
         logits = self.student(views.labeled)
         loss = F.cross_entropy(logits, views.targets, label_smoothing=self.args.label_smoothing)
-        self.learn(self.student, loss, step)
+        self.student.learn(loss, step)
         return {"labeled_loss": loss}
 
 
@@ -225,8 +246,9 @@ class UDA(Method):
         labeled, weak, strong = joint_logits(self.student, views)
         labeled_loss = F.cross_entropy(labeled, views.targets, label_smoothing=args.label_smoothing)
         consistency, mask = uda_loss(weak, strong, args.temperature, args.threshold)
-        loss = labeled_loss + args.lambda_u * ramp_up(step, args.uda_steps) * consistency
-        self.learn(self.student, loss, step)
+        weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
+        loss = labeled_loss + weight * consistency
+        self.student.learn(loss, step)
         return {"labeled_loss": labeled_loss, "uda_loss": consistency, "uda_mask": mask} | known_truth(
             weak, truth
         )
@@ -250,7 +272,7 @@ class PseudoLabel(Method):
             view = views.weak if args.pseudo_label_view == "weak" else views.strong
             labels = pseudo_labels(self.teacher_network(view).float(), args.pseudo_label)
         loss = soft_cross_entropy(labels, self.student(views.strong), args.label_smoothing).mean()
-        self.learn(self.student, loss, step)
+        self.student.learn(loss, step)
         return {"student_loss": loss} | known_truth(labels, truth)
 
 
@@ -264,7 +286,6 @@ class MPL(Method):
 
     def __init__(self, args, num_classes, image_size, runtime):
         super().__init__(args, num_classes, image_size, runtime)
-        self.student.schedule["wait_steps"] = args.student_wait_steps
         self.teacher = self.learner(args.teacher_lr, args.teacher_dropout)
         self.learners = {"teacher": self.teacher, "student": self.student}
         self.baseline = torch.zeros((), device=runtime.device)  # moving average of a scalar feedback
@@ -278,7 +299,8 @@ class MPL(Method):
 
         labeled_loss = F.cross_entropy(labeled, views.targets, label_smoothing=args.label_smoothing)
         consistency, mask = uda_loss(weak, strong, args.temperature, args.threshold)
-        loss = labeled_loss + args.lambda_u * ramp_up(step, args.uda_steps) * consistency
+        weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
+        loss = labeled_loss + weight * consistency
         scalars = {
             "labeled_loss": labeled_loss,
             "uda_loss": consistency,
@@ -292,7 +314,7 @@ class MPL(Method):
                 self.diagnostics = {"feedback_cosine": self._cosine(term, loss)}
             loss = loss + term
             scalars["feedback"] = improvement
-        self.learn(self.teacher, loss, step)
+        self.teacher.learn(loss, step)
         return scalars | known_truth(labels, truth)
 
     def _student_step(self, views, labels, rate):

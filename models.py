@@ -534,7 +534,8 @@ class ModelEMA:
             raise ValueError(f"the decay of a moving average lies between 0 and 1, not at {decay}")
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.decay = decay
-        self.updates = 0
+        # counted on the device: a graph that holds the number would be another one at every step
+        self.updates = torch.zeros((), dtype=torch.int64, device=next(network.parameters()).device)
 
     @torch.no_grad()
     def update(self, network):
@@ -542,7 +543,8 @@ class ModelEMA:
 
         Stays on the device: nothing is read back.
         """
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        t = self.updates.to(next(self.network.parameters()).dtype)
+        decay = ((1 + t) / (10 + t)).clamp_max(self.decay)
         ours = [*self.network.parameters(), *self.network.buffers()]
         theirs = [*network.parameters(), *network.buffers()]
         pairs = list(zip(ours, theirs, strict=True))
@@ -550,7 +552,7 @@ class ModelEMA:
         copied = [(a, b) for a, b in pairs if not a.is_floating_point()]
         if averaged:
             a, b = zip(*averaged, strict=True)
-            torch._foreach_lerp_(a, b, 1.0 - decay)  # a + (1 - decay) * (b - a)
+            torch._foreach_lerp_(a, b, [1.0 - decay] * len(a))  # a + (1 - decay) * (b - a)
         if copied:
             a, b = zip(*copied, strict=True)
             torch._foreach_copy_(a, b)
@@ -563,4 +565,4 @@ class ModelEMA:
     def load_state_dict(self, state):
         """Continue from what `state_dict` returned; RuntimeError if it is another network's."""
         self.network.load_state_dict(state["network"])
-        self.updates = int(state["updates"])
+        self.updates.fill_(state["updates"])

@@ -11,8 +11,12 @@ import platform
 import sys
 import zipfile
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 
 class UserError(Exception):
@@ -23,27 +27,38 @@ class Runtime:
     """The device of this process, its numeric precision and its place among the processes.
 
     Args:
-        device: ``auto`` (CUDA where there is one, else CPU), ``cpu`` or ``cuda``.
+        device: ``cpu``, ``cuda``, ``mps``, ``xla``, or ``auto``: CUDA where there is one, else MPS, else CPU.
         amp: run the networks' forward passes under autocast.
         amp_dtype: ``bf16``, or ``fp16`` with gradient scaling (CUDA only).
         channels_last: keep images and filters in the memory order that convolutions are fastest in.
+        sync_bn: batch norm takes its statistics over the batches of all processes.
 
     Raises:
         UserError: a device that is not there, or a precision that it does not have.
 
-    Started by ``torchrun`` there is one process per GPU (or per ``gloo`` rank on CPU); ``rank`` and
+    Started by ``torchrun`` there is one process per GPU (NCCL) or per rank on CPU (gloo); ``rank`` and
     ``world_size`` tell them apart. A process started alone is rank 0 of 1.
+
+    On XLA all devices run one SPMD program: batches are sharded over a mesh with the one axis ``data``, and
+    sums over a batch, batch statistics among them, are sums over all devices with nothing written for it.
+    Every host runs the same program on the same batches, so ``world_size`` is 1; the files are the first
+    host's.
     """
 
-    def __init__(self, device="auto", amp=False, amp_dtype="bf16", channels_last=False):
+    KINDS = ("auto", "cpu", "cuda", "mps", "xla")
+
+    def __init__(self, device="auto", amp=False, amp_dtype="bf16", channels_last=False, sync_bn=False):
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device not in ("cpu", "cuda"):
-            raise UserError(f"device '{device}' is not known: use auto, cpu or cuda")
+            mps = torch.backends.mps.is_available()
+            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        if device not in self.KINDS:
+            raise UserError(f"device '{device}' is not known: use {', '.join(self.KINDS)}")
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda, but PyTorch sees no CUDA device here: use --device cpu or auto")
-        if amp and amp_dtype == "fp16" and device == "cpu":
-            raise UserError("--amp-dtype fp16 needs CUDA: use --amp-dtype bf16 on the CPU")
+        if device == "mps" and not torch.backends.mps.is_available():
+            raise UserError("--device mps, but PyTorch sees no Apple GPU here: use --device cpu or auto")
+        if amp and amp_dtype == "fp16" and device != "cuda":
+            raise UserError(f"--amp-dtype fp16 needs CUDA: use --amp-dtype bf16 on {device}")
 
         self.kind = device
         self.rank = int(os.environ.get("RANK", 0))
@@ -53,28 +68,59 @@ class Runtime:
         if device == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True  # shapes are static: the search pays once
-        if self.world_size > 1 and not dist.is_initialized():
+            torch.backends.cuda.matmul.fp32_precision = "tf32"  # as convolutions have it by default
+        if device == "xla":
+            self._start_xla()
+        elif self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device == "cuda" else "gloo")
         self.channels_last = channels_last
+        self.sync_bn = sync_bn
         self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype] if amp else None
         if self.amp_dtype == torch.bfloat16 and not self._has_bf16():
             self.amp_dtype = None
             if self.is_main:
                 print(f"this {self.kind} device has no bf16: --amp is left out", file=sys.stderr)
 
+    def _start_xla(self):
+        if self.world_size > 1:
+            raise UserError("--device xla is one process per host, started without torchrun")
+        try:
+            import torch_xla
+            import torch_xla.distributed.spmd as spmd
+            import torch_xla.runtime as xla_runtime
+        except ImportError as error:
+            raise UserError(
+                "--device xla needs torch_xla 2.9.0 beside torch 2.9.0: pip install torch_xla==2.9.0"
+            ) from error
+        xla_runtime.use_spmd()
+        self.device = torch_xla.device()
+        self.xla, self.spmd = torch_xla, spmd
+        self.num_devices = xla_runtime.global_runtime_device_count()
+        self.mesh = spmd.Mesh(np.arange(self.num_devices), (self.num_devices,), ("data",))
+        self.host = xla_runtime.process_index()
+
     @property
     def is_main(self):
         """True in the one process that prints and writes files."""
-        return self.rank == 0
+        return self.rank == 0 and (self.kind != "xla" or self.host == 0)
+
+    @property
+    def static(self):
+        """True where shapes should be static and no branch depend on data: everywhere but on the CPU."""
+        return self.kind != "cpu"
 
     def describe(self):
         """The device in words, for people and for summary.json."""
+        if self.kind == "xla":
+            return f"{self.num_devices} × xla ({os.environ.get('PJRT_DEVICE', 'TPU')})"
         name = torch.cuda.get_device_name(self.device) if self.kind == "cuda" else f"{os.cpu_count()} cores"
         return f"{self.world_size} × {self.kind} ({name})" if self.world_size > 1 else f"{self.kind} ({name})"
 
     def _has_bf16(self):
         if self.kind == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
+        if self.kind in ("mps", "xla"):
+            return True
         if platform.machine() in ("x86_64", "AMD64"):  # others than these emulate it, slower than float32
             checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
             return any(getattr(torch.cpu, check, bool)() for check in checks)
@@ -82,13 +128,53 @@ class Runtime:
 
     def place(self, network):
         """The network on the device, in the chosen memory order; images follow the order of the filters."""
+        if self.sync_bn and self.world_size > 1:
+            network = synchronized(network)
         memory_format = torch.channels_last if self.channels_last else torch.preserve_format
         return network.to(self.device, memory_format=memory_format)
+
+    def parallel(self, network):
+        """What to call for a training pass through a placed network, so that ``backward`` averages the
+        gradients over all processes; the network itself where there is one process."""
+        if self.world_size == 1:
+            return network
+        devices = [self.device] if self.kind == "cuda" else None
+        # Running statistics are each process's own until they are averaged for evaluation.
+        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+
+    def shard(self, tensors):
+        """XLA: split each tensor of the tuple over the devices, along its first dimension; returns the tuple.
+
+        A dimension that the number of devices does not divide stays whole on each.
+        """
+        if self.kind == "xla":
+            for tensor in tensors:
+                if tensor is not None and len(tensor) % self.num_devices == 0:
+                    self.spmd.mark_sharding(tensor, self.mesh, ("data", *[None] * (tensor.ndim - 1)))
+        return tensors
+
+    def scalar(self, value):
+        """A number that changes from step to step, for arithmetic with tensors.
+
+        On XLA a tensor, made of one with a dimension: numbers become constants of a graph there if they are 0
+        or 1, and share one input if they are equal, so that another graph would have to be compiled for such
+        steps.
+        """
+        return torch.tensor([value]).to(self.device)[0] if self.kind == "xla" else value
+
+    def finish_step(self):
+        """The end of a step or of a batch of evaluation. XLA now compiles and runs what was recorded."""
+        if self.kind == "xla":
+            self.xla.sync()
 
     def wait(self):
         """Until the device has done all that it was asked to: for measuring time."""
         if self.kind == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.kind == "mps":
+            torch.mps.synchronize()
+        elif self.kind == "xla":
+            self.xla.sync(wait=True)
 
     # precision
 
@@ -101,16 +187,30 @@ class Runtime:
         enabled = self.amp_dtype is not None and (scaled or self.amp_dtype != torch.float16)
         return torch.autocast(self.kind, dtype=self.amp_dtype, enabled=enabled)
 
+    @contextlib.contextmanager
+    def full_float32(self):
+        """Context in which float32 products have all their 24 bits: for differences of close values."""
+        products = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+        before = [product.fp32_precision for product in products]
+        try:
+            for product in products:
+                product.fp32_precision = "ieee"
+            yield
+        finally:
+            for product, precision in zip(products, before, strict=True):
+                product.fp32_precision = precision
+
     def grad_scaler(self):
         """A gradient scaler, active for fp16 only: bf16 has the range of float32."""
-        return torch.amp.GradScaler(self.kind, enabled=self.amp_dtype == torch.float16)
+        enabled = self.amp_dtype == torch.float16
+        return torch.amp.GradScaler(self.kind if enabled else "cpu", enabled=enabled)
 
     # processes
 
     def average_(self, tensors):
         """Replace each tensor of the list, in place, by its mean over all processes; returns the list."""
-        if self.world_size > 1:
-            flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+        if self.world_size > 1 and tensors:
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
             dist.all_reduce(flat)
             flat /= self.world_size
             for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -121,6 +221,12 @@ class Runtime:
         """Replace the tensor, in place, by its sum over all processes; returns it."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
+        return tensor
+
+    def max_(self, tensor):
+        """Replace the tensor, in place, by its largest value over all processes; returns it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
     def barrier(self):
@@ -134,21 +240,41 @@ class Runtime:
     # random state
 
     def generator(self, seed):
-        """A ``torch.Generator`` on the device, seeded."""
-        return torch.Generator(device=self.device).manual_seed(seed)
+        """A seeded ``torch.Generator``, on the device; on XLA, which has none, on the host."""
+        device = "cpu" if self.kind == "xla" else self.device
+        return torch.Generator(device=device).manual_seed(seed)
+
+    def seed(self, *key):
+        """Seed the default random generators, which dropout draws from, by a key of integers.
+
+        Each process gets a stream of its own. Seeded at every step by its number, a run needs to remember
+        nothing to go on with the same random numbers.
+        """
+        seed = int(np.random.SeedSequence((*key, self.rank)).generate_state(1)[0])
+        torch.manual_seed(seed)
+        if self.kind == "xla":
+            self.xla.manual_seed(seed)
 
     def rng_state(self):
         """State of the default random generators, which dropout draws from; no wait for the device."""
         state = {"cpu": torch.get_rng_state()}
         if self.kind == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
+        elif self.kind == "mps":
+            state["mps"] = torch.mps.get_rng_state()
+        elif self.kind == "xla":
+            state["xla"] = self.xla.core.xla_model.get_rng_state()
         return state
 
     def set_rng_state(self, state):
-        """Continue from ``rng_state()``; a state of another kind of device is left out."""
-        torch.set_rng_state(state["cpu"].cpu())
-        if self.kind == "cuda" and "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"].cpu(), self.device)
+        """Continue from ``rng_state()``."""
+        torch.set_rng_state(state["cpu"])
+        if self.kind == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+        elif self.kind == "mps":
+            torch.mps.set_rng_state(state["mps"])
+        elif self.kind == "xla":
+            self.xla.core.xla_model.set_rng_state(state["xla"])
 
     @contextlib.contextmanager
     def replay(self, state):
@@ -165,10 +291,14 @@ class Runtime:
     def save(self, state, path):
         """Write ``state`` to ``path`` so that a crash at any moment leaves the old file or the new one whole.
 
-        Only the main process writes. Temporary file, flush to disk, rename, flush of the folder.
+        Only the main process writes; all return when the file is there. Temporary file, flush to disk,
+        rename, flush of the folder.
         """
-        if not self.is_main:
-            return
+        if self.is_main:
+            self._write(tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), state), path)
+        self.barrier()
+
+    def _write(self, state, path):
         temporary = f"{path}.tmp"
         try:
             with open(temporary, "wb") as file:
@@ -205,3 +335,75 @@ class Runtime:
             raise UserError(
                 f"{path} is damaged or was not written by this program: nothing could be loaded from it"
             ) from error
+
+
+# ---------------------------------------------------------------- batch norm over processes
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    """The mean of a tensor over all processes. Linear and symmetric: both of its derivatives are itself."""
+
+    @staticmethod
+    def forward(tensor):
+        mean = tensor.clone()
+        dist.all_reduce(mean)
+        return mean / dist.get_world_size()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _MeanOverProcesses.apply(gradient)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return _MeanOverProcesses.apply(tangent)
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm with statistics over the batches of all processes, which are of one size.
+
+    ``torch.nn.SyncBatchNorm`` runs on CUDA alone and has no forward derivative, which the exact feedback
+    takes. One reduction of 2 · C numbers forward and one backward.
+    """
+
+    def _check_input_dim(self, images):
+        pass
+
+    def forward(self, images):
+        """(N, C, …) → the same; float32 statistics whatever the precision of the images."""
+        if not self.training:
+            return super().forward(images)
+        values = images if images.dtype == torch.float64 else images.float()
+        dims = [0, *range(2, images.ndim)]
+        var, mean = torch.var_mean(values, dims, correction=0)
+        # measured from the running mean, so that subtracting squares cancels little
+        shift = self.running_mean.clone()
+        offset = mean - shift
+        moments = _MeanOverProcesses.apply(torch.stack((offset, var + offset.square())))
+        offset = moments[0]
+        mean, var = shift + offset, moments[1] - offset.square()
+        with torch.no_grad():
+            count = values.numel() // values.shape[1] * dist.get_world_size()
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(var.detach() * count / max(1, count - 1), self.momentum)
+            self.num_batches_tracked.add_(1)
+        shape = [1, -1, *[1] * (images.ndim - 2)]
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return (values * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(images.dtype)
+
+
+def synchronized(network):
+    """The network with every batch norm replaced by ``SyncBatchNorm``; parameters and names stay."""
+    for name, module in network.named_children():
+        if isinstance(module, _BatchNorm):
+            other = SyncBatchNorm(module.num_features, module.eps, module.momentum)
+            other.weight, other.bias = module.weight, module.bias
+            other.running_mean, other.running_var = module.running_mean, module.running_var
+            other.num_batches_tracked = module.num_batches_tracked
+            setattr(network, name, other.train(module.training))
+        else:
+            synchronized(module)
+    return network

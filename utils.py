@@ -46,25 +46,29 @@ class Meters:
 
     ``update`` never waits for the device; ``read`` does. The first step at which a scalar was not finite
     is remembered on the device too, so that ``read`` can name it however late it is called.
+
+    With several processes ``read`` returns the same in all of them: means over processes.
     """
 
-    def __init__(self):
+    def __init__(self, runtime):
+        self.runtime = runtime
         self.reset()
 
     def reset(self):
-        self.names, self.count = None, 0
-        self.mean = self.squares = self.bad_step = None
+        self.names = self.first_step = None
+        self.count = self.mean = self.squares = self.bad = None
 
     def update(self, scalars, step):
-        """Take in one step's scalars, ``{name: () tensor}``; the names are the same at every step."""
+        """Take in one step's scalars, ``{name: () tensor}``; same names at every step, one step after the
+        other. All counting is on the device: a graph that holds the step's number is compiled anew."""
         values = torch.stack([value.detach().float() for value in scalars.values()])
         if self.names is None:
-            self.names = list(scalars)
-            self.mean, self.squares = torch.zeros_like(values), torch.zeros_like(values)
-            self.bad_step = torch.full_like(values, -1, dtype=torch.int64)
+            self.names, self.first_step = list(scalars), step
+            self.mean, self.squares, self.bad = (torch.zeros_like(values) for _ in range(3))
+            self.count = torch.zeros_like(values[0])
         self.count += 1
-        first_bad = ~torch.isfinite(values) & (self.bad_step < 0)
-        self.bad_step.masked_fill_(first_bad, step)
+        first_bad = ~torch.isfinite(values) & (self.bad == 0)
+        self.bad = torch.where(first_bad, self.count, self.bad)
         delta = values - self.mean  # Welford's recurrence
         self.mean += delta / self.count
         self.squares += delta * (values - self.mean)
@@ -77,17 +81,19 @@ class Meters:
         """
         if self.names is None:
             return {}
-        bad = {name: step for name, step in zip(self.names, self.bad_step.tolist(), strict=True) if step >= 0}
-        if bad:
-            first = min(bad.values())
-            terms = ", ".join(name for name, step in bad.items() if step == first)
-            raise NonFiniteError(f"step {first}: {terms} is not finite")
-        means = dict(zip(self.names, self.mean.tolist(), strict=True))
-        stds = (self.squares / max(1, self.count - 1)).sqrt().tolist()
-        return means | {f"{name}_std": std for name, std in zip(self.names, stds, strict=True)}
+        bad = self.runtime.max_(self.bad.clone()).tolist()
+        if any(bad):
+            first = min(count for count in bad if count)
+            terms = ", ".join(name for name, count in zip(self.names, bad, strict=True) if count == first)
+            raise NonFiniteError(f"step {self.first_step + int(first) - 1}: {terms} is not finite")
+        deviation = (self.squares / (self.count - 1).clamp_min(1)).sqrt()
+        means, stds = self.runtime.average_([self.mean.clone(), deviation])
+        stds = {f"{name}_std": std for name, std in zip(self.names, stds.tolist(), strict=True)}
+        return dict(zip(self.names, means.tolist(), strict=True)) | stds
 
     def state_dict(self):
-        return {key: getattr(self, key) for key in ("names", "count", "mean", "squares", "bad_step")}
+        keys = ("names", "first_step", "count", "mean", "squares", "bad")
+        return {key: getattr(self, key) for key in keys}
 
     def load_state_dict(self, state, device):
         for key, value in state.items():

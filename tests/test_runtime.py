@@ -14,7 +14,7 @@ class Payload:
 
 
 def test_unknown_and_missing_devices_are_refused():
-    with pytest.raises(UserError, match="auto, cpu or cuda"):
+    with pytest.raises(UserError, match="auto, cpu, cuda"):
         Runtime("gpu")
     with pytest.raises(UserError, match="fp16 needs CUDA"):
         Runtime("cpu", amp=True, amp_dtype="fp16")

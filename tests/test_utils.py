@@ -7,6 +7,7 @@ from argparse import Namespace
 import pytest
 import torch
 
+from runtime import Runtime
 from utils import Meters, NonFiniteError, RunLog, learning_rate, ramp_up, topk_correct
 
 
@@ -27,7 +28,7 @@ def test_ramp_up():
 
 
 def test_meters_against_plain_statistics():
-    meters, values = Meters(), torch.randn(50, 2, dtype=torch.float64) * 3 + 100
+    meters, values = Meters(Runtime("cpu")), torch.randn(50, 2, dtype=torch.float64) * 3 + 100
     for step, (a, b) in enumerate(values):
         meters.update({"a": a, "b": b}, step)
     read = meters.read()
@@ -40,7 +41,7 @@ def test_meters_against_plain_statistics():
 
 def test_meters_continue_from_a_checkpoint():
     values = torch.randn(20)
-    whole, first, second = Meters(), Meters(), Meters()
+    whole, first, second = Meters(Runtime("cpu")), Meters(Runtime("cpu")), Meters(Runtime("cpu"))
     for step, value in enumerate(values):
         whole.update({"a": value}, step)
         (first if step < 7 else second).update({"a": value}, step)
@@ -50,7 +51,7 @@ def test_meters_continue_from_a_checkpoint():
 
 
 def test_meters_name_the_first_step_and_term_that_was_not_finite():
-    meters = Meters()
+    meters = Meters(Runtime("cpu"))
     for step in range(5):
         bad = torch.tensor(float("nan") if step >= 3 else 1.0)
         meters.update({"good": torch.tensor(1.0), "bad": bad}, step)

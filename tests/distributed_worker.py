@@ -1,0 +1,92 @@
+"""Ten steps of every method on given batches: started by test_distributed.py, alone and under torchrun.
+
+    torchrun --nproc-per-node 2 tests/distributed_worker.py FOLDER
+
+Each process takes its part of every batch. It writes FOLDER/WORLD_SIZE-RANK.pt: by the name of the case
+the networks after ten steps and, per step, the scalars of the meters.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import main
+from augmentation import Views
+from methods import METHODS
+from runtime import Runtime
+
+STEPS, BATCH, MU = 10, 8, 2
+COMMON = (
+    f"--method mpl --total-steps 20 --batch-size {BATCH} --mu {MU} --warmup-steps 2 --uda-steps 4 --nesterov "
+    "--threshold 0.3 --label-smoothing 0.1 --teacher-lr 0.02 --student-lr 0.02 --lambda-u 1 "
+)
+MPL = {
+    "none": "--feedback none",
+    "taylor": "--feedback taylor --feedback-momentum 0.9",
+    "taylor-sum": "--feedback taylor --feedback-reduction sum --grad-clip 1",
+    "dot": "--feedback dot",
+    "dot-sum": "--feedback dot --feedback-reduction sum --feedback-weight 0.1",
+    "exact": "--feedback exact --feedback-jvp forward --pseudo-label soft",
+    "exact-difference": "--feedback exact --feedback-jvp difference --pseudo-label soft",
+}
+NETWORKS = {"mlp": "--dataset twomoons --model mlp-2-16-3", "sync-bn": "--model wrn-10-1 --sync-bn"}
+
+
+def cases(folder):
+    for network, flags in NETWORKS.items():
+        yield f"{network} supervised", f"{flags} --method supervised --grad-clip 0.5"
+        yield f"{network} uda", f"{flags} --method uda"
+        yield (
+            f"{network} pseudo-label",
+            f"{flags} --method pseudo-label --teacher-checkpoint {folder}/{network}.pt",
+        )
+        for name, feedback in MPL.items():
+            yield f"{network} mpl {name}", f"{flags} --method mpl {feedback}"
+
+
+def random_views(network, step, rank, world_size):
+    """This process's part of the batch of a step; the whole batch does not depend on the processes."""
+    generator = torch.Generator().manual_seed(step)
+    shape = (2,) if network == "mlp" else (3, 8, 8)
+    labeled = torch.randn(BATCH, *shape, generator=generator)
+    targets = torch.randint(3, (BATCH,), generator=generator)
+    weak, noise = torch.randn(2, BATCH * MU, *shape, generator=generator)
+    whole = (labeled, targets, weak, weak + 0.3 * noise)
+    return Views(*(tensor.chunk(world_size)[rank] for tensor in whole))
+
+
+def run(folder):
+    """{case: {"networks": states, "scalars": of each step}} of this process.
+
+    In float64: the steps amplify what rounding adds, and a pseudo label near a tie may change sides.
+    """
+    torch.set_default_dtype(torch.float64)
+    results = {}
+    for name, flags in cases(folder):
+        args = main.parse_arguments((COMMON + flags).split())
+        args.data_path = folder
+        runtime = Runtime("cpu", sync_bn=args.sync_bn)
+        torch.manual_seed(0)
+        method = METHODS[args.method](args, 3, 8 if "wrn" in flags else 0, runtime)
+        scalars = []
+        for step in range(STEPS):
+            views = random_views(name.split()[0], step, runtime.rank, runtime.world_size)
+            values = method.step(views, step, diagnose=True)
+            scalars.append({key: value.detach() for key, value in (values | method.diagnostics).items()})
+        method.agree()
+        networks = {role: learner.network.state_dict() for role, learner in method.learners.items()}
+        networks["average"] = method.predictor.state_dict()
+        results[name] = {"networks": networks, "scalars": scalars}
+    torch.set_default_dtype(torch.float32)
+    return results
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    runtime = Runtime("cpu")
+    results = run(sys.argv[1])
+    torch.save(results, Path(sys.argv[1]) / f"{runtime.world_size}-{runtime.rank}.pt")
+    runtime.close()

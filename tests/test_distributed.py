@@ -1,0 +1,71 @@
+"""Two processes with half the batch each against one process with the whole (torchrun, gloo)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import MPL, NETWORKS, STEPS, run
+
+from models import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = ("supervised", "uda", "pseudo-label", *(f"mpl {name}" for name in MPL))
+CASES = [f"{network} {method}" for network in NETWORKS for method in METHODS]
+
+
+def torchrun(*command, **options):
+    """The command in two processes that find each other on this machine."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launch, *map(str, command)], capture_output=True, text=True, env=environment, timeout=500, **options
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Results of one process, and of each of the two."""
+    folder = tmp_path_factory.mktemp("distributed")
+    torch.manual_seed(1)
+    for network, model in (("mlp", "mlp-2-16-3"), ("sync-bn", "wrn-10-1")):
+        state = build_model(model, 3, image_size=8).state_dict()
+        torch.save({"student_state_dict": state}, folder / f"{network}.pt")
+    result = torchrun(ROOT / "tests/distributed_worker.py", folder)
+    assert result.returncode == 0, result.stderr
+    alone = run(str(folder))
+    return alone, [torch.load(folder / f"2-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def distance(one, other):
+    """The largest absolute difference of two states of the same networks."""
+    return max(
+        (one[role][name] - other[role][name]).double().abs().max().item()
+        for role in one
+        for name in one[role]
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(runs, case):
+    alone, pair = runs
+    assert distance(alone[case]["networks"], pair[0][case]["networks"]) < 1e-8
+    assert distance(pair[0][case]["networks"], pair[1][case]["networks"]) == 0
+
+
+@pytest.mark.parametrize("case", [f"mlp mpl {name}" for name in MPL if name != "none"])
+def test_two_processes_form_the_same_feedback(runs, case):
+    """The scalar forms are the global value in both; exact is a mean over processes, as its gradient is."""
+    alone, pair = runs
+    for step in range(STEPS):
+        whole = alone[case]["scalars"][step]
+        halves = [half[case]["scalars"][step] for half in pair]
+        mean = (halves[0]["feedback"] + halves[1]["feedback"]) / 2
+        torch.testing.assert_close(mean, whole["feedback"], rtol=1e-6, atol=1e-9)
+        if "exact" not in case:
+            assert torch.equal(halves[0]["feedback"], halves[1]["feedback"])
+        torch.testing.assert_close(
+            halves[0]["feedback_cosine"], whole["feedback_cosine"], rtol=1e-5, atol=1e-6
+        )
