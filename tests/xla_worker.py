@@ -1,10 +1,11 @@
 """What test_xla.py runs in a process of its own, on the XLA CPU client.
 
-    PJRT_DEVICE=CPU CPU_NUM_DEVICES=2 python tests/xla_worker.py DEVICE FOLDER FLAGS…
+    PJRT_DEVICE=CPU CPU_NUM_DEVICES=2 python tests/xla_worker.py DEVICE RESULT.json FLAGS…
 
-Trains on digits for the steps that FLAGS say, and writes to FOLDER/RESULT.json the losses of every step, the
-number of compilations after every step, the counters of operations that fell back to the host, and how the
-last batch was split over the devices.
+Trains on digits for the steps that FLAGS say. The method is given views made on the host, so that devices can
+be compared; on XLA the same views are made there too, with the same random numbers. RESULT.json: the losses
+of every step, and on XLA the number of compilations after every step, the operations that fell back to the
+host, how the views were split over the devices, and the share of pixels that the device made otherwise.
 """
 
 import json
@@ -16,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main
+from augmentation import Views
 from data import TrainLoader, load_dataset
 from methods import METHODS
 from runtime import Runtime
@@ -23,30 +25,39 @@ from runtime import Runtime
 
 def train(device, flags):
     args = main.parse_arguments(["--method", "mpl", "--dataset", "digits", "--device", device, *flags])
-    runtime = Runtime(args.device)
+    host, runtime = Runtime("cpu"), Runtime(args.device)
     dataset = load_dataset("digits", num_labeled=args.num_labeled, seed=args.seed, resize=args.resize)
-    views = main.build_views(args, dataset, runtime)
+    host_views, device_views = (main.build_views(args, dataset, where) for where in (host, runtime))
     torch.manual_seed(args.seed)
     method = METHODS[args.method](args, dataset.num_classes, dataset.size, runtime)
-    loader = TrainLoader(dataset, args.batch_size, args.mu, args.seed, runtime)
-    losses, compilations, batch_views = [], [], None
+    loader = TrainLoader(dataset, args.batch_size, args.mu, args.seed, host)
+    losses, compilations, differing, views = [], [], [], None
     for step in range(args.total_steps):
         batch = next(loader)
         runtime.seed(args.seed, step)
-        batch_views = runtime.shard(views(batch.images_l, batch.targets, batch.images_u, loader.generator))
-        losses.append(method.step(batch_views, step, batch.targets_u))
+        before = loader.generator.get_state()
+        drawn = host_views(batch.images_l, batch.targets, batch.images_u, loader.generator)
+        views = runtime.shard(Views(*(tensor.to(runtime.device) for tensor in drawn)))
+        losses.append(method.step(views, step, batch.targets_u.to(runtime.device)))
+        if device == "xla":
+            loader.generator.set_state(before)
+            images_l, targets, images_u = (tensor.to(runtime.device) for tensor in batch[:3])
+            made = runtime.shard(device_views(images_l, targets, images_u, loader.generator))
+            pairs = ((views.labeled, made.labeled), (views.weak, made.weak), (views.strong, made.strong))
+            differing.append([((one - other).abs() > 1e-4).float().mean() for one, other in pairs])
         runtime.finish_step()
         if device == "xla":
             from torch_xla.debug import metrics
 
             compilations.append(metrics.metric_data("CompileTime")[0])
-    result = {"compilations": compilations, "fallbacks": [], "sharding": []}
+    result = {"compilations": compilations}
     if device == "xla":
         import torch_xla
 
         names = [name for name in metrics.counter_names() if name.startswith("aten::")]
-        result["fallbacks"] = names  # read before the losses are, which counts as one
-        result["sharding"] = [torch_xla._XLAC._get_xla_sharding_spec(view) for view in batch_views]
+        result["fallbacks"] = names  # before the losses are read, which counts as one
+        result["sharding"] = [torch_xla._XLAC._get_xla_sharding_spec(view) for view in views]
+        result["differing"] = [[share.item() for share in step] for step in differing]
     result["losses"] = [{name: value.item() for name, value in step.items()} for step in losses]
     return result
 

@@ -1,0 +1,111 @@
+"""XLA on its CPU client, in processes of their own: same losses, few compilations, no detour, sharding."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("torch_xla") is None, reason="torch_xla is for Linux on x86-64 alone"
+)
+
+RECIPE = (
+    "--num-labeled 40 --resize 8 --model wrn-10-1 --feedback exact --pseudo-label soft --total-steps 20 "
+    "--batch-size 8 --mu 2 --teacher-lr 0.005 --student-lr 0.005 --nesterov --warmup-steps 3 --uda-steps 5 "
+    "--lambda-u 1 --threshold 0 --label-smoothing 0.1"
+).split()
+DEVICES = {"cpu": None, "one": 1, "two": 2}
+
+
+def python(*command, devices=1, cwd=None):
+    environment = os.environ | {
+        "PJRT_DEVICE": "CPU",
+        "CPU_NUM_DEVICES": str(devices),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
+    }
+    result = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=cwd,
+        timeout=800,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Twenty steps on the CPU, on one XLA device and on two."""
+    folder, results = tmp_path_factory.mktemp("xla"), {}
+    for name, devices in DEVICES.items():
+        path = folder / f"{name}.json"
+        device = "xla" if devices else "cpu"
+        python(ROOT / "tests/xla_worker.py", device, path, *RECIPE, devices=devices or 1)
+        results[name] = json.loads(path.read_text())
+    return results
+
+
+def assert_same_losses(one, other, tolerance):
+    for ours, theirs in zip(one["losses"], other["losses"], strict=True):
+        for name in ("labeled_loss", "uda_loss", "student_loss"):
+            assert ours[name] == pytest.approx(theirs[name], rel=tolerance)
+        assert ours["feedback"] == pytest.approx(theirs["feedback"], rel=0.01, abs=1e-4)
+
+
+def test_losses_are_those_of_the_cpu(runs):
+    assert_same_losses(runs["one"], runs["cpu"], 1e-3)
+
+
+def test_two_devices_compute_what_one_does(runs):
+    assert_same_losses(runs["two"], runs["one"], 1e-4)
+
+
+def test_the_batch_is_split_over_two_devices(runs):
+    for spec in runs["two"]["sharding"]:
+        assert spec.startswith("{devices=[2") and spec.endswith("]0,1}"), spec
+
+
+@pytest.mark.parametrize("name", ("one", "two"))
+def test_nothing_is_compiled_after_the_third_step(runs, name):
+    compilations = runs[name]["compilations"]
+    assert compilations[0] >= 1
+    assert compilations[3:] == compilations[2:-1]
+
+
+@pytest.mark.parametrize("name", ("one", "two"))
+def test_nothing_falls_back_to_the_host(runs, name):
+    """But for an empty tensor that forward mode makes to stand for a tangent of zeros."""
+    assert set(runs[name]["fallbacks"]) <= {"aten::_efficientzerotensor"}
+
+
+@pytest.mark.parametrize("name", ("one", "two"))
+def test_views_are_those_of_the_cpu(runs, name):
+    """All pixels, but for those where a fused multiplication rounds a blend to the next grey level."""
+    shares = [share for step in runs[name]["differing"] for share in step]
+    assert sum(shares) / len(shares) < 1e-3
+
+
+def test_digits_trains_saves_resumes_and_evaluates(tmp_path):
+    flags = "--dataset digits --num-labeled 40 --model wrn-10-1 --amp --batch-size 8 --warmup-steps 2".split()
+    train = [*flags, "--method", "mpl", "--mu", "2", "--device", "xla", "--eval-step", "4"]
+    python(ROOT / "main.py", *train, "--finetune-epochs", "0", "--total-steps", "4", cwd=tmp_path)
+    last = "checkpoint/digits_last.pth.tar"
+    resumed = ["--total-steps", "8", "--finetune-epochs", "1", "--resume", last]
+    python(ROOT / "main.py", *train, *resumed, cwd=tmp_path)
+    summary = json.loads((tmp_path / "results/digits/summary.json").read_text())
+    assert summary["steps"] == 8 and summary["device"] == "1 × xla (CPU)"
+    assert summary["finetune_top1"] is not None
+
+    evaluate = [*flags, "--method", "mpl", "--evaluate", "--resume", last]
+    python(ROOT / "main.py", *evaluate, "--device", "xla", cwd=tmp_path)
+    folder = tmp_path / "results/digits_last"
+    assert json.loads((folder / "summary.json").read_text())["top1"] == summary["top1"]
+    python(ROOT / "main.py", *evaluate, "--device", "cpu", cwd=tmp_path)  # another device kind
+    assert json.loads((folder / "summary.json").read_text())["top1"] == pytest.approx(summary["top1"], abs=1)
