@@ -45,6 +45,7 @@ class StudentStep:
     random_state: dict  # of the runtime, before the student's forward pass: the same dropout again
     runtime: Runtime
     label_smoothing: float = 0.0  # ε: the student learned (1 − ε)·q + ε/K
+    parts: int = 1  # the batch was taken in so many parts, each normalised by itself
 
 
 # ---------------------------------------------------------------- measuring
@@ -72,8 +73,8 @@ def _measuring(network):
 def labeled_loss(step, parameters):
     """CE(y_l, S(x_l; ``parameters``)), (), of this process's labelled images."""
     with _measuring(step.network), step.runtime.autocast(scaled=False):
-        logits = logits_at(step.network, parameters, step.images_l)
-    return F.cross_entropy(full_precision(logits), step.targets)
+        logits = [logits_at(step.network, parameters, part) for part in step.images_l.chunk(step.parts)]
+    return F.cross_entropy(full_precision(torch.cat(logits)), step.targets)
 
 
 def labeled_gradient(step):
@@ -130,8 +131,9 @@ def exact(step, mode="auto"):
 
     times 1 − ε_smoothing where the student's labels were smoothed.
 
-    Momentum, weight decay and clipping are not part of the step that is differentiated. With several
-    processes N is this process's share: averaging the teacher's gradient over processes gives the rest.
+    Momentum, weight decay and clipping are not part of the step that is differentiated. N is the number of
+    images in this process's part of a batch: averaging the teacher's gradient over parts and processes gives
+    the rest.
 
     Args:
         mode: ``forward`` (forward-mode differentiation), ``difference`` (central difference) or ``auto``:
@@ -149,13 +151,13 @@ def exact(step, mode="auto"):
     product = {"forward": _product_forward, "difference": _product_difference}[mode]
     with step.runtime.replay(step.random_state):
         derivative = product(step, v)
-    factor = (1 - step.label_smoothing) * step.rate / len(step.images_u)
+    factor = (1 - step.label_smoothing) * step.rate / (len(step.images_u) // step.parts)
     return step.runtime.scalar(factor) * derivative
 
 
 def _log_probabilities(step, parameters):
-    logits = logits_at(step.network, parameters, step.images_u)
-    return F.log_softmax(full_precision(logits), dim=1)
+    logits = [logits_at(step.network, parameters, part) for part in step.images_u.chunk(step.parts)]
+    return F.log_softmax(full_precision(torch.cat(logits)), dim=1)
 
 
 def _product_forward(step, v):
@@ -189,7 +191,7 @@ ESTIMATORS = {"taylor": taylor, "dot": dot, "exact": exact}
 # ---------------------------------------------------------------- the teacher's side
 
 
-def feedback_term(value, logits, labels, *, reduction="sum", world_size=1):
+def feedback_term(value, logits, labels, *, reduction="sum", shares=1):
     """The term of the teacher's loss whose gradient is the feedback, ().
 
     Args:
@@ -199,10 +201,10 @@ def feedback_term(value, logits, labels, *, reduction="sum", world_size=1):
         reduction: of the scalar forms' cross-entropies over images. ``sum`` is the log likelihood of all
             labels together and makes the term an unbiased estimate of ∇J; ``mean`` is smaller by the number
             of images and what the published code does. ``exact`` needs no choice.
-        world_size: the processes over which the teacher's gradient is averaged.
+        shares: the parts and processes over which the teacher's gradient is averaged, N images in each.
     """
     log_q = F.log_softmax(full_precision(logits), dim=1)
     if value.ndim == 2:
         return (log_q.exp() * value).sum()
     cross_entropy = -(labels * log_q).sum(dim=1)
-    return value * (cross_entropy.mean() if reduction == "mean" else world_size * cross_entropy.sum())
+    return value * (cross_entropy.mean() if reduction == "mean" else shares * cross_entropy.sum())

@@ -22,7 +22,7 @@ import visualize
 from augmentation import ImageViews, PointViews
 from data import NAMES, TrainLoader, batches, load_dataset, write_labeled_indices
 from methods import METHODS, Learner, build_network, predictor_state, sgd
-from models import count_parameters
+from models import count_flops, count_parameters
 from runtime import Runtime, UserError
 from utils import Meters, NonFiniteError, RunLog, commit, load_state, topk_correct
 
@@ -68,6 +68,7 @@ ONLY_FOR = {
     "flip_feedback": ("mpl",),
     "feedback_jvp": ("mpl",),
     "teacher_checkpoint": ("pseudo-label",),
+    "student_model": ("pseudo-label", "mpl"),
 }
 
 
@@ -134,6 +135,27 @@ def build_parser():
         metavar="N",
         help="training images with labels held out to choose the best checkpoint; 0: the last is taken",
     )
+    group.add_argument(
+        "--test-fraction",
+        type=float,
+        default=0.2,
+        metavar="F",
+        help="folder without a test or val folder: part of every class that is set aside for testing",
+    )
+    group.add_argument(
+        "--unlabeled-path", metavar="DIR", help="any tree of images without classes, for the unlabelled set"
+    )
+    group.add_argument(
+        "--unlabeled-mode",
+        default="add",
+        choices=("add", "only"),
+        help="these images beside the training images, or in their place",
+    )
+    group.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="name and leave out images that cannot be read, instead of stopping",
+    )
     group.add_argument("--num-classes", type=int, metavar="K", help="checked against the data set")
     group.add_argument(
         "--resize", type=int, metavar="PIXELS", help="side of the images (default: as they are)"
@@ -171,7 +193,17 @@ def build_parser():
 
     group = parser.add_argument_group("networks")
     group.add_argument(
-        "--model", help="wrn-DEPTH-WIDTH, mlp-2-8-8-2, … (default: wrn-28-2; two moons: mlp-2-8-8-2)"
+        "--model",
+        help="wrn-DEPTH-WIDTH, mlp-2-8-8-2, convlarge, efficientnet-b0 to -l2, any classifier of torchvision "
+        "such as resnet50 (default: wrn-28-2; two moons: mlp-2-8-8-2)",
+    )
+    group.add_argument("--student-model", metavar="MODEL", help="mpl, pseudo-label: another for the student")
+    group.add_argument(
+        "--pretrained", action="store_true", help="start from torchvision's ImageNet weights (downloaded)"
+    )
+    group.add_argument("--weights", metavar="FILE", help="start from the weights in this file")
+    group.add_argument(
+        "--freeze-body", action="store_true", help="only the last layer learns; the rest stays as it starts"
     )
     group.add_argument(
         "--teacher-dropout", type=float, default=0.0, help="before the classifier (recipes: 0.2)"
@@ -198,6 +230,20 @@ def build_parser():
         type=float,
         default=0.05,
         help="peak learning rate; of the only network too",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        metavar="N",
+        help="take a step's batch in N parts, one after the other, for less memory; batch norm sees a part",
+    )
+    group.add_argument("--optimizer", default="sgd", choices=("sgd", "adamw"), help="transfer recipe: adamw")
+    group.add_argument(
+        "--schedule",
+        default="cosine",
+        choices=("cosine", "one-cycle", "constant"),
+        help="of the learning rate, after the warm-up; transfer recipe: one-cycle",
     )
     group.add_argument("--momentum", type=float, default=0.9, help="of SGD (all recipes: 0.9)")
     group.add_argument("--nesterov", action="store_true", help="Nesterov momentum (all recipes)")
@@ -316,9 +362,12 @@ def parse_arguments(argv):
     useless |= {"jitter"} if args.dataset != "twomoons" else {"randaug", "resize", "labeled_view"}
     if args.method == "supervised" and args.labeled_view == "weak":
         useless |= {"randaug"}
+    useless |= {"momentum", "nesterov"} if args.optimizer != "sgd" else set()
+    useless |= {"test_fraction"} if args.dataset != "folder" else set()
     if refused := sorted(useless & of_user):
         flags = ", ".join("--" + name.replace("_", "-") for name in refused)
-        parser.error(f"--method {args.method} on {args.dataset} does not use {flags}: leave it out")
+        how = f"--method {args.method} with --optimizer {args.optimizer} on {args.dataset}"
+        parser.error(f"{how} does not use {flags}: leave it out")
     if aside := sorted(useless & of_recipe):
         flags = " ".join("--" + name.replace("_", "-") for name in aside)
         print(f"--method {args.method}: the recipe's {flags} set aside", file=sys.stderr)
@@ -327,9 +376,15 @@ def parse_arguments(argv):
         parser.error("--evaluate and --finetune need --resume CKPT")
     if args.method == "pseudo-label" and not args.teacher_checkpoint:
         parser.error("--method pseudo-label needs --teacher-checkpoint FILE")
-    for name in ("total_steps", "eval_step", "batch_size", "mu", "finetune_batch_size"):
+    if args.pretrained and args.weights:
+        parser.error("--pretrained and --weights both say what to start from: give one of them")
+    for name in ("total_steps", "eval_step", "batch_size", "mu", "finetune_batch_size", "accumulate"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.batch_size % args.accumulate:
+        parser.error(
+            f"--batch-size {args.batch_size} cannot be taken in --accumulate {args.accumulate} parts"
+        )
     if args.feedback == "exact" and args.feedback_view == "strong" != args.pseudo_label_view:
         parser.error(
             "--feedback exact belongs to the labels that the student learned: use --feedback-view same"
@@ -507,9 +562,12 @@ def finetune(args, runtime, dataset, views, network, log, steps_before):
         batch = next(loader)
         runtime.seed(args.seed + 1, step)
         labeled, targets, *_ = runtime.shard(views(batch.images_l, batch.targets, None, loader.generator))
-        loss = F.cross_entropy(learner(labeled), targets)
-        learner.learn(loss, step)
-        meters.update({"finetune_loss": loss}, steps_before + step)
+
+        def loss_of(part):
+            loss = F.cross_entropy(learner(part[0]), part[1])
+            return loss, {"finetune_loss": loss}
+
+        meters.update(learner.learn(loss_of, [(labeled, targets)], step), steps_before + step)
         runtime.finish_step()
 
         if (step + 1) % max(50, steps // 10) == 0 or step + 1 == steps:
@@ -589,6 +647,22 @@ def result_line(summary):
     return "  ".join(parts) + f"  ({', '.join(about)})"
 
 
+def describe_run(args, runtime, dataset, method):
+    """What is about to be trained on what, in a few lines."""
+    shape = (3, dataset.size, dataset.size) if dataset.size else (2,)
+    lines = [
+        f"{args.dataset}: {len(dataset.labeled)} labelled, {len(dataset.unlabeled)} unlabelled, "
+        f"{len(dataset.test)} test images; {args.method} on {runtime.describe()}"
+    ]
+    for role, learner in method.learners.items():
+        name = (args.student_model if role == "student" else None) or args.model
+        learning = sum(p.numel() for p in learner.parameters.values())
+        total, operations = count_parameters(learner.network), count_flops(learner.network, shape)
+        frozen = f" ({learning:,} learn)" if learning < total else ""
+        lines.append(f"{role}: {name}, {total:,} parameters{frozen}, {operations:,} multiply-adds an image")
+    print("\n".join(lines), file=sys.stderr)
+
+
 def train(args, runtime, dataset, views, log, saved):
     """Build the method, continue from ``saved`` if there is one, train.
 
@@ -603,13 +677,7 @@ def train(args, runtime, dataset, views, log, saved):
         method.load_state_dict(saved, args.resume)
         state |= {key: saved[key] for key in (*FRESH, *POSITION) if key in saved}
     if runtime.is_main:
-        teacher = f"teacher and student {args.model}" if args.method == "mpl" else args.model
-        print(
-            f"{args.dataset}: {len(dataset.labeled)} labelled, {len(dataset.unlabeled)} unlabelled, "
-            f"{len(dataset.test)} test images; {args.method}, {teacher} with "
-            f"{count_parameters(method.student.network):,} parameters, on {runtime.describe()}",
-            file=sys.stderr,
-        )
+        describe_run(args, runtime, dataset, method)
     with Interrupt() as interrupt:
         train_loop(args, runtime, dataset, views, method, log, state, interrupt)
 
@@ -637,7 +705,11 @@ def main(argv):
         seed=args.seed,
         resize=args.resize,
         labeled_indices=args.labeled_indices,
+        unlabeled_path=args.unlabeled_path,
+        unlabeled_mode=args.unlabeled_mode,
+        test_fraction=args.test_fraction,
         workers=args.workers,
+        skip_unreadable=args.skip_unreadable,
     )
     if args.num_classes not in (None, dataset.num_classes):
         raise UserError(
@@ -657,7 +729,7 @@ def main(argv):
         os.makedirs(args.save_path, exist_ok=True)
 
     if only:
-        network = build_network(args, dataset.num_classes, dataset.size, args.student_dropout)
+        network = build_network(args, dataset.num_classes, dataset.size, "student")
         load_state(network, predictor_state(saved, args.resume), args.resume)
         runtime.place(network)
         measured = evaluate(runtime, network, dataset.test, views)

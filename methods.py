@@ -6,10 +6,14 @@ A method owns its networks, optimisers, schedules, gradient scalers and EMA. ``s
 is asked to ``diagnose`` also measures what is too dear for every step, into ``diagnostics``.
 """
 
+import contextlib
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 import feedback
+from augmentation import Views
 from models import ModelEMA, build_model
 from runtime import UserError
 from utils import learning_rate, load_state, ramp_up
@@ -94,15 +98,38 @@ class Learner:
 
     def __call__(self, images):
         """Logits (N, K) in training mode, float32 (float64 where the network is)."""
-        self.network.train()
+        training_mode(self.network)
         with self.runtime.autocast():
             return feedback.full_precision(self.training_network(images))
 
-    def backward(self, loss):
-        """Gradients of ``loss``, averaged over processes and unscaled, into the parameters' ``grad``."""
+    @torch.no_grad()
+    def preview(self, images):
+        """The logits of a call that is still to come; running statistics are left as they are."""
+        training_mode(self.network)
+        with self.runtime.autocast():
+            logits = feedback.logits_at(self.network, dict(self.network.named_parameters()), images)
+        return feedback.full_precision(logits)
+
+    def backward(self, loss, parts):
+        """Gradients of the mean loss, averaged over processes and unscaled, into the parameters' ``grad``.
+
+        Args:
+            loss: function of one part of a batch that returns its loss and a dict of scalars.
+            parts: of the batch; only one of them has its graph in memory at a time.
+
+        Returns:
+            the means of the scalars, detached.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
+        figures = []
+        for number, part in enumerate(parts, 1):
+            last = number == len(parts)
+            with contextlib.nullcontext() if last else self.runtime.apart(self.training_network):
+                value, scalars = loss(part)
+                self.scaler.scale(value / len(parts)).backward()
+            figures.append({name: scalar.detach() for name, scalar in scalars.items()})
         self.scaler.unscale_(self.optimizer)
+        return {name: torch.stack([each[name].float() for each in figures]).mean() for name in figures[0]}
 
     def update(self, rate):
         """One optimiser step at ``rate`` on the gradients of ``backward``, then the EMA."""
@@ -115,10 +142,11 @@ class Learner:
         if self.ema:
             self.ema.update(self.network)
 
-    def learn(self, loss, step):
-        """One step of the network alone."""
-        self.backward(loss)
+    def learn(self, loss, parts, step):
+        """One step of the network alone; as ``backward``."""
+        scalars = self.backward(loss, parts)
         self.update(self.rate(step))
+        return scalars
 
     def agree(self):
         """Make the running statistics, which each process keeps of its own batches, the same on all: their
@@ -150,16 +178,46 @@ class Learner:
             raise UserError(f"{path} has no {error}: it was not written by this --method") from error
 
 
-def sgd(network, rate, momentum, nesterov, weight_decay):
-    """SGD over the parameters that learn, without weight decay on batch norm."""
-    norms = [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    plain = {id(p) for m in norms for p in m.parameters()}
+def batch_norms(network):
+    return [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+
+
+def training_mode(network):
+    """Training mode, but for batch norm that does not learn: a frozen body keeps its running statistics."""
+    network.train()
+    for norm in batch_norms(network):
+        if not norm.weight.requires_grad:
+            norm.eval()
+
+
+def parameter_groups(network, weight_decay):
+    """The parameters that learn, without weight decay on batch norm."""
+    plain = {id(p) for norm in batch_norms(network) for p in norm.parameters()}
     learning = [p for p in network.parameters() if p.requires_grad]
-    groups = [
+    return [
         {"params": [p for p in learning if id(p) not in plain], "weight_decay": weight_decay},
         {"params": [p for p in learning if id(p) in plain], "weight_decay": 0.0},
     ]
+
+
+def sgd(network, rate, momentum, nesterov, weight_decay):
+    groups = parameter_groups(network, weight_decay)
     return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov and momentum > 0)
+
+
+class Part(NamedTuple):
+    """An equal part of a batch: views, and the true classes (N,) of its unlabelled images where known."""
+
+    views: Views
+    truth: torch.Tensor | None
+
+
+def parts_of(views, truth, count):
+    """The batch in ``count`` equal parts. ValueError where its images do not divide."""
+    if any(len(tensor) % count for tensor in views if tensor is not None):
+        raise ValueError(f"a batch of {[len(t) for t in views if t is not None]} has no {count} equal parts")
+    pieces = [[None] * count if tensor is None else tensor.chunk(count) for tensor in (*views, truth)]
+    return [Part(Views(*piece[:-1]), piece[-1]) for piece in zip(*pieces, strict=True)]
 
 
 # ---------------------------------------------------------------- methods
@@ -182,14 +240,17 @@ class Method:
         self.diagnostics = {}  # scalars of the last step that was asked to ``diagnose``
         self.num_classes, self.image_size = num_classes, image_size
         wait_steps = args.student_wait_steps if args.method == "mpl" else 0
-        self.student = self.learner(args.student_lr, args.student_dropout, wait_steps, ema=args.ema)
+        network = build_network(args, num_classes, image_size, "student")
+        self.student = self.learner(network, args.student_lr, wait_steps, ema=args.ema)
         self.learners = {"student": self.student}
 
-    def learner(self, peak, dropout, wait_steps=0, ema=None):
-        """A learner as the command line describes it, with this peak learning rate."""
+    def learner(self, network, peak, wait_steps=0, ema=None):
+        """A learner of the network as the command line describes it, with this peak learning rate."""
         args = self.args
 
         def optimizer(network):
+            if args.optimizer == "adamw":
+                return torch.optim.AdamW(parameter_groups(network, args.weight_decay), lr=peak)
             return sgd(network, peak, args.momentum, args.nesterov, args.weight_decay)
 
         def rate(step):
@@ -199,9 +260,9 @@ class Method:
                 total_steps=args.total_steps,
                 warmup_steps=args.warmup_steps,
                 wait_steps=wait_steps,
+                shape=args.schedule,
             )
 
-        network = build_network(args, self.num_classes, self.image_size, dropout)
         return Learner(
             network, self.runtime, optimizer=optimizer, rate=rate, grad_clip=args.grad_clip, ema=ema
         )
@@ -232,10 +293,13 @@ class Supervised(Method):
     """Cross-entropy on the labelled images alone."""
 
     def step(self, views, step, truth=None, diagnose=False):
-        logits = self.student(views.labeled)
-        loss = F.cross_entropy(logits, views.targets, label_smoothing=self.args.label_smoothing)
-        self.student.learn(loss, step)
-        return {"labeled_loss": loss}
+        return self.student.learn(self._loss, parts_of(views, truth, self.args.accumulate), step)
+
+    def _loss(self, part):
+        logits = self.student(part.views.labeled)
+        smoothing = self.args.label_smoothing
+        loss = F.cross_entropy(logits, part.views.targets, label_smoothing=smoothing)
+        return loss, {"labeled_loss": loss}
 
 
 class UDA(Method):
@@ -243,15 +307,14 @@ class UDA(Method):
 
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args
-        labeled, weak, strong = joint_logits(self.student, views)
-        labeled_loss = F.cross_entropy(labeled, views.targets, label_smoothing=args.label_smoothing)
-        consistency, mask = uda_loss(weak, strong, args.temperature, args.threshold)
         weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
-        loss = labeled_loss + weight * consistency
-        self.student.learn(loss, step)
-        return {"labeled_loss": labeled_loss, "uda_loss": consistency, "uda_mask": mask} | known_truth(
-            weak, truth
-        )
+
+        def loss(part):
+            logits = joint_logits(self.student, part.views)
+            loss, scalars = supervised_and_uda_loss(logits, part.views.targets, weight, args)
+            return loss, scalars | known_truth(logits[1], part.truth)
+
+        return self.student.learn(loss, parts_of(views, truth, args.accumulate), step)
 
 
 class PseudoLabel(Method):
@@ -260,20 +323,22 @@ class PseudoLabel(Method):
     def __init__(self, args, num_classes, image_size, runtime):
         super().__init__(args, num_classes, image_size, runtime)
         state = runtime.load(args.teacher_checkpoint)
-        self.teacher_network = build_network(args, num_classes, image_size)
+        self.teacher_network = build_network(args, num_classes, image_size, "teacher")
         load_state(
             self.teacher_network, predictor_state(state, args.teacher_checkpoint), args.teacher_checkpoint
         )
         runtime.place(self.teacher_network).eval().requires_grad_(False)
 
     def step(self, views, step, truth=None, diagnose=False):
-        args = self.args
+        return self.student.learn(self._loss, parts_of(views, truth, self.args.accumulate), step)
+
+    def _loss(self, part):
+        args, views = self.args, part.views
         with torch.no_grad(), self.runtime.autocast():
             view = views.weak if args.pseudo_label_view == "weak" else views.strong
             labels = pseudo_labels(self.teacher_network(view).float(), args.pseudo_label)
         loss = soft_cross_entropy(labels, self.student(views.strong), args.label_smoothing).mean()
-        self.student.learn(loss, step)
-        return {"student_loss": loss} | known_truth(labels, truth)
+        return loss, {"student_loss": loss} | known_truth(labels, part.truth)
 
 
 class MPL(Method):
@@ -286,50 +351,64 @@ class MPL(Method):
 
     def __init__(self, args, num_classes, image_size, runtime):
         super().__init__(args, num_classes, image_size, runtime)
-        self.teacher = self.learner(args.teacher_lr, args.teacher_dropout)
+        network = build_network(args, num_classes, image_size, "teacher")
+        self.teacher = self.learner(network, args.teacher_lr)
         self.learners = {"teacher": self.teacher, "student": self.student}
         self.baseline = torch.zeros((), device=runtime.device)  # moving average of a scalar feedback
 
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args
-        labeled, weak, strong = joint_logits(self.teacher, views)
-        labeling = weak if args.pseudo_label_view == "weak" else strong
-        labels = pseudo_labels(labeling, args.pseudo_label)
-        student_loss, student_step = self._student_step(views, labels, self.student.rate(step))
-
-        labeled_loss = F.cross_entropy(labeled, views.targets, label_smoothing=args.label_smoothing)
-        consistency, mask = uda_loss(weak, strong, args.temperature, args.threshold)
-        weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
-        loss = labeled_loss + weight * consistency
-        scalars = {
-            "labeled_loss": labeled_loss,
-            "uda_loss": consistency,
-            "uda_mask": mask,
-            "student_loss": student_loss,
-        }
+        parts = parts_of(views, truth, args.accumulate)
+        random_state = self.runtime.rng_state()
+        # One part keeps its graph until the teacher's step; several pass through the teacher again then, with
+        # the same dropout, so that one graph is in memory at a time.
+        kept = len(parts) == 1
+        logits = [joint_logits(self.teacher, part.views, graph=kept) for part in parts]
+        labels = [pseudo_labels(self._labeling(each), args.pseudo_label) for each in logits]
+        scalars, student_step = self._student_step(views, labels, self.student.rate(step))
+        values = [None] * len(parts)
         if student_step is not None:
-            value, improvement = self._feedback(student_step, labels)
-            term = args.feedback_weight * self._feedback_term(value, labeling, strong, labels)
-            if diagnose:
-                self.diagnostics = {"feedback_cosine": self._cosine(term, loss)}
-            loss = loss + term
-            scalars["feedback"] = improvement
-        self.teacher.learn(loss, step)
-        return scalars | known_truth(labels, truth)
+            value, scalars["feedback"] = self._feedback(student_step, torch.cat(labels))
+            values = value.chunk(len(parts)) if value.ndim == 2 else [value] * len(parts)
+        weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
+
+        def loss(k):
+            of_part = logits[k] if kept else joint_logits(self.teacher, parts[k].views)
+            loss, figures = supervised_and_uda_loss(of_part, parts[k].views.targets, weight, args)
+            if values[k] is not None:
+                term = args.feedback_weight * self._feedback_term(values[k], of_part, labels[k])
+                if diagnose and k == 0:
+                    self.diagnostics = {"feedback_cosine": self._cosine(term, loss)}
+                loss = loss + term
+            return loss, figures | known_truth(labels[k], parts[k].truth)
+
+        with contextlib.nullcontext() if kept else self.runtime.replay(random_state):
+            return self.teacher.learn(loss, range(len(parts)), step) | scalars
+
+    def _labeling(self, logits):
+        """The logits that the pseudo labels are made of."""
+        _, weak, strong = logits
+        return weak if self.args.pseudo_label_view == "weak" else strong
 
     def _student_step(self, views, labels, rate):
-        """The student learns the labels; returns its loss and what an estimator must know of the step."""
+        """The student learns the labels, a tensor for each part; returns the scalars of its loss and what an
+        estimator must know of the step."""
         args, student = self.args, self.student
         random_state = self.runtime.rng_state()
-        loss = soft_cross_entropy(labels, student(views.strong), args.label_smoothing).mean()
-        student.backward(loss)
+
+        def loss(part):
+            images, targets = part
+            loss = soft_cross_entropy(targets, student(images), args.label_smoothing).mean()
+            return loss, {"student_loss": loss}
+
+        scalars = student.backward(loss, list(zip(views.strong.chunk(len(labels)), labels, strict=True)))
         if args.feedback == "none":
             student.update(rate)
-            return loss, None
+            return scalars, None
         before = {name: p.detach().clone() for name, p in student.parameters.items()}
         gradient = {name: p.grad.clone() for name, p in student.parameters.items()}
         student.update(rate)
-        return loss, feedback.StudentStep(
+        return scalars, feedback.StudentStep(
             network=student.network,
             before=before,
             gradient=gradient,
@@ -340,6 +419,7 @@ class MPL(Method):
             random_state=random_state,
             runtime=self.runtime,
             label_smoothing=args.label_smoothing,
+            parts=len(labels),
         )
 
     def _feedback(self, student_step, labels):
@@ -351,21 +431,20 @@ class MPL(Method):
             value = feedback.ESTIMATORS[args.feedback](student_step)
         if self.student.scaler.is_enabled():  # a step that the fp16 scaler skipped has no feedback
             value = torch.where(torch.isfinite(value), value, 0.0)
-        improvement = value if value.ndim == 0 else -(value * labels).sum()
+        improvement = value if value.ndim == 0 else -(value * labels).sum() / args.accumulate
         if value.ndim == 0 and args.feedback_momentum:
             self.baseline.lerp_(value, 1 - args.feedback_momentum)
             value = value - self.baseline
         return -value if args.flip_feedback else value, improvement
 
-    def _feedback_term(self, value, labeling, strong, labels):
-        if self.args.feedback_view == "strong":  # MPL-pytorch: not the labels that the student learned
-            labeling, labels = strong, pseudo_labels(strong, self.args.pseudo_label)
+    def _feedback_term(self, value, logits, labels):
+        args, labeling = self.args, self._labeling(logits)
+        if args.feedback_view == "strong":  # MPL-pytorch: not the labels that the student learned
+            labeling = logits[2]
+            labels = pseudo_labels(labeling, args.pseudo_label)
+        shares = self.runtime.world_size * args.accumulate
         return feedback.feedback_term(
-            value,
-            labeling,
-            labels,
-            reduction=self.args.feedback_reduction,
-            world_size=self.runtime.world_size,
+            value, labeling, labels, reduction=args.feedback_reduction, shares=shares
         )
 
     def _cosine(self, term, rest):
@@ -387,18 +466,43 @@ class MPL(Method):
         self.baseline.copy_(state["feedback_baseline"])
 
 
-def build_network(args, num_classes, image_size, dropout=0.0):
-    """The network of ``--model``; what does not fit is a ``UserError``."""
+def build_network(args, num_classes, image_size, role):
+    """The network of ``--model``, or of ``--student-model`` for the student; UserError if it does not fit.
+
+    A run that is resumed gets its weights from the checkpoint: nothing is downloaded.
+    """
+    dropout = args.student_dropout if role == "student" else args.teacher_dropout
     try:
-        return build_model(args.model, num_classes, image_size=image_size, dropout=dropout)
+        return build_model(
+            (args.student_model if role == "student" else None) or args.model,
+            num_classes,
+            image_size=image_size,
+            dropout=dropout,
+            pretrained=args.pretrained and not args.resume,
+            weights=None if args.resume else args.weights,
+            freeze_body=args.freeze_body,
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def joint_logits(learner, views):
-    """Logits of the labelled, weak and strong images from one pass, so that batch norm sees all of them."""
+def joint_logits(learner, views, graph=True):
+    """Logits of the labelled, weak and strong images from one pass, so that batch norm sees all of them.
+
+    Without ``graph`` nothing is kept for a backward pass, and running statistics stay as they are.
+    """
+    images = torch.cat([views.labeled, views.weak, views.strong])
     sizes = [len(views.labeled), len(views.weak), len(views.strong)]
-    return learner(torch.cat([views.labeled, views.weak, views.strong])).split(sizes)
+    return (learner(images) if graph else learner.preview(images)).split(sizes)
+
+
+def supervised_and_uda_loss(logits, targets, weight, args):
+    """A teacher's loss without feedback, (): CE on labels + weight · UDA; and its scalars."""
+    labeled, weak, strong = logits
+    labeled_loss = F.cross_entropy(labeled, targets, label_smoothing=args.label_smoothing)
+    consistency, mask = uda_loss(weak, strong, args.temperature, args.threshold)
+    scalars = {"labeled_loss": labeled_loss, "uda_loss": consistency, "uda_mask": mask}
+    return labeled_loss + weight * consistency, scalars
 
 
 def known_truth(labels, truth):

@@ -142,6 +142,11 @@ class Runtime:
         # Running statistics are each process's own until they are averaged for evaluation.
         return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
 
+    def apart(self, network):
+        """Context in which the backward pass through what ``parallel`` returned adds up this process's
+        gradients and averages nothing: for all parts of a batch but the last."""
+        return network.no_sync() if self.world_size > 1 else contextlib.nullcontext()
+
     def shard(self, tensors):
         """XLA: split each tensor of the tuple over the devices, along its first dimension; returns the tuple.
 

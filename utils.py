@@ -15,18 +15,32 @@ from runtime import UserError
 # ---------------------------------------------------------------- schedules
 
 
-def learning_rate(step, *, peak, total_steps, warmup_steps=0, wait_steps=0):
-    """Learning rate at ``step`` (0, 1, …): zero while waiting, linear warm-up, cosine to zero.
+def learning_rate(step, *, peak, total_steps, warmup_steps=0, wait_steps=0, shape="cosine"):
+    """Learning rate at ``step`` (0, 1, …): zero while waiting, a warm-up, then as ``shape`` says.
 
-    The cosine spans the steps left after wait and warm-up (ALGORITHM section 5; published code).
+    cosine: linear warm-up, then a cosine to zero over the steps that are left (published code).
+    constant: linear warm-up, then the peak.
+    one-cycle: half a cosine from peak / 25 up to the peak, over the warm-up (0: three tenths of the steps),
+    and half a cosine down to peak / 250,000 (Smith & Topin 2018, figures of PyTorch's OneCycleLR; momentum
+    stays as it is).
     """
-    step -= wait_steps
+    step, total_steps = step - wait_steps, total_steps - wait_steps
     if step < 0:
         return 0.0
+    if shape == "one-cycle":
+        rise = (warmup_steps or 0.3 * total_steps) - 1
+        if step <= rise:
+            return _half_cosine(peak / 25, peak, step / rise)
+        return _half_cosine(peak, peak / 250_000, (step - rise) / max(1, total_steps - 1 - rise))
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - wait_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if shape == "constant":
+        return peak
+    return _half_cosine(peak, 0.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+
+
+def _half_cosine(start, end, progress):
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def ramp_up(step, steps):

@@ -1,5 +1,7 @@
 """The training steps: losses against their formulas, methods against each other."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ FLAGS = (
 ).split()
 
 
-def build(*flags, method="mpl", runtime=None, double=False):
+def build(*flags, method="mpl", runtime=None):
     """A method on 8-pixel images of 3 classes, weights from seed 0."""
     words = ["--method", "mpl", *FLAGS, *map(str, flags), "--method", method]
     args = main.parse_arguments(words)
@@ -193,7 +195,7 @@ def test_mpl_pytorch_has_the_reverse_sign_on_labels_of_the_strong_view():
     own = F.cross_entropy(logits, logits.argmax(1))
     student_labels = F.one_hot(torch.zeros(8, dtype=torch.int64), 3).float()
     value = -h  # what --flip-feedback makes of L_old − L_new
-    torch.testing.assert_close(method._feedback_term(value, None, logits, student_labels), -h * own)
+    torch.testing.assert_close(method._feedback_term(value, (None, None, logits), student_labels), -h * own)
     plain, flipped = build("--feedback-view", "strong"), build(*flags)
     without = build("--feedback", "none")
     for each in (plain, flipped, without):
@@ -259,3 +261,94 @@ def test_learns_a_tiny_problem():
     truth = torch.arange(60) % 3
     assert scalars["pseudo_label_accuracy"] == 1
     assert (method.predictor(images(truth)).argmax(1) == truth).float().mean() > 0.95
+
+
+# ---------------------------------------------------------------- the batch in parts, other networks
+
+
+PARTS = [
+    ("supervised",),
+    ("uda",),
+    *(
+        ("mpl", "--feedback", name, "--feedback-reduction", reduction, "--pseudo-label", "soft")
+        for name, reduction in (("none", "mean"), ("taylor", "mean"), ("dot", "sum"), ("exact", "mean"))
+    ),
+]
+
+
+@pytest.mark.parametrize("flags", PARTS, ids=lambda flags: "-".join(flags[:3:2]))
+def test_a_batch_in_parts_is_the_whole_batch(flags):
+    """Without batch norm: three steps, the teacher's dropout included, in one part and in two and four."""
+    method, *flags = flags
+    results = []
+    torch.set_default_dtype(torch.float64)
+    for accumulate in (1, 2, 4):
+        words = f"--method mpl --dataset twomoons --model mlp-2-16-3 --batch-size 8 --accumulate {accumulate}"
+        words += " --mu 2 --total-steps 9 --lambda-u 1 --threshold 0.3 --teacher-lr 0.1 --student-lr 0.1"
+        args = main.parse_arguments([*words.split(), *flags, "--method", method])
+        torch.manual_seed(0)
+        learner = METHODS[method](args, 3, 0, Runtime("cpu"))
+        generator = torch.Generator().manual_seed(5)
+        for step in range(3):
+            points, weak, noise = (torch.randn(n, 2, generator=generator) for n in (8, 16, 16))
+            views = Views(points, torch.arange(8) % 3, weak, weak + 0.3 * noise)
+            scalars = learner.step(views, step, torch.arange(16) % 3)
+        networks = [each.network for each in learner.learners.values()]
+        results.append((torch.cat([weights(network) for network in networks]), scalars))
+    torch.set_default_dtype(torch.float32)
+    for networks, scalars in results[1:]:
+        torch.testing.assert_close(networks, results[0][0], rtol=1e-9, atol=1e-12)
+        for name, value in scalars.items():
+            torch.testing.assert_close(value, results[0][1][name], rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+def test_parts_see_the_same_dropout_twice():
+    """A teacher with dropout labels in a first pass what it learns in the second."""
+    method = build("--accumulate", 2, "--teacher-dropout", 0.5, "--feedback", "none")
+    torch.manual_seed(2)
+    parts = [method.teacher.preview(half) for half in make_views().strong.chunk(2)]
+    torch.manual_seed(2)
+    again = [method.teacher(half) for half in make_views().strong.chunk(2)]
+    for one, other in zip(parts, again, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_preview_leaves_no_trace():
+    method = build()
+    before = {name: value.clone() for name, value in method.teacher.network.state_dict().items()}
+    method.teacher.preview(make_views().strong)
+    after = method.teacher.network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_frozen_body_stays_as_it_is():
+    """Weights and running statistics; the head learns, and its gradient is that of the whole network's."""
+    method = build("--freeze-body", "--model", "resnet18", "--feedback", "exact", "--pseudo-label", "soft")
+    for learner in method.learners.values():
+        assert set(learner.parameters) == {"fc.weight", "fc.bias"}
+    before = {role: copy.deepcopy(each.network.state_dict()) for role, each in method.learners.items()}
+    for step in range(2):
+        method.step(make_views(step), step)
+    for role, learner in method.learners.items():
+        for name, value in learner.network.state_dict().items():
+            assert torch.equal(value, before[role][name]) != name.startswith("fc."), name
+
+
+def test_the_student_may_be_another_network():
+    method = build("--student-model", "wrn-10-2", "--feedback", "exact", "--pseudo-label", "soft")
+    sizes = [
+        sum(p.numel() for p in network.parameters()) for network in (method.predictor, build().predictor)
+    ]
+    assert sizes[0] > 3 * sizes[1]
+    assert sum(p.numel() for p in method.teacher_network.parameters()) == sizes[1]
+    assert torch.isfinite(method.step(make_views(), 0)["feedback"])
+
+
+def test_adamw_decays_no_batch_norm():
+    method = build("--optimizer", "adamw", method="supervised")
+    optimizer = method.student.optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4, 0.0]
+    before = weights(method.predictor)
+    method.step(make_views(), 0)
+    assert not torch.equal(weights(method.predictor), before)

@@ -80,3 +80,20 @@ def test_the_record_drops_what_is_about_to_be_written_again(tmp_path):
     RunLog(tmp_path, Namespace(seed=2), start_step=0, tensorboard=False)
     assert steps() == []
     assert json.loads((tmp_path / "args.json").read_text())["seed"] == 2
+
+
+@pytest.mark.parametrize("total", (10, 137))
+def test_one_cycle_is_pytorchs(total):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=total)
+    for step in range(total):
+        ours = learning_rate(step + 5, peak=0.3, total_steps=total + 5, wait_steps=5, shape="one-cycle")
+        assert ours == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+        if step < total - 1:
+            optimizer.step()
+            scheduler.step()
+
+
+def test_constant_rate_warms_up_and_stays():
+    rates = [learning_rate(t, peak=0.2, total_steps=9, warmup_steps=2, shape="constant") for t in range(9)]
+    assert rates == pytest.approx([0.1] + [0.2] * 8)
