@@ -199,9 +199,12 @@ def build_parser():
     )
     group.add_argument("--student-model", metavar="MODEL", help="mpl, pseudo-label: another for the student")
     group.add_argument(
-        "--pretrained", action="store_true", help="start from torchvision's ImageNet weights (downloaded)"
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="start from torchvision's ImageNet weights, downloaded on first use",
     )
-    group.add_argument("--weights", metavar="FILE", help="start from the weights in this file")
+    group.add_argument("--weights", metavar="FILE", help="start from the weights in this file instead")
     group.add_argument(
         "--freeze-body", action="store_true", help="only the last layer learns; the rest stays as it starts"
     )
@@ -376,8 +379,6 @@ def parse_arguments(argv):
         parser.error("--evaluate and --finetune need --resume CKPT")
     if args.method == "pseudo-label" and not args.teacher_checkpoint:
         parser.error("--method pseudo-label needs --teacher-checkpoint FILE")
-    if args.pretrained and args.weights:
-        parser.error("--pretrained and --weights both say what to start from: give one of them")
     for name in ("total_steps", "eval_step", "batch_size", "mu", "finetune_batch_size", "accumulate"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")

@@ -478,7 +478,7 @@ def build_network(args, num_classes, image_size, role):
             num_classes,
             image_size=image_size,
             dropout=dropout,
-            pretrained=args.pretrained and not args.resume,
+            pretrained=args.pretrained and not (args.weights or args.resume),
             weights=None if args.resume else args.weights,
             freeze_body=args.freeze_body,
         )
