@@ -4,7 +4,9 @@
     python benchmark.py augment --size 224 --pairs 64    # the ImageNet policy
     python benchmark.py augment --device cuda --static   # the form without branches, on the GPU
     python benchmark.py data                             # what a training step spends outside its networks
+    python benchmark.py decode                           # photographs from disk, against torchvision
     python benchmark.py step                             # what each form of the feedback costs
+    python benchmark.py scale                            # two processes against one with two threads
 
 A figure alone says as much about the machine as about the code. So each subcommand measures both ways
 alternately, in one run, and prints the ratio of the medians.
@@ -15,20 +17,25 @@ import functools
 import os
 import random
 import resource
+import socket
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
 from PIL import Image, ImageEnhance, ImageOps
+from torchvision import transforms
 from torchvision.transforms import functional
 
 import feedback
 import main as training
 from augmentation import GREY, OPERATIONS, ImageViews
-from data import Dataset, ImageSet, TrainLoader
+from data import Dataset, ImageSet, TrainLoader, read_crop
 from methods import METHODS, soft_cross_entropy
+from models import build_model, count_flops, count_parameters
 from runtime import Runtime
 from utils import Meters
 
@@ -240,6 +247,69 @@ def data(args):
     print(f"outside the networks: {100 * statistics.median(shares):.2f} % of the step")
 
 
+# ------------------------------------------------------------------------------ decode: photographs from disk
+
+
+def photographs(folder, count, generator):
+    """JPEGs like photographs, of ImageNet's usual 500 × 375 pixels: blurred noise of several scales."""
+    for number in range(count):
+        size = (375, 500) if number % 4 else (500, 375)
+        layers = [
+            torch.nn.functional.interpolate(
+                torch.rand(1, 3, cells, cells, generator=generator), size, mode="bicubic"
+            )
+            for cells in (3, 12, 48, 192)
+        ]
+        image = sum(layer / 2**octave for octave, layer in enumerate(layers)) / 2
+        pixels = (255 * image.clamp(0, 1)).byte()[0].permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(os.path.join(folder, f"{number}.jpg"), quality=90)
+
+
+def decode(args):
+    """Training and evaluation crops of JPEG files on one core: this project's reader and normalisation of
+    batches, against torchvision's reference transforms, image by image."""
+    torch.set_num_threads(1)
+    normalize = transforms.Normalize(MEAN, STD)
+    flipped = transforms.RandomHorizontalFlip()
+    bicubic = transforms.InterpolationMode.BICUBIC
+    train = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(args.size, interpolation=bicubic),
+            *(flipped, transforms.ToTensor(), normalize),
+        ]
+    )
+    evaluation = transforms.Compose(
+        [
+            transforms.Resize(round(args.size * 256 / 224), interpolation=bicubic),
+            *(transforms.CenterCrop(args.size), transforms.ToTensor(), normalize),
+        ]
+    )
+    views = ImageViews(args.size, MEAN, STD, crop="none", randaug=None)
+
+    def here(random):
+        images = torch.stack([read_crop(path, args.size, random) for path in paths])
+        return views.evaluation(images if random is None else views.weak(images))
+
+    def reference(transform):
+        return torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+
+    with tempfile.TemporaryDirectory() as folder:
+        if args.data_path is None:
+            photographs(folder, args.images, torch.Generator().manual_seed(0))
+        root = Path(args.data_path or folder)
+        paths = [str(path) for path in sorted(root.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]
+        paths = paths[: args.images]
+        random = np.random.default_rng(0)
+        rows = []
+        for name, one, transform in (("training crop", random, train), ("evaluation crop", None, evaluation)):
+            seconds = median_seconds(
+                (functools.partial(here, one), functools.partial(reference, transform)), args.repeats
+            )
+            rows.append((name, *(len(paths) / each for each in seconds)))
+    print(f"{len(paths)} JPEGs to {args.size} × {args.size}, one core")
+    print_ratios("images/s; reference: torchvision's transforms", rows)
+
+
 # ---------------------------------------------------------------------------------- step: the feedback's cost
 
 
@@ -310,6 +380,66 @@ def step(args):
         print(f"{name:<24}{1000 * median:>12.1f}{ratio:>8.2f}{memory[name]:>12.0f}{more:>8.2f}")
 
 
+# ----------------------------------------------------------------------------------- scale: several processes
+
+
+def scale_worker(rank, world_size, args, pipe):
+    """One of ``world_size`` processes: takes a step when it is told to and answers with its seconds."""
+    torch.set_num_threads(args.threads // world_size)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port)}
+    share = argparse.Namespace(**{**vars(args), "batch_size": args.batch_size // world_size})
+    loader, views, method, runtime = training_step(share)
+    step = 0
+    while pipe.recv() == "step":
+        start = time.perf_counter()
+        batch = next(loader)
+        method.step(views(batch.images_l, batch.targets, batch.images_u, loader.generator), step)
+        runtime.wait()
+        step += 1
+        pipe.send(time.perf_counter() - start)
+    runtime.close()
+
+
+def scale(args):
+    """Images per second of two processes (gloo), half the threads and half the batch each, against one."""
+    context = multiprocessing.get_context("spawn")
+    with socket.socket() as free:  # a port that nobody listens on
+        free.bind(("127.0.0.1", 0))
+        args.port = free.getsockname()[1]
+    groups, seconds = {}, {1: [], 2: []}
+    for world_size in seconds:
+        groups[world_size] = []
+        for rank in range(world_size):
+            pipe, end = context.Pipe()
+            worker = context.Process(target=scale_worker, args=(rank, world_size, args, end), daemon=True)
+            worker.start()
+            groups[world_size].append(pipe)
+    for repeat in range(args.repeats + 1):
+        for world_size, pipes in groups.items():  # in turns: one group works while the other waits
+            for pipe in pipes:
+                pipe.send("step")
+            taken = max(pipe.recv() for pipe in pipes)
+            if repeat:
+                seconds[world_size].append(taken)
+    for pipes in groups.values():
+        for pipe in pipes:
+            pipe.send("end")
+    images = args.batch_size * (1 + args.mu)
+    rate = {size: images / statistics.median(samples) for size, samples in seconds.items()}
+    network = build_model(args.model, 10)
+    reduced = 2 * 4 * count_parameters(network)  # both networks' gradients, float32
+    operations = count_flops(network, 32) * args.batch_size
+    # forward and backward are three forward passes: the teacher's on 1 + 2μ images, the student's on μ
+    operations *= 3 * (1 + 3 * args.mu)
+    print(f"{args.model}, batch {args.batch_size}, mu {args.mu}, {args.threads} threads in all")
+    print_ratios("images/s; reference: one process", [("two processes", rate[2], rate[1])])
+    print(
+        f"a step reduces {reduced / 1e6:.2f} MB per process and computes "
+        f"{operations / 1e9:.1f} G multiply-adds in all"
+    )
+
+
 # ----------------------------------------------------------------------------------------------- command line
 
 
@@ -346,6 +476,18 @@ def main():
     command = commands.add_parser("data", help="share of a training step outside its networks")
     add_step_arguments(command, batch_size=32, repeats=5)
     command.set_defaults(run=data)
+
+    command = commands.add_parser("decode", help="photographs from disk, against torchvision's transforms")
+    command.add_argument("--data-path", help="folder of JPEGs (default: some are made)")
+    command.add_argument("--images", type=int, default=64, help="how many of them")
+    command.add_argument("--size", type=int, default=224, help="side of the crops in pixels")
+    command.add_argument("--repeats", type=int, default=7, help="measurements of each, alternating")
+    command.set_defaults(run=decode)
+
+    command = commands.add_parser("scale", help="two processes on the CPU against one")
+    add_step_arguments(command, batch_size=32, repeats=5)
+    command.add_argument("--threads", type=int, default=2, help="CPU threads over all processes")
+    command.set_defaults(run=scale)
 
     command = commands.add_parser("step", help="cost of each form of the feedback, against none")
     add_step_arguments(command, batch_size=8, repeats=5)

@@ -9,7 +9,9 @@ The recipes are in run_*.sh. A run leaves checkpoint/NAME_*.pth.tar and results/
 
 import argparse
 import copy
+import math
 import os
+import re
 import signal
 import sys
 import time
@@ -72,6 +74,24 @@ ONLY_FOR = {
 }
 
 
+# the least and the largest value of numbers
+BOUNDS = {
+    **dict.fromkeys(("total_steps", "eval_step", "accumulate", "num_classes"), (1, math.inf)),
+    **dict.fromkeys(("batch_size", "finetune_batch_size"), (1, 2**20)),
+    "mu": (1, 2**10),
+    "resize": (1, 2**12),
+    **dict.fromkeys(("seed", "num_val", "workers", "keep", "start_step", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("student_wait_steps", "uda_steps", "finetune_epochs"), (0, math.inf)),
+    **dict.fromkeys(("teacher_lr", "student_lr", "finetune_lr", "weight_decay"), (0, 1e3)),
+    **dict.fromkeys(("finetune_weight_decay", "grad_clip", "lambda_u"), (0, 1e6)),
+    **dict.fromkeys(("momentum", "finetune_momentum", "feedback_momentum", "label_smoothing"), (0, 0.999999)),
+    **dict.fromkeys(("teacher_dropout", "student_dropout", "test_fraction"), (0, 0.999999)),
+    **dict.fromkeys(("ema", "threshold"), (0, 1)),
+    "temperature": (1e-3, 1e3),
+    "feedback_weight": (-1e6, 1e6),
+}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with errors of one sentence instead of the whole usage."""
 
@@ -93,7 +113,14 @@ def build_parser():
     group.add_argument(
         "--seed", type=int, default=0, help="of labels, initial weights, batches, augmentation"
     )
-    group.add_argument("--resume", metavar="CKPT", help="checkpoint to continue, finetune or evaluate")
+    group.add_argument(
+        "--resume",
+        metavar="CKPT",
+        help="checkpoint to continue, finetune or evaluate; auto: the last of this --name, if there is one",
+    )
+    group.add_argument(
+        "--keep", type=int, default=0, metavar="N", help="also keep the checkpoints of the last N evaluations"
+    )
     group.add_argument(
         "--evaluate", action="store_true", help="only evaluate the checkpoint of --resume, into results/CKPT"
     )
@@ -379,9 +406,16 @@ def parse_arguments(argv):
         parser.error("--evaluate and --finetune need --resume CKPT")
     if args.method == "pseudo-label" and not args.teacher_checkpoint:
         parser.error("--method pseudo-label needs --teacher-checkpoint FILE")
-    for name in ("total_steps", "eval_step", "batch_size", "mu", "finetune_batch_size", "accumulate"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name, (least, largest) in BOUNDS.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= largest:
+            parser.error(f"--{name.replace('_', '-')} {value} is out of range: {least} to {largest}")
+    if (
+        min(args.randaug) < 0
+        or max(args.randaug) > 100
+        or not 0 <= min(args.jitter) <= max(args.jitter) < 1e3
+    ):
+        parser.error("--randaug and --jitter take two numbers that are not negative, and not beyond reason")
     if args.batch_size % args.accumulate:
         parser.error(
             f"--batch-size {args.batch_size} cannot be taken in --accumulate {args.accumulate} parts"
@@ -402,6 +436,23 @@ def parse_arguments(argv):
 # ---------------------------------------------------------------- setup
 
 
+def read_data(args):
+    return load_dataset(
+        args.dataset,
+        args.data_path,
+        num_labeled=args.num_labeled,
+        num_val=args.num_val,
+        seed=args.seed,
+        resize=args.resize,
+        labeled_indices=args.labeled_indices,
+        unlabeled_path=args.unlabeled_path,
+        unlabeled_mode=args.unlabeled_mode,
+        test_fraction=args.test_fraction,
+        workers=args.workers,
+        skip_unreadable=args.skip_unreadable,
+    )
+
+
 def build_views(args, dataset, runtime):
     if dataset.size == 0:
         return PointViews(*args.jitter)
@@ -419,6 +470,21 @@ def build_views(args, dataset, runtime):
 
 def checkpoint_path(args, kind):
     return os.path.join(args.save_path, f"{args.name}_{kind}.pth.tar")
+
+
+def make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from error
+
+
+def drop_checkpoints(args):
+    """Remove all but the last ``--keep`` of the checkpoints that are named after their step."""
+    pattern = re.compile(re.escape(args.name) + r"_step\d{8}\.pth\.tar")
+    steps = sorted(name for name in os.listdir(args.save_path) if pattern.fullmatch(name))
+    for name in steps[: -args.keep]:
+        os.remove(os.path.join(args.save_path, name))
 
 
 class Interrupt:
@@ -519,7 +585,9 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
             state["oracle_top1"] = max(state["oracle_top1"], test["top1"])
             meters.reset()
             log.evaluation(step + 1, record)
-            checkpoint("last", *["best"] * better)
+            checkpoint("last", *["best"] * better, *[f"step{step + 1:08}"] * (args.keep > 0))
+            if args.keep and runtime.is_main:
+                drop_checkpoints(args)
             if runtime.is_main:
                 shown = {name: value for name, value in record.items() if not name.endswith("_std")}
                 figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
@@ -664,19 +732,23 @@ def describe_run(args, runtime, dataset, method):
     print("\n".join(lines), file=sys.stderr)
 
 
-def train(args, runtime, dataset, views, log, saved):
-    """Build the method, continue from ``saved`` if there is one, train.
-
-    Returns:
-        the network that was selected, and the figures of the run for summary.json.
-    """
+def build_method(args, runtime, dataset, saved):
+    """The method with its networks, and what the run knows of itself; both continued from ``saved``."""
     torch.manual_seed(args.seed)  # the same initial weights in every process
     method = METHODS[args.method](args, dataset.num_classes, dataset.size, runtime)
-    torch.manual_seed(args.seed + runtime.rank)  # but other dropout masks
     state = dict(FRESH)
     if saved:
         method.load_state_dict(saved, args.resume)
         state |= {key: saved[key] for key in (*FRESH, *POSITION) if key in saved}
+    return method, state
+
+
+def train(args, runtime, dataset, views, method, state, log):
+    """Train the method from ``args.start_step`` on.
+
+    Returns:
+        the network that was selected, and the figures of the run for summary.json.
+    """
     if runtime.is_main:
         describe_run(args, runtime, dataset, method)
     with Interrupt() as interrupt:
@@ -698,20 +770,21 @@ def train(args, runtime, dataset, views, log, saved):
 def main(argv):
     args = parse_arguments(argv)
     runtime = Runtime(args.device, args.amp, args.amp_dtype, args.channels_last, args.sync_bn)
-    dataset = load_dataset(
-        args.dataset,
-        args.data_path,
-        num_labeled=args.num_labeled,
-        num_val=args.num_val,
-        seed=args.seed,
-        resize=args.resize,
-        labeled_indices=args.labeled_indices,
-        unlabeled_path=args.unlabeled_path,
-        unlabeled_mode=args.unlabeled_mode,
-        test_fraction=args.test_fraction,
-        workers=args.workers,
-        skip_unreadable=args.skip_unreadable,
-    )
+    try:
+        start(args, runtime)
+    finally:
+        runtime.close()
+
+
+def start(args, runtime):
+    """Read the data, build the networks, then train, finetune or evaluate; write the summary."""
+    if args.resume == "auto":
+        last = checkpoint_path(args, "last")
+        args.resume = last if runtime.exists(last) else None
+        if not args.resume and (args.evaluate or args.finetune):
+            raise UserError(f"there is no checkpoint {last} to evaluate or finetune")
+    with runtime.first_here():
+        dataset = read_data(args)
     if args.num_classes not in (None, dataset.num_classes):
         raise UserError(
             f"--num-classes {args.num_classes}, but {args.dataset} has {dataset.num_classes} classes"
@@ -719,54 +792,90 @@ def main(argv):
     views = build_views(args, dataset, runtime)
     saved = runtime.load(args.resume) if args.resume else None
     only = args.evaluate or args.finetune
-    if saved and not only:
-        args.start_step = saved["step"]
-        if args.start_step > args.total_steps:
-            raise UserError(f"{args.resume} is of step {args.start_step}: give a larger --total-steps")
-    folder = os.path.join(args.results_path, args.name)
-    log = RunLog(folder, args, start_step=None if only else args.start_step, active=runtime.is_main)
-    if runtime.is_main:
-        write_labeled_indices(os.path.join(folder, "labeled_indices.txt"), dataset.labeled_indices)
-        os.makedirs(args.save_path, exist_ok=True)
-
+    check_checkpoint(args, saved, only)
+    # all that can be refused is refused before anything is written
     if only:
         network = build_network(args, dataset.num_classes, dataset.size, "student")
         load_state(network, predictor_state(saved, args.resume), args.resume)
         runtime.place(network)
-        measured = evaluate(runtime, network, dataset.test, views)
-        figures = {"steps": saved["step"], "top1": measured["top1"], "top5": measured["top5"]}
     else:
-        network, figures = train(args, runtime, dataset, views, log, saved)
-    if args.finetune_epochs and not args.evaluate:
-        figures["finetune_top1"] = finetune(args, runtime, dataset, views, network, log, figures["steps"])
-
-    summary = dict.fromkeys(SUMMARY) | (log.read_summary() if args.finetune else {}) | figures
-    summary |= {
-        "name": args.name,
-        "dataset": args.dataset,
-        "method": args.method,
-        "num_labeled": len(dataset.labeled),
-        "seed": args.seed,
-        "selection": "last" if dataset.val is None else "val",
-        "device": runtime.describe(),
-        "torch": torch.__version__,
-        "commit": commit(),
-    }
-    log.summary(summary)
-    log.close()
+        method, state = build_method(args, runtime, dataset, saved)
+    folder = os.path.join(args.results_path, args.name)
+    log = RunLog(folder, args, start_step=None if only else args.start_step, active=runtime.is_main)
+    try:
+        if runtime.is_main:
+            write_labeled_indices(os.path.join(folder, "labeled_indices.txt"), dataset.labeled_indices)
+            make_folder(args.save_path)
+        if only:
+            measured = evaluate(runtime, network, dataset.test, views)
+            figures = {"steps": saved["step"], "top1": measured["top1"], "top5": measured["top5"]}
+        else:
+            network, figures = train(args, runtime, dataset, views, method, state, log)
+        if args.finetune_epochs and not args.evaluate:
+            steps = figures["steps"]
+            figures["finetune_top1"] = finetune(args, runtime, dataset, views, network, log, steps)
+        summary = dict.fromkeys(SUMMARY) | (log.read_summary() if args.finetune else {}) | figures
+        summary |= {
+            "name": args.name,
+            "dataset": args.dataset,
+            "method": args.method,
+            "num_labeled": len(dataset.labeled),
+            "seed": args.seed,
+            "selection": "last" if dataset.val is None else "val",
+            "device": runtime.describe(),
+            "torch": torch.__version__,
+            "commit": commit(),
+        }
+        log.summary(summary)
+    finally:
+        log.close()
     if runtime.is_main:
         if not only:
             visualize.finished_run(folder, dataset)
         print(result_line(summary))
-    runtime.close()
+
+
+def check_checkpoint(args, saved, only):
+    """Whether the checkpoint of --resume can be continued by these arguments; sets the step to start at."""
+    if not args.resume:
+        return
+    if not isinstance(saved, dict) or "step" not in saved:
+        raise UserError(
+            f"{args.resume} is not a checkpoint of this program: to start from weights use --weights"
+        )
+    if only:
+        return
+    trained_by = saved.get("args", {}).get("method")
+    if trained_by != args.method:
+        raise UserError(
+            f"{args.resume} was trained by --method {trained_by}: it cannot go on as {args.method}"
+        )
+    args.start_step = saved["step"]
+    if args.start_step > args.total_steps:
+        raise UserError(f"{args.resume} is of step {args.start_step}: give a larger --total-steps")
+
+
+def run(argv):
+    """``main``, with what a user can get wrong as one sentence on standard error; returns the exit status."""
+    try:
+        main(argv)
+    except UserError as error:
+        print(f"main.py: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteError as error:
+        print(f"main.py: {error}; the last checkpoint is of before", file=sys.stderr)
+        return 3
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # raised wherever the program is when a worker ends
+            raise
+        print(
+            f"main.py: a process that decodes images has ended ({str(error).splitlines()[0]}): it may have "
+            "run out of memory, use fewer --workers and continue with --resume auto",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"main.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except NonFiniteError as error:
-        print(f"main.py: {error}; the last checkpoint is of before", file=sys.stderr)
-        sys.exit(3)
+    sys.exit(run(sys.argv[1:]))

@@ -19,6 +19,7 @@ channels-last memory format, and all but RegNet can be built on the meta device.
 
 import copy
 import re
+import zipfile
 from functools import partial
 from itertools import pairwise
 
@@ -294,9 +295,14 @@ def _read_state(path):
     """A state dict from a file: one by itself, or inside a checkpoint of this project.
 
     Of a checkpoint's networks the first present is taken: the average, the student, the teacher.
-    ValueError if the file cannot be read, or not without running code, or holds no state dict.
+    ValueError if the file cannot be read, or not without running code, or holds no state dict, or values
+    that are not finite.
     """
     try:
+        if zipfile.is_zipfile(path):  # torch.load would not notice a wrong byte in a tensor
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"there is no weights file {path}: check --weights") from error
@@ -307,8 +313,10 @@ def _read_state(path):
         ) from error
     while isinstance(state, dict) and not all(isinstance(value, torch.Tensor) for value in state.values()):
         state = next((state[key] for key in STATE_KEYS if isinstance(state.get(key), dict)), None)
-    if not state or not isinstance(state, dict):
+    if not isinstance(state, dict) or not state:
         raise ValueError(f"{path} holds no state dict: save one with torch.save(model.state_dict(), FILE)")
+    if spoilt := [name for name, value in state.items() if not torch.isfinite(value).all()]:
+        raise ValueError(f"{path} holds values that are not finite, in {spoilt[0]}: take another file")
     return state
 
 
@@ -429,6 +437,8 @@ def build_model(
     and weights that cannot be had or do not fit.
     """
     torchvision_name = name.replace("-", "_")
+    if max(map(int, re.findall(r"\d+", name)), default=0) > 2**16:
+        raise ValueError(f"{name} is beyond what any machine holds: use numbers up to {2**16}")
     if match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
         model = WideResNet(int(match[1]), int(match[2]), num_classes, dropout, bn_momentum=bn_momentum)
     elif re.fullmatch(r"mlp(-\d+){2,}", name):

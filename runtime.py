@@ -32,6 +32,7 @@ class Runtime:
         amp_dtype: ``bf16``, or ``fp16`` with gradient scaling (CUDA only).
         channels_last: keep images and filters in the memory order that convolutions are fastest in.
         sync_bn: batch norm takes its statistics over the batches of all processes.
+        alone: this process does something by itself, whatever others it was started with.
 
     Raises:
         UserError: a device that is not there, or a precision that it does not have.
@@ -47,7 +48,9 @@ class Runtime:
 
     KINDS = ("auto", "cpu", "cuda", "mps", "xla")
 
-    def __init__(self, device="auto", amp=False, amp_dtype="bf16", channels_last=False, sync_bn=False):
+    def __init__(
+        self, device="auto", amp=False, amp_dtype="bf16", channels_last=False, sync_bn=False, alone=False
+    ):
         if device == "auto":
             mps = torch.backends.mps.is_available()
             device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -61,8 +64,8 @@ class Runtime:
             raise UserError(f"--amp-dtype fp16 needs CUDA: use --amp-dtype bf16 on {device}")
 
         self.kind = device
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = 0 if alone else int(os.environ.get("RANK", 0))
+        self.world_size = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
         if device == "cuda":
@@ -72,7 +75,7 @@ class Runtime:
         if device == "xla":
             self._start_xla()
         elif self.world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
+            self._join_processes()
         self.channels_last = channels_last
         self.sync_bn = sync_bn
         self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype] if amp else None
@@ -80,6 +83,15 @@ class Runtime:
             self.amp_dtype = None
             if self.is_main:
                 print(f"this {self.kind} device has no bf16: --amp is left out", file=sys.stderr)
+
+    def _join_processes(self):
+        """Form the process group. What torchrun starts again after a fault would find, in its store, the
+        addresses of processes that are gone: so each attempt has names of its own there."""
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        backend = "nccl" if self.kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
     def _start_xla(self):
         if self.world_size > 1:
@@ -234,6 +246,16 @@ class Runtime:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
+    @contextlib.contextmanager
+    def first_here(self):
+        """Context that one process of each machine goes through before the others: to download, say."""
+        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        if not first:
+            self.barrier()
+        yield
+        if first:
+            self.barrier()
+
     def barrier(self):
         if self.world_size > 1:
             dist.barrier()
@@ -316,18 +338,45 @@ class Runtime:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-        except OSError as error:
-            raise UserError(f"cannot write the checkpoint {path}: {error.strerror or error}") from error
+        except (OSError, RuntimeError) as error:  # torch's writer raises the second when a write fails
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            reason = getattr(error, "strerror", None) or "the disk may be full"
+            raise UserError(f"cannot write the checkpoint {path}: {reason}") from error
+
+    def exists(self, path):
+        """Whether the main process has such a file; the same answer in all."""
+        found = torch.tensor(int(self.is_main and os.path.isfile(path)), device=self.device)
+        return bool(self.max_(found))
 
     def load(self, path):
         """Read what ``save`` wrote, onto the CPU. Never runs code from the file (``weights_only``).
 
+        The main process reads; the others, which may be on machines without the file, get it from there.
+
         Raises:
             UserError: no such file, or not a readable checkpoint.
         """
+        if self.world_size == 1:
+            return self._read(path)
+        outcome = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = self._read(path)
+            except UserError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome)
+        if outcome[1]:
+            raise UserError(outcome[1])
+        return outcome[0]
+
+    def _read(self, path):
         if not os.path.isfile(path):
             raise UserError(f"there is no checkpoint {path}")
         try:
+            with zipfile.ZipFile(path) as archive:  # torch.load would not notice a wrong byte in a tensor
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile
             return torch.load(path, map_location="cpu", weights_only=True)
         except (
             pickle.UnpicklingError,

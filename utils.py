@@ -213,16 +213,23 @@ class RunLog:
         """One line of metrics.jsonl and the same figures to TensorBoard."""
         if not self.active:
             return
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps({"step": step} | record) + "\n")
+        try:
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps({"step": step} | record) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.metrics}: {error.strerror or error}") from error
         if self.writer:
             for name, value in record.items():
                 if value is not None:
                     self.writer.add_scalar(name, value, step)
 
     def summary(self, record):
-        if self.active:
+        if not self.active:
+            return
+        try:
             self._write("summary.json", record)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from error
 
     def read_summary(self):
         """What an earlier part of the run has written, {} if nothing."""

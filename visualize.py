@@ -137,7 +137,8 @@ def read_networks(run, dataset, runtime, save_path=None):
     networks = {}
     for title, key in ((TEACHER, "teacher_state_dict"), (STUDENT, "avg_state_dict")):
         if isinstance(state, dict) and key in state:
-            network = build_model(run.args["model"], dataset.num_classes, image_size=dataset.size)
+            model = (run.args.get("student_model") if title == STUDENT else None) or run.args["model"]
+            network = build_model(model, dataset.num_classes, image_size=dataset.size)
             load_state(network, state[key], path)
             networks[title] = network.to(runtime.device).eval()
     if STUDENT not in networks:
@@ -149,7 +150,8 @@ def make_runtime(args):
     """Where to evaluate: in the run's precision, on the device that there is."""
     device = "cuda" if args.get("device") != "cpu" and torch.cuda.is_available() else "cpu"
     dtype = args.get("amp_dtype", "bf16")
-    return Runtime(device, args.get("amp", False) and (device, dtype) != ("cpu", "fp16"), dtype)
+    amp = args.get("amp", False) and (device, dtype) != ("cpu", "fp16")
+    return Runtime(device, amp, dtype, alone=True)
 
 
 def evaluation_view(dataset):
@@ -793,10 +795,11 @@ def augmentation_of(name, data_path, *, randaug=(2, 16), seed=0, resize=None, co
 def finished_run(folder, dataset=None):
     """The pictures that every training run leaves in its folder; returns their paths.
 
-    curves.png; for two moons regions.png, for images confusion.png. ``dataset`` saves reading it again.
+    curves.png, if anything was evaluated in this folder; for two moons regions.png, for images confusion.png.
+    ``dataset`` saves reading it again.
     """
     run = read_run(folder)
-    paths = [save(draw_curves([run]), run.folder / "curves.png")]
+    paths = [save(draw_curves([run]), run.folder / "curves.png")] if run.records else []
     if run.args["dataset"] == "twomoons":
         paths.append(save(regions_of([run], dataset=dataset), run.folder / "regions.png"))
     else:

@@ -1,0 +1,325 @@
+"""What goes wrong around a run: hostile files and flags, a full disk, killed processes.
+
+Every hostile input gets one sentence on standard error and exit status 2, and nothing that was there before
+is changed.
+"""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_distributed import torchrun
+
+import main
+
+ROOT = Path(main.__file__).parent
+TINY = (
+    "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --mu 2 --device cpu "
+    "--total-steps 4 --eval-step 2 --finetune-epochs 0 --workers 0 --name run"
+).split()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run, to be damaged."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert main.run([*TINY, "--save-path", str(folder), "--results-path", str(folder / "results")]) == 0
+    return folder / "run_last.pth.tar"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, trained):
+    """An empty folder to run in, with a good checkpoint in the place where the run saves."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint/run_last.pth.tar").write_bytes(trained.read_bytes())
+    return tmp_path
+
+
+def refused(capsys, *arguments):
+    """The sentence that the command ends with."""
+    capsys.readouterr()
+    assert main.run([*TINY, *map(str, arguments)]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("main.py: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def flipped(content):
+    """Some bits of the tensors' bytes turned over."""
+    content = bytearray(content)
+    for position in range(len(content) // 3, len(content), len(content) // 7):
+        content[position] ^= 0xFF
+    return bytes(content)
+
+
+def foreign_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "no tensors")
+
+
+CHECKPOINTS = {
+    "empty": lambda path, good: path.write_bytes(b""),
+    "ten bytes": lambda path, good: path.write_bytes(good[:10]),
+    "half": lambda path, good: path.write_bytes(good[: len(good) // 2]),
+    "all but the last byte": lambda path, good: path.write_bytes(good[:-1]),
+    "flipped bits": lambda path, good: path.write_bytes(flipped(good)),
+    "text": lambda path, good: path.write_text("step: 4\n"),
+    "a pickle that runs code": lambda path, good: path.write_bytes(pickle.dumps(Payload())),
+    "a checkpoint that runs code": lambda path, good: torch.save({"step": Payload()}, path),
+    "another zip": lambda path, good: foreign_zip(path),
+    "a list": lambda path, good: torch.save([1, 2, 3], path),
+    "a tensor": lambda path, good: torch.save(torch.zeros(3), path),
+    "bare weights": lambda path, good: torch.save({"fc.weight": torch.zeros(3)}, path),
+    "a step and nothing else": lambda path, good: torch.save({"step": 2}, path),
+    "a folder": lambda path, good: path.mkdir(),
+    "nothing": lambda path, good: None,
+}
+
+
+@pytest.mark.parametrize("damage", CHECKPOINTS)
+@pytest.mark.parametrize("flag", ("--resume", "--evaluate", "--weights"))
+def test_hostile_checkpoints(damage, flag, here, trained, capsys):
+    CHECKPOINTS[damage](here / "hostile.pth.tar", trained.read_bytes())
+    arguments = ["--evaluate", "--resume"] if flag == "--evaluate" else [flag]
+    sentence = refused(capsys, *arguments, "hostile.pth.tar")
+    assert "hostile.pth.tar" in sentence
+    assert not (here / "ran").exists()
+    assert (here / "checkpoint/run_last.pth.tar").read_bytes() == trained.read_bytes()
+
+
+def test_weights_that_are_not_finite(here, trained, capsys):
+    state = torch.load(trained, weights_only=True)["avg_state_dict"]
+    state["conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, here / "nan.pth")
+    assert "conv1.weight" in refused(capsys, "--weights", "nan.pth")
+
+
+@pytest.mark.parametrize("flags", (["--model", "wrn-16-1"], ["--model", "wrn-10-2"], ["--method", "uda"]))
+def test_a_checkpoint_of_another_run(flags, here, trained, capsys):
+    assert "run_last" in refused(capsys, *flags, "--resume", trained, "--total-steps", 8)
+
+
+FLAGS = (
+    *(
+        "--teacher-lr -0.1",
+        "--student-lr nan",
+        "--student-lr inf",
+        "--weight-decay -1",
+        "--ema 1.5",
+        "--mu -3",
+    ),
+    *("--temperature 0", "--threshold 2", "--label-smoothing 1", "--teacher-dropout 1", "--lambda-u -1"),
+    *("--batch-size 0", "--batch-size 99999999999", "--num-labeled -40", "--num-labeled nan", "--num-val -1"),
+    *("--workers -1", "--seed -1", "--resize 1000000", "--model wrn-10-99999999", "--model wrn-99999999-1"),
+    *(
+        "--model mlp-2-99999999-10",
+        "--grad-clip -1",
+        "--total-steps 0",
+        "--eval-step -5",
+        "--warmup-steps -1",
+    ),
+    *("--accumulate 3", "--keep -1", "--momentum 1.0", "--randaug -1 5", "--finetune-lr -1", "--mu 1.5"),
+    *("--total-steps 1e3", "--device tpu", "--amp-dtype fp8", "--num-labeled 1e12", "--feedback-momentum 1"),
+)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_absurd_flags(flags, here, trained, capsys):
+    name, value = flags.split()[:2]
+    sentence = refused(capsys, *flags.split())
+    assert name in sentence or value in sentence
+    assert not (here / "results").exists()
+    assert (here / "checkpoint/run_last.pth.tar").read_bytes() == trained.read_bytes()
+
+
+def photographs(root, size=(12, 12), count=6):
+    """Two classes of images, with spaces and other letters in their names."""
+    random = np.random.RandomState(0)
+    for part in ("train", "test"):
+        for name in ("ein Löwe", "猫"):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.randint(256, size=(*size, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"bild {number}.png")
+    return root / "train" / "猫"
+
+
+def folder_flags(root):
+    return "--dataset", "folder", "--data-path", str(root), "--num-labeled", "4", "--name", "own images ü"
+
+
+def broken_png(path):
+    """A header that promises 100,000 × 100,000 pixels."""
+    Image.new("L", (4, 4)).save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = (100_000).to_bytes(4, "big") * 2
+    path.write_bytes(content)
+
+
+IMAGES = {
+    "text": lambda path: path.write_text("not an image"),
+    "zero bytes": lambda path: path.write_bytes(b""),
+    "half an image": lambda path: path.write_bytes((path.parent / "bild 0.png").read_bytes()[:200]),
+    "a gigantic header": broken_png,
+    "a link to nothing": lambda path: path.symlink_to("gone.png"),
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "size"), [*((damage, 12) for damage in IMAGES), ("half an image", 70), ("text", 70)]
+)
+def test_hostile_images(damage, size, here, capsys):
+    """In memory and through the workers: named, or named and left out with --skip-unreadable."""
+    folder = photographs(here / "meine Bilder", (size, size))
+    IMAGES[damage](folder / "schlecht.png")
+    flags = [*folder_flags(here / "meine Bilder"), "--resize", 12 if size == 12 else 70]
+    assert "schlecht.png" in refused(capsys, *flags)
+    assert main.run([*TINY, *map(str, flags), "--skip-unreadable"]) == 0
+    assert "schlecht.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", ((1, 1), (1, 20_000), (20_000, 1)))
+def test_strange_shapes_are_images(shape, here):
+    folder = photographs(here / "own")
+    Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(folder / "strange.png")
+    assert main.run([*TINY, *folder_flags(here / "own"), "--resize", "12"]) == 0
+    summary = json.loads((here / "results/own images ü/summary.json").read_text())
+    assert summary["steps"] == 4
+
+
+@pytest.mark.parametrize("flag", ("--results-path", "--save-path"))
+@pytest.mark.parametrize("place", ("/proc/nowhere", "a file"))
+def test_folders_that_cannot_be_written(flag, place, here, capsys):
+    """/proc refuses even the superuser, whom a read-only folder would not stop."""
+    (here / "a file").write_text("mine")
+    assert place in refused(capsys, flag, place)
+    assert (here / "a file").read_text() == "mine"
+
+
+def test_a_full_disk(here, trained, capsys):
+    """The last checkpoint stays whole where the next one does not fit."""
+    (here / "checkpoint/run_last.pth.tar.tmp").symlink_to("/dev/full")
+    assert "No space left" in refused(capsys)
+    assert (here / "checkpoint/run_last.pth.tar").read_bytes() == trained.read_bytes()
+
+
+def children(pid):
+    """Process numbers and commands of the children of a process."""
+    listed = subprocess.run(["ps", "--ppid", str(pid), "-o", "pid=,args="], capture_output=True, text=True)
+    return [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
+
+
+def test_a_killed_decoding_worker(here):
+    photographs(here / "own", (70, 70))
+    flags = [
+        *TINY,
+        *folder_flags(here / "own"),
+        "--resize",
+        "70",
+        "--workers",
+        "1",
+        "--total-steps",
+        "100000",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "main.py", *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (here / "checkpoint/own images ü_last.pth.tar").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    for pid, _ in children(process.pid):
+        os.kill(int(pid), signal.SIGKILL)
+    assert process.wait(timeout=60) == 2
+    errors = process.stderr.read()
+    assert "Traceback" not in errors
+    assert "process that decodes images has ended" in errors.splitlines()[-1]
+
+
+def test_keep(here):
+    assert main.run([*TINY, "--total-steps", "10", "--keep", "2"]) == 0
+    kept = sorted(path.name for path in (here / "checkpoint").glob("run_step*"))
+    assert kept == ["run_step00000008.pth.tar", "run_step00000010.pth.tar"]
+    step = torch.load(here / "checkpoint/run_step00000008.pth.tar", weights_only=True)["step"]
+    assert step == 8
+
+
+# ---------------------------------------------------------------- killed, and started again
+
+
+def tensors(state, prefix=""):
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else []
+    return {path: t for key, value in items for path, t in tensors(value, f"{prefix}/{key}").items()}
+
+
+def assert_same_checkpoint(one, other):
+    one, other = (tensors(torch.load(path, weights_only=True)) for path in (one, other))
+    assert one.keys() == other.keys() and len(one) > 50
+    for path, tensor in one.items():
+        assert torch.equal(tensor, other[path]), path
+
+
+def test_killed_at_twenty_moments(tmp_path):
+    """Every checkpoint is readable at any moment, and the run ends as an unbroken one, bit for bit."""
+    worker = [sys.executable, ROOT / "tests/kill_worker.py", tmp_path, "20"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(worker, capture_output=True, text=True, env=environment, timeout=800)
+    assert done.returncode == 0, done.stderr
+    assert "20 kills" in done.stdout
+    finished = sorted(tmp_path.glob("broken-*/checkpoint/run_last.pth.tar"))
+    assert finished
+    for path in finished:
+        assert_same_checkpoint(path, tmp_path / "unbroken/checkpoint/run_last.pth.tar")
+
+
+def test_a_lost_process_is_started_again(tmp_path):
+    """torchrun starts both again from the last checkpoint; the run ends as one that lost none."""
+    flags = [*TINY, "--eval-step", "4", "--resume", "auto"]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "broken").mkdir()
+    whole = torchrun(ROOT / "main.py", *flags, "--total-steps", "40", cwd=tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(
+            [*launch, "--max-restarts", "2", ROOT / "main.py", *flags, "--total-steps", "40"],
+            cwd=tmp_path / "broken",
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=log,
+        )
+    checkpoint = tmp_path / "broken/checkpoint/run_last.pth.tar"
+    while not checkpoint.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True
+    )
+    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    assert process.wait(timeout=200) == 0, (tmp_path / "log.txt").read_text()
+    summaries = [
+        json.loads((tmp_path / f"{kind}/results/run/summary.json").read_text())
+        for kind in ("whole", "broken")
+    ]
+    assert summaries[0]["top1"] == summaries[1]["top1"]
+    assert_same_checkpoint(checkpoint, tmp_path / "whole/checkpoint/run_last.pth.tar")
