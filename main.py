@@ -671,9 +671,8 @@ def evaluate(runtime, network, image_set, views):
     """
     network.eval()
     total = torch.zeros(4, device=runtime.device)
-    for images, targets, mask in batches(
-        image_set, EVALUATION_BATCH, runtime.device, runtime.rank, runtime.world_size
-    ):
+    size = min(EVALUATION_BATCH, len(image_set))
+    for images, targets, mask in batches(image_set, size, runtime.device, runtime.rank, runtime.world_size):
         with runtime.autocast():
             logits = network(*runtime.shard((views.evaluation(images),))).float()
         hits = topk_correct(logits, targets, (1, 5))

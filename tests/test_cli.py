@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import main
 from runtime import UserError
@@ -294,3 +296,67 @@ def test_pseudo_label_from_a_checkpoint(unbroken, tmp_path):
     summary = json.loads((tmp_path / "results" / "digits" / "summary.json").read_text())
     reference = json.loads((folder / "results" / "run" / "summary.json").read_text())
     assert summary["teacher_top1"] == reference["best_top1"]
+
+
+# ---------------------------------------------------------------- recipes for large images
+
+
+def photographs(root, parts, sizes, classes=2):
+    """JPEGs of these sizes in every class folder of every part."""
+    random = np.random.RandomState(0)
+    for part in parts:
+        for name in range(classes):
+            folder = root / part / f"class{name}"
+            folder.mkdir(parents=True)
+            for number, size in enumerate(sizes):
+                pixels = random.randint(256, size=(*size, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=90)
+
+
+def script(name, *flags, cwd, **environment):
+    """``bash NAME FLAGS`` in ``cwd``, with this Python."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    shell = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    text = (ROOT / name).read_text().replace("main.py", f"'{ROOT}/main.py'")
+    (cwd / name).write_text(text)  # as in the clone, but what it leaves is left in cwd
+    done = subprocess.run(
+        ["bash", name, *map(str, flags)], cwd=cwd, env=shell, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_imagenet_recipe_in_two_processes(tmp_path):
+    """Twenty images of odd sizes, two processes, batches in two parts, batch norm over both processes."""
+    sizes = [(90, 120), (70, 65), (200, 100), (64, 64), (301, 75)]
+    photographs(tmp_path / "imagenet", ("train", "val"), sizes)
+    tiny = "--resize 64 --model resnet18 --workers 1 --batch-size 2 --accumulate 2 --mu 2 --total-steps 2"
+    rest = (
+        "--eval-step 1 --warmup-steps 1 --student-wait-steps 0 --uda-steps 1 --finetune-epochs 1 --device cpu"
+    )
+    flags = [*tiny.split(), *rest.split(), "--data-path", tmp_path / "imagenet"]
+    done = script("run_imagenet.sh", *flags, cwd=tmp_path, GPUS="2")
+    assert "(imagenet, 2 labels, mpl, seed 0)" in done.stdout
+    summary = json.loads((tmp_path / "results/imagenet-10/summary.json").read_text())
+    assert summary["device"].startswith("2 × cpu") and summary["finetune_top1"] is not None
+
+
+def test_folder_recipe_on_large_photographs(tmp_path):
+    photographs(tmp_path / "mine", ("train", "test"), [(300, 400)] * 4 + [(150, 97)])
+    flags = (
+        "--no-pretrained --resize 64 --num-labeled 0.4 --batch-size 4 --mu 1 --total-steps 4 --eval-step 2"
+    )
+    flags = [*flags.split(), "--device", "cpu", "--finetune-epochs", 1, "--data-path", tmp_path / "mine"]
+    done = script("run_folder.sh", *flags, cwd=tmp_path)
+    assert "(folder, 4 labels, mpl, seed 0)" in done.stdout
+    assert "11,169,858 parameters (1,026 learn)" in done.stderr  # with the small stem; a head of 512 · 2 + 2
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("run_*.sh")))
+def test_every_recipe_is_one_command_that_takes_flags(name):
+    """Every flag of a recipe is known, and what is given behind it overrides it."""
+    text = (ROOT / name).read_text()
+    assert text.count("main.py") == 1 and text.rstrip().endswith('"$@"')
+    words = text.split("main.py", 1)[1].replace("\\\n", " ").replace('"$@"', "").split()
+    args = main.parse_arguments([*words, "--seed", "7", "--total-steps", "123456"])
+    assert args.seed == 7 and args.total_steps == 123_456
