@@ -877,9 +877,10 @@ def _unchanged(sample):
 
 
 def _leave_signals_to_parent(_):
-    """A worker is stopped by the process that started it, whose handlers (save, then exit) are not for it."""
+    """A worker ends with the process that started it. A signal to all processes of a group is for that one,
+    which still needs its workers to come to the end of a step, and save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _decode(pieces, size, workers, device, ahead):

@@ -24,13 +24,12 @@ import visualize
 from augmentation import ImageViews, PointViews
 from data import NAMES, TrainLoader, batches, load_dataset, write_labeled_indices
 from methods import METHODS, Learner, build_network, predictor_state, sgd
-from models import count_flops, count_parameters
+from models import count_flops, count_parameters, head_of
 from runtime import Runtime, UserError
 from utils import Meters, NonFiniteError, RunLog, commit, load_state, topk_correct
 
 # ---------------------------------------------------------------- arguments
 
-STOP_EVERY = 10  # steps between two looks at whether another process was told to stop
 READ_EVERY = 50  # steps between two looks at the meters, each of which waits for the device
 EVALUATION_BATCH = 256  # fixed, so that an accuracy does not depend on the command that asks for it
 
@@ -80,7 +79,8 @@ BOUNDS = {
     **dict.fromkeys(("batch_size", "finetune_batch_size"), (1, 2**20)),
     "mu": (1, 2**10),
     "resize": (1, 2**12),
-    **dict.fromkeys(("seed", "num_val", "workers", "keep", "start_step", "warmup_steps"), (0, math.inf)),
+    "seed": (0, 2**63 - 1),
+    **dict.fromkeys(("num_val", "workers", "keep", "start_step", "warmup_steps"), (0, math.inf)),
     **dict.fromkeys(("student_wait_steps", "uda_steps", "finetune_epochs"), (0, math.inf)),
     **dict.fromkeys(("teacher_lr", "student_lr", "finetune_lr", "weight_decay"), (0, 1e3)),
     **dict.fromkeys(("finetune_weight_decay", "grad_clip", "lambda_u"), (0, 1e6)),
@@ -126,6 +126,9 @@ def build_parser():
     )
     group.add_argument("--finetune", action="store_true", help="only finetune the checkpoint of --resume")
     group.add_argument("--device", default="auto", choices=Runtime.KINDS, help="where to run")
+    group.add_argument(
+        "--local-rank", "--local_rank", help="accepted from older launchers: the environment says it, too"
+    )
     group.add_argument("--amp", action="store_true", help="mixed precision")
     group.add_argument("--amp-dtype", default="bf16", choices=("bf16", "fp16"), help="fp16 needs CUDA")
     group.add_argument(
@@ -392,12 +395,10 @@ def parse_arguments(argv):
     useless |= {"jitter"} if args.dataset != "twomoons" else {"randaug", "resize", "labeled_view"}
     if args.method == "supervised" and args.labeled_view == "weak":
         useless |= {"randaug"}
-    useless |= {"momentum", "nesterov"} if args.optimizer != "sgd" else set()
     useless |= {"test_fraction"} if args.dataset != "folder" else set()
     if refused := sorted(useless & of_user):
         flags = ", ".join("--" + name.replace("_", "-") for name in refused)
-        how = f"--method {args.method} with --optimizer {args.optimizer} on {args.dataset}"
-        parser.error(f"{how} does not use {flags}: leave it out")
+        parser.error(f"--method {args.method} on {args.dataset} does not use {flags}: leave it out")
     if aside := sorted(useless & of_recipe):
         flags = " ".join("--" + name.replace("_", "-") for name in aside)
         print(f"--method {args.method}: the recipe's {flags} set aside", file=sys.stderr)
@@ -428,8 +429,6 @@ def parse_arguments(argv):
         parser.error(f"--start-step {args.start_step} is not below --total-steps {args.total_steps}")
     args.model = args.model or ("mlp-2-8-8-2" if args.dataset == "twomoons" else "wrn-28-2")
     args.name = args.name or args.dataset
-    if args.evaluate:  # a folder of its own: the record of the training run stays as it is
-        args.name = os.path.basename(args.resume).removesuffix(".pth.tar")
     return args
 
 
@@ -479,19 +478,24 @@ def make_folder(path):
         raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from error
 
 
-def drop_checkpoints(args):
-    """Remove all but the last ``--keep`` of the checkpoints that are named after their step."""
-    pattern = re.compile(re.escape(args.name) + r"_step\d{8}\.pth\.tar")
-    steps = sorted(name for name in os.listdir(args.save_path) if pattern.fullmatch(name))
-    for name in steps[: -args.keep]:
-        os.remove(os.path.join(args.save_path, name))
+def drop_checkpoints(args, step):
+    """Of the checkpoints that are named after their step, keep the last ``--keep`` up to this one.
+
+    Those of later steps are of an earlier run.
+    """
+    pattern = re.compile(re.escape(args.name) + r"_step(\d{8,})\.pth\.tar")
+    found = filter(None, map(pattern.fullmatch, os.listdir(args.save_path)))
+    names = {int(match[1]): match[0] for match in found}
+    kept = sorted(number for number in names if number <= step)[-args.keep :]
+    for number in names.keys() - set(kept):
+        os.remove(os.path.join(args.save_path, names[number]))
 
 
 class Interrupt:
     """Context that remembers SIGTERM or SIGINT, so that the loop can stop between two steps."""
 
     def __enter__(self):
-        self.signal = 0
+        self.signal, self.asked = 0, None
         self.before = {
             number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
         }
@@ -499,13 +503,19 @@ class Interrupt:
 
     def _note(self, number, frame):
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if number == signal.SIGINT:  # a second Ctrl-C ends the process at once; launchers repeat SIGTERM
+            signal.signal(number, signal.SIG_DFL)
 
-    def on_any(self, runtime):
-        """The signal that any of the processes has received, 0 for none; all take part in the question."""
-        if runtime.world_size > 1:
-            self.signal = int(runtime.max_(torch.tensor(self.signal, device=runtime.device)))
-        return self.signal
+    def stops(self, runtime):
+        """The signal that ends the run after this step, 0 for none: the same answer in all processes.
+
+        Several processes ask each other at every step and read the answer at the next, so that none waits.
+        """
+        if runtime.world_size == 1:
+            return self.signal
+        answer = int(self.asked) if self.asked is not None else 0
+        self.asked = runtime.max_(torch.tensor(self.signal, device=runtime.device))
+        return answer
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -585,25 +595,26 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
             state["oracle_top1"] = max(state["oracle_top1"], test["top1"])
             meters.reset()
             log.evaluation(step + 1, record)
-            checkpoint("last", *["best"] * better, *[f"step{step + 1:08}"] * (args.keep > 0))
+            # the last one last: a run that is killed in between does this step again
+            checkpoint(*["best"] * better, *[f"step{step + 1:08}"] * (args.keep > 0), "last")
             if args.keep and runtime.is_main:
-                drop_checkpoints(args)
+                drop_checkpoints(args, step + 1)
             if runtime.is_main:
                 shown = {name: value for name, value in record.items() if not name.endswith("_std")}
                 figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
                 progress.write(f"step {step + 1}/{args.total_steps}  {figures}", file=sys.stderr)
             started, counted = time.perf_counter(), step + 1
 
-        # several processes stop together: they ask each other, but not at every step
-        if (runtime.world_size == 1 or (step + 1) % STOP_EVERY == 0) and interrupt.on_any(runtime):
+        if number := interrupt.stops(runtime):
             meters.read()
             count()
             method.agree()
             checkpoint("last")
             progress.close()
-            path = checkpoint_path(args, "last")
-            print(f"stopped after step {step + 1}; continue with --resume {path}", file=sys.stderr)
-            sys.exit(128 + interrupt.signal)
+            if runtime.is_main:
+                path = checkpoint_path(args, "last")
+                print(f"stopped after step {step + 1}; continue with --resume {path}", file=sys.stderr)
+            sys.exit(128 + number)
     progress.close()
 
 
@@ -613,7 +624,8 @@ def finetune(args, runtime, dataset, views, network, log, steps_before):
     SGD at a constant rate, up to ten evaluations on the way. With ``--num-val`` the one with the best
     validation accuracy is taken, else the last. ``steps_before`` is the step that figures are logged after.
     """
-    network = copy.deepcopy(network).requires_grad_(True)
+    network = copy.deepcopy(network).requires_grad_(not args.freeze_body)
+    head_of(network).requires_grad_(True)
     batch_size = min(args.finetune_batch_size, len(dataset.labeled))
     steps = max(1, args.finetune_epochs * len(dataset.labeled) // (batch_size * runtime.world_size))
     loader = TrainLoader(dataset, batch_size, 0, args.seed + 1, runtime, args.workers)
@@ -782,6 +794,8 @@ def start(args, runtime):
         args.resume = last if runtime.exists(last) else None
         if not args.resume and (args.evaluate or args.finetune):
             raise UserError(f"there is no checkpoint {last} to evaluate or finetune")
+    if args.evaluate:  # a folder of its own: the record of the training run stays as it is
+        args.name = os.path.basename(args.resume).removesuffix(".pth.tar")
     with runtime.first_here():
         dataset = read_data(args)
     if args.num_classes not in (None, dataset.num_classes):

@@ -170,12 +170,15 @@ class Learner:
         try:
             load_state(self.network, state[f"{role}_state_dict"], path)
             self.optimizer.load_state_dict(state[f"{role}_optimizer"])
-            self.scaler.load_state_dict(state[f"{role}_scaler"])
+            if state[f"{role}_scaler"]:  # empty where the precision was another, without a scaler
+                self.scaler.load_state_dict(state[f"{role}_scaler"])
             if self.ema:
                 load_state(self.ema.network, state["avg_state_dict"], path)
                 self.ema.updates.copy_(state["avg_updates"])
         except KeyError as error:
             raise UserError(f"{path} has no {error}: it was not written by this --method") from error
+        except ValueError as error:  # torch: groups of other parameters
+            raise UserError(f"the optimiser in {path} is of another network or --freeze-body") from error
 
 
 def batch_norms(network):

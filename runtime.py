@@ -85,11 +85,15 @@ class Runtime:
                 print(f"this {self.kind} device has no bf16: --amp is left out", file=sys.stderr)
 
     def _join_processes(self):
-        """Form the process group. What torchrun starts again after a fault would find, in its store, the
-        addresses of processes that are gone: so each attempt has names of its own there."""
+        """Form the process group.
+
+        What torchrun starts again on one machine would find, in the store of its agent, the addresses of
+        processes that are gone: so each attempt has names of its own there. Attempts are not counted alike on
+        several machines; with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each has a store of its own instead.
+        """
         store, rank, world_size = next(dist.rendezvous("env://"))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         backend = "nccl" if self.kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
@@ -345,9 +349,11 @@ class Runtime:
             raise UserError(f"cannot write the checkpoint {path}: {reason}") from error
 
     def exists(self, path):
-        """Whether the main process has such a file; the same answer in all."""
-        found = torch.tensor(int(self.is_main and os.path.isfile(path)), device=self.device)
-        return bool(self.max_(found))
+        """Whether the main process has such a file; the same answer in all. XLA's hosts look for themselves:
+        several need a shared folder."""
+        if self.world_size == 1:
+            return os.path.isfile(path)
+        return bool(self.max_(torch.tensor(int(self.is_main and os.path.isfile(path)), device=self.device)))
 
     def load(self, path):
         """Read what ``save`` wrote, onto the CPU. Never runs code from the file (``weights_only``).

@@ -30,7 +30,7 @@ def learning_rate(step, *, peak, total_steps, warmup_steps=0, wait_steps=0, shap
     if shape == "one-cycle":
         rise = (warmup_steps or 0.3 * total_steps) - 1
         if step <= rise:
-            return _half_cosine(peak / 25, peak, step / rise)
+            return _half_cosine(peak / 25, peak, step / max(1, rise))
         return _half_cosine(peak, peak / 250_000, (step - rise) / max(1, total_steps - 1 - rise))
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_cli import assert_same_checkpoint
 from test_distributed import torchrun
 
 import main
@@ -259,25 +260,17 @@ def test_keep(here):
     assert main.run([*TINY, "--total-steps", "10", "--keep", "2"]) == 0
     kept = sorted(path.name for path in (here / "checkpoint").glob("run_step*"))
     assert kept == ["run_step00000008.pth.tar", "run_step00000010.pth.tar"]
-    step = torch.load(here / "checkpoint/run_step00000008.pth.tar", weights_only=True)["step"]
-    assert step == 8
+    assert main.run([*TINY, "--total-steps", "4", "--keep", "1"]) == 0  # a new run of the same name
+    assert [path.name for path in (here / "checkpoint").glob("run_step*")] == ["run_step00000004.pth.tar"]
+    step = load(here / "checkpoint/run_step00000004.pth.tar")["step"]
+    assert step == 4
 
 
 # ---------------------------------------------------------------- killed, and started again
 
 
-def tensors(state, prefix=""):
-    if isinstance(state, torch.Tensor):
-        return {prefix: state}
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else []
-    return {path: t for key, value in items for path, t in tensors(value, f"{prefix}/{key}").items()}
-
-
-def assert_same_checkpoint(one, other):
-    one, other = (tensors(torch.load(path, weights_only=True)) for path in (one, other))
-    assert one.keys() == other.keys() and len(one) > 50
-    for path, tensor in one.items():
-        assert torch.equal(tensor, other[path]), path
+def load(path):
+    return torch.load(path, weights_only=True)
 
 
 def test_killed_at_twenty_moments(tmp_path):
@@ -290,7 +283,7 @@ def test_killed_at_twenty_moments(tmp_path):
     finished = sorted(tmp_path.glob("broken-*/checkpoint/run_last.pth.tar"))
     assert finished
     for path in finished:
-        assert_same_checkpoint(path, tmp_path / "unbroken/checkpoint/run_last.pth.tar")
+        assert_same_checkpoint(load(path), load(tmp_path / "unbroken/checkpoint/run_last.pth.tar"))
 
 
 def test_a_lost_process_is_started_again(tmp_path):
@@ -322,4 +315,73 @@ def test_a_lost_process_is_started_again(tmp_path):
         for kind in ("whole", "broken")
     ]
     assert summaries[0]["top1"] == summaries[1]["top1"]
-    assert_same_checkpoint(checkpoint, tmp_path / "whole/checkpoint/run_last.pth.tar")
+    assert_same_checkpoint(load(checkpoint), load(tmp_path / "whole/checkpoint/run_last.pth.tar"))
+
+
+def test_two_processes_stop_together(tmp_path):
+    """SIGTERM to the whole group, twice, as launchers send it: both save, and finish when started again."""
+    flags = [*folder_flags(tmp_path / "own"), "--resize", "70", "--workers", "1", "--num-val", "2"]
+    photographs(tmp_path / "own", (70, 70))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [
+        *launch,
+        ROOT / "main.py",
+        *TINY,
+        *flags,
+        "--name",
+        "run",
+        "--batch-size",
+        "2",
+        "--resume",
+        "auto",
+    ]
+    with open(tmp_path / "log.txt", "w") as log:
+        process = subprocess.Popen(
+            [*command, "--total-steps", "100000"], cwd=tmp_path, env=environment, stderr=log
+        )
+    last = tmp_path / "checkpoint/run_last.pth.tar"
+    while not last.exists():
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()
+        time.sleep(0.05)
+    for _ in range(2):
+        for pid, _ in children(process.pid):
+            os.killpg(os.getpgid(int(pid)), signal.SIGTERM)
+        time.sleep(0.1)
+    process.wait(timeout=100)
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("stopped after step") == 1, log
+    step = load(last)["step"]
+    done = subprocess.run(
+        [*command, "--total-steps", str(step + 2), "--eval-step", "1", "--finetune-epochs", "1"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "results/run/summary.json").read_text())
+    assert summary["steps"] == step + 2 and summary["selection"] == "val"
+    assert summary["finetune_top1"] is not None
+
+
+@pytest.mark.parametrize("flags", (["--optimizer", "adamw"], ["--freeze-body"]))
+def test_a_checkpoint_of_another_optimiser(flags, here, trained, capsys):
+    assert "run_last" in refused(capsys, *flags, "--resume", trained, "--total-steps", 8)
+
+
+def test_evaluate_auto(here, capsys):
+    assert main.run([*TINY, "--evaluate", "--resume", "auto"]) == 0
+    assert (here / "results/run_last/summary.json").exists()
+    assert main.run([*TINY, "--name", "other", "--evaluate", "--resume", "auto"]) == 2
+    assert "other_last" in capsys.readouterr().err
+
+
+def test_finetuning_leaves_a_frozen_body_as_it_is(here):
+    flags = ["--freeze-body", "--finetune-epochs", "3", "--finetune-lr", "0.1", "--name", "frozen"]
+    assert main.run([*TINY, *flags]) == 0
+    before = load(here / "checkpoint/frozen_last.pth.tar")["avg_state_dict"]
+    after = load(here / "checkpoint/frozen_finetune_last.pth.tar")["avg_state_dict"]
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 1  # the head
