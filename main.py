@@ -511,10 +511,10 @@ class Interrupt:
 
         Several processes ask each other at every step and read the answer at the next, so that none waits.
         """
-        if runtime.world_size == 1:
+        if runtime.processes == 1:
             return self.signal
         answer = int(self.asked) if self.asked is not None else 0
-        self.asked = runtime.max_(torch.tensor(self.signal, device=runtime.device))
+        self.asked = runtime.largest(self.signal)
         return answer
 
     def __exit__(self, *exception):

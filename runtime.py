@@ -42,8 +42,8 @@ class Runtime:
 
     On XLA all devices run one SPMD program: batches are sharded over a mesh with the one axis ``data``, and
     sums over a batch, batch statistics among them, are sums over all devices with nothing written for it.
-    Every host runs the same program on the same batches, so ``world_size`` is 1; the files are the first
-    host's.
+    Every host runs the same program on the same batches, so ``world_size`` is 1; hosts agree on what the
+    program does (which checkpoint, when to stop) through a gloo group, and the files are the first host's.
     """
 
     KINDS = ("auto", "cpu", "cuda", "mps", "xla")
@@ -64,6 +64,7 @@ class Runtime:
             raise UserError(f"--amp-dtype fp16 needs CUDA: use --amp-dtype bf16 on {device}")
 
         self.kind = device
+        self.host, self.hosts = 0, 1  # of XLA's single program
         self.rank = 0 if alone else int(os.environ.get("RANK", 0))
         self.world_size = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -113,12 +114,21 @@ class Runtime:
         self.xla, self.spmd = torch_xla, spmd
         self.num_devices = xla_runtime.global_runtime_device_count()
         self.mesh = spmd.Mesh(np.arange(self.num_devices), (self.num_devices,), ("data",))
-        self.host = xla_runtime.process_index()
+        self.host, self.hosts = xla_runtime.process_index(), xla_runtime.process_count()
+        if self.hosts > 1 and not dist.is_initialized():
+            import torch_xla.distributed.xla_backend  # makes xla:// known
+
+            dist.init_process_group("gloo", init_method="xla://")
 
     @property
     def is_main(self):
         """True in the one process that prints and writes files."""
-        return self.rank == 0 and (self.kind != "xla" or self.host == 0)
+        return self.rank == 0 and self.host == 0
+
+    @property
+    def processes(self):
+        """How many run this program: XLA's hosts, or processes with a part of the batch each."""
+        return max(self.world_size, self.hosts)
 
     @property
     def static(self):
@@ -250,6 +260,15 @@ class Runtime:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
+    def largest(self, number):
+        """The largest of the whole numbers that all processes call this with, a () tensor. Reading it waits
+        for the others."""
+        device = "cpu" if self.kind == "xla" else self.device
+        tensor = torch.tensor(number, device=device)
+        if self.processes > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
     @contextlib.contextmanager
     def first_here(self):
         """Context that one process of each machine goes through before the others: to download, say."""
@@ -261,11 +280,11 @@ class Runtime:
             self.barrier()
 
     def barrier(self):
-        if self.world_size > 1:
+        if self.processes > 1:
             dist.barrier()
 
     def close(self):
-        if self.world_size > 1:
+        if self.processes > 1:
             dist.destroy_process_group()
 
     # random state
@@ -349,11 +368,8 @@ class Runtime:
             raise UserError(f"cannot write the checkpoint {path}: {reason}") from error
 
     def exists(self, path):
-        """Whether the main process has such a file; the same answer in all. XLA's hosts look for themselves:
-        several need a shared folder."""
-        if self.world_size == 1:
-            return os.path.isfile(path)
-        return bool(self.max_(torch.tensor(int(self.is_main and os.path.isfile(path)), device=self.device)))
+        """Whether the main process has such a file; the same answer in all."""
+        return bool(self.largest(int(self.is_main and os.path.isfile(path))))
 
     def load(self, path):
         """Read what ``save`` wrote, onto the CPU. Never runs code from the file (``weights_only``).
@@ -363,7 +379,7 @@ class Runtime:
         Raises:
             UserError: no such file, or not a readable checkpoint.
         """
-        if self.world_size == 1:
+        if self.processes == 1:
             return self._read(path)
         outcome = [None, None]
         if self.is_main:

@@ -286,7 +286,7 @@ def test_killed_at_twenty_moments(tmp_path):
         assert_same_checkpoint(load(path), load(tmp_path / "unbroken/checkpoint/run_last.pth.tar"))
 
 
-def test_a_lost_process_is_started_again(tmp_path):
+def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
     """torchrun starts both again from the last checkpoint; the run ends as one that lost none."""
     flags = [*TINY, "--eval-step", "4", "--resume", "auto"]
     (tmp_path / "whole").mkdir()
@@ -316,6 +316,9 @@ def test_a_lost_process_is_started_again(tmp_path):
     ]
     assert summaries[0]["top1"] == summaries[1]["top1"]
     assert_same_checkpoint(load(checkpoint), load(tmp_path / "whole/checkpoint/run_last.pth.tar"))
+    monkeypatch.chdir(tmp_path / "broken")  # and goes on in one process
+    assert main.run([*flags, "--total-steps", "44"]) == 0
+    assert load(checkpoint)["step"] == 44
 
 
 def test_two_processes_stop_together(tmp_path):

@@ -92,20 +92,26 @@ def test_views_are_those_of_the_cpu(runs, name):
     assert sum(shares) / len(shares) < 1e-3
 
 
-def test_digits_trains_saves_resumes_and_evaluates(tmp_path):
-    flags = "--dataset digits --num-labeled 40 --model wrn-10-1 --amp --batch-size 8 --warmup-steps 2".split()
-    train = [*flags, "--method", "mpl", "--mu", "2", "--device", "xla", "--eval-step", "4"]
-    python(ROOT / "main.py", *train, "--finetune-epochs", "0", "--total-steps", "4", cwd=tmp_path)
+def test_the_digits_recipe_trains_saves_resumes_and_evaluates(tmp_path):
+    """The recipe's own flags, a few steps of it; its checkpoint goes on, and is evaluated, on the CPU too."""
+    recipe = (ROOT / "run_digits.sh").read_text().split("main.py", 1)[1]
+    train = [*recipe.replace("\\\n", " ").replace('"$@"', "").split(), "--eval-step", "3"]
+
+    def run(*flags):
+        python(ROOT / "main.py", *train, *flags, cwd=tmp_path)
+
+    run("--device", "xla", "--finetune-epochs", "0", "--total-steps", "3")
     last = "checkpoint/digits_last.pth.tar"
-    resumed = ["--total-steps", "8", "--finetune-epochs", "1", "--resume", last]
-    python(ROOT / "main.py", *train, *resumed, cwd=tmp_path)
+    run("--device", "xla", "--finetune-epochs", "1", "--total-steps", "6", "--resume", last)
     summary = json.loads((tmp_path / "results/digits/summary.json").read_text())
-    assert summary["steps"] == 8 and summary["device"] == "1 × xla (CPU)"
+    assert summary["steps"] == 6 and summary["device"] == "1 × xla (CPU)"
     assert summary["finetune_top1"] is not None
 
-    evaluate = [*flags, "--method", "mpl", "--evaluate", "--resume", last]
-    python(ROOT / "main.py", *evaluate, "--device", "xla", cwd=tmp_path)
-    folder = tmp_path / "results/digits_last"
-    assert json.loads((folder / "summary.json").read_text())["top1"] == summary["top1"]
-    python(ROOT / "main.py", *evaluate, "--device", "cpu", cwd=tmp_path)  # another device kind
-    assert json.loads((folder / "summary.json").read_text())["top1"] == pytest.approx(summary["top1"], abs=1)
+    measured = []
+    for device in ("xla", "cpu"):
+        run("--evaluate", "--resume", last, "--device", device)
+        measured.append(json.loads((tmp_path / "results/digits_last/summary.json").read_text())["top1"])
+    assert measured[0] == summary["top1"]
+    assert measured[1] == pytest.approx(summary["top1"], abs=1)
+    run("--device", "cpu", "--finetune-epochs", "0", "--total-steps", "9", "--resume", last)
+    assert json.loads((tmp_path / "results/digits/summary.json").read_text())["steps"] == 9
