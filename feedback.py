@@ -112,10 +112,8 @@ def dot(step):
     part of it. Cost: one forward and backward pass on x_l.
     """
     v = labeled_gradient(step)
-    return (
-        step.runtime.scalar(step.rate)
-        * torch.stack([(v[name] * step.gradient[name]).sum() for name in v]).sum()
-    )
+    product = torch.stack([(v[name] * step.gradient[name]).sum() for name in v]).sum()
+    return step.runtime.scalar(step.rate) * product
 
 
 # ---------------------------------------------------------------- exact form

@@ -26,7 +26,7 @@ from data import NAMES, TrainLoader, batches, load_dataset, write_labeled_indice
 from methods import METHODS, Learner, build_network, predictor_state, sgd
 from models import count_flops, count_parameters, head_of
 from runtime import Runtime, UserError
-from utils import Meters, NonFiniteError, RunLog, commit, load_state, topk_correct
+from utils import Meters, NonFiniteError, RunLog, commit, load_state, network_name, topk_correct
 
 # ---------------------------------------------------------------- arguments
 
@@ -561,8 +561,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
         state.update(meters=meters.state_dict(), loader=loader.state_dict())
         content = method.state_dict() | state
         content |= {"step": step + 1, "args": vars(args), "data": about(dataset)}
-        for kind in kinds:
-            runtime.save(content, checkpoint_path(args, kind))
+        runtime.save(content, *(checkpoint_path(args, kind) for kind in kinds))
 
     for step in range(args.start_step, args.total_steps):
         batch = next(loader)
@@ -735,7 +734,7 @@ def describe_run(args, runtime, dataset, method):
         f"{len(dataset.test)} test images; {args.method} on {runtime.describe()}"
     ]
     for role, learner in method.learners.items():
-        name = (args.student_model if role == "student" else None) or args.model
+        name = network_name(vars(args), role)
         learning = sum(p.numel() for p in learner.parameters.values())
         total, operations = count_parameters(learner.network), count_flops(learner.network, shape)
         frozen = f" ({learning:,} learn)" if learning < total else ""

@@ -16,7 +16,7 @@ import feedback
 from augmentation import Views
 from models import ModelEMA, build_model
 from runtime import UserError
-from utils import learning_rate, load_state, ramp_up
+from utils import learning_rate, load_state, network_name, ramp_up
 
 # ---------------------------------------------------------------- losses
 
@@ -121,15 +121,15 @@ class Learner:
             the means of the scalars, detached.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        figures = []
+        rows = []
         for number, part in enumerate(parts, 1):
             last = number == len(parts)
             with contextlib.nullcontext() if last else self.runtime.apart(self.training_network):
                 value, scalars = loss(part)
                 self.scaler.scale(value / len(parts)).backward()
-            figures.append({name: scalar.detach() for name, scalar in scalars.items()})
+            rows.append(torch.stack([scalar.detach().float() for scalar in scalars.values()]))
         self.scaler.unscale_(self.optimizer)
-        return {name: torch.stack([each[name].float() for each in figures]).mean() for name in figures[0]}
+        return dict(zip(scalars, torch.stack(rows).mean(dim=0), strict=True))
 
     def update(self, rate):
         """One optimiser step at ``rate`` on the gradients of ``backward``, then the EMA."""
@@ -477,7 +477,7 @@ def build_network(args, num_classes, image_size, role):
     dropout = args.student_dropout if role == "student" else args.teacher_dropout
     try:
         return build_model(
-            (args.student_model if role == "student" else None) or args.model,
+            network_name(vars(args), role),
             num_classes,
             image_size=image_size,
             dropout=dropout,

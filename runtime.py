@@ -338,14 +338,17 @@ class Runtime:
 
     # files
 
-    def save(self, state, path):
-        """Write ``state`` to ``path`` so that a crash at any moment leaves the old file or the new one whole.
+    def save(self, state, *paths):
+        """Write ``state`` to each path; a crash at any moment leaves the old file or the new one whole.
 
-        Only the main process writes; all return when the file is there. Temporary file, flush to disk,
-        rename, flush of the folder.
+        The paths are written one after the other; the state leaves the device once. Only the main process
+        writes; all return when the files are there. Temporary file, flush to disk, rename, flush of the
+        folder.
         """
         if self.is_main:
-            self._write(tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), state), path)
+            state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), state)
+            for path in paths:
+                self._write(state, path)
         self.barrier()
 
     def _write(self, state, path):

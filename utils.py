@@ -1,5 +1,6 @@
 """Small parts that every script needs: schedules, meters, checkpoints, the record of a run."""
 
+import contextlib
 import json
 import math
 import os
@@ -134,6 +135,11 @@ def topk_correct(logits, targets, ks):
 # ---------------------------------------------------------------- checkpoints
 
 
+def network_name(args, role):
+    """The --model of a role, "teacher" or "student", by the arguments of a run as a dict."""
+    return (args.get("student_model") if role == "student" else None) or args["model"]
+
+
 def load_state(module, state, path):
     """``module.load_state_dict`` with a sentence instead of a list when the network is another one.
 
@@ -162,6 +168,15 @@ def commit():
         return None
 
 
+@contextlib.contextmanager
+def _writing(path):
+    """Context in which an OSError becomes a UserError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror or error}") from error
+
+
 class RunLog:
     """``results/NAME/``: args.json, metrics.jsonl, TensorBoard events, summary.json.
 
@@ -182,7 +197,7 @@ class RunLog:
         self.folder, self.active, self.writer = Path(folder), active, None
         if not active:
             return
-        try:
+        with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.metrics = self.folder / "metrics.jsonl"
             if start_step is not None or not (self.folder / "args.json").exists():
@@ -190,8 +205,6 @@ class RunLog:
                 self._write("args.json", vars(args) | {"versions": about, "command": sys.argv})
             if start_step is not None:
                 self._drop_after(start_step)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from error
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is used
 
@@ -213,23 +226,17 @@ class RunLog:
         """One line of metrics.jsonl and the same figures to TensorBoard."""
         if not self.active:
             return
-        try:
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps({"step": step} | record) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write to {self.metrics}: {error.strerror or error}") from error
+        with _writing(self.metrics), open(self.metrics, "a") as file:
+            file.write(json.dumps({"step": step} | record) + "\n")
         if self.writer:
             for name, value in record.items():
                 if value is not None:
                     self.writer.add_scalar(name, value, step)
 
     def summary(self, record):
-        if not self.active:
-            return
-        try:
-            self._write("summary.json", record)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror or error}") from error
+        if self.active:
+            with _writing(self.folder):
+                self._write("summary.json", record)
 
     def read_summary(self):
         """What an earlier part of the run has written, {} if nothing."""

@@ -25,7 +25,7 @@ import data
 from augmentation import OPERATIONS, Draws, ImageViews, PointViews
 from models import build_model, head_of
 from runtime import Runtime, UserError
-from utils import load_state
+from utils import load_state, network_name
 
 WIDTH = 9.0  # inches; at 100 pixels per inch what a README shows
 PIXELS_PER_INCH = 150
@@ -137,7 +137,7 @@ def read_networks(run, dataset, runtime, save_path=None):
     networks = {}
     for title, key in ((TEACHER, "teacher_state_dict"), (STUDENT, "avg_state_dict")):
         if isinstance(state, dict) and key in state:
-            model = (run.args.get("student_model") if title == STUDENT else None) or run.args["model"]
+            model = network_name(run.args, "student" if title == STUDENT else "teacher")
             network = build_model(model, dataset.num_classes, image_size=dataset.size)
             load_state(network, state[key], path)
             networks[title] = network.to(runtime.device).eval()

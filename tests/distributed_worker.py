@@ -67,7 +67,6 @@ def run(folder):
     results = {}
     for name, flags in cases(folder):
         args = main.parse_arguments((COMMON + flags).split())
-        args.data_path = folder
         runtime = Runtime("cpu", sync_bn=args.sync_bn)
         torch.manual_seed(0)
         method = METHODS[args.method](args, 3, 8 if "wrn" in flags else 0, runtime)

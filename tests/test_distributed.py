@@ -12,16 +12,16 @@ from distributed_worker import MPL, NETWORKS, STEPS, run
 from models import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
+LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 METHODS = ("supervised", "uda", "pseudo-label", *(f"mpl {name}" for name in MPL))
 CASES = [f"{network} {method}" for network in NETWORKS for method in METHODS]
 
 
 def torchrun(*command, **options):
     """The command in two processes that find each other on this machine."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*launch, *map(str, command)], capture_output=True, text=True, env=environment, timeout=500, **options
+        [*LAUNCH, *map(str, command)], capture_output=True, text=True, env=environment, timeout=500, **options
     )
 
 

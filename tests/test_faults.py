@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from test_cli import assert_same_checkpoint
-from test_distributed import torchrun
+from test_distributed import LAUNCH, torchrun
 
 import main
 
@@ -293,10 +293,9 @@ def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
     (tmp_path / "broken").mkdir()
     whole = torchrun(ROOT / "main.py", *flags, "--total-steps", "40", cwd=tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     with open(tmp_path / "log.txt", "w") as log:
         process = subprocess.Popen(
-            [*launch, "--max-restarts", "2", ROOT / "main.py", *flags, "--total-steps", "40"],
+            [*LAUNCH, "--max-restarts", "2", ROOT / "main.py", *flags, "--total-steps", "40"],
             cwd=tmp_path / "broken",
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stderr=log,
@@ -305,10 +304,7 @@ def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
     while not checkpoint.exists():
         assert process.poll() is None
         time.sleep(0.05)
-    children = subprocess.run(
-        ["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True
-    )
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+    os.kill(int(children(process.pid)[-1][0]), signal.SIGKILL)
     assert process.wait(timeout=200) == 0, (tmp_path / "log.txt").read_text()
     summaries = [
         json.loads((tmp_path / f"{kind}/results/run/summary.json").read_text())
@@ -325,23 +321,14 @@ def test_two_processes_stop_together(tmp_path):
     """SIGTERM to the whole group, twice, as launchers send it: both save, and finish when started again."""
     flags = [*folder_flags(tmp_path / "own"), "--resize", "70", "--workers", "1", "--num-val", "2"]
     photographs(tmp_path / "own", (70, 70))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [
-        *launch,
-        ROOT / "main.py",
-        *TINY,
-        *flags,
-        "--name",
-        "run",
-        "--batch-size",
-        "2",
-        "--resume",
-        "auto",
-    ]
+    flags += ["--name", "run", "--batch-size", "2", "--resume", "auto"]
+    command = [*LAUNCH, ROOT / "main.py", *TINY, *flags]
     with open(tmp_path / "log.txt", "w") as log:
         process = subprocess.Popen(
-            [*command, "--total-steps", "100000"], cwd=tmp_path, env=environment, stderr=log
+            [*command, "--total-steps", "100000"],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=log,
         )
     last = tmp_path / "checkpoint/run_last.pth.tar"
     while not last.exists():
@@ -355,14 +342,8 @@ def test_two_processes_stop_together(tmp_path):
     log = (tmp_path / "log.txt").read_text()
     assert log.count("stopped after step") == 1, log
     step = load(last)["step"]
-    done = subprocess.run(
-        [*command, "--total-steps", str(step + 2), "--eval-step", "1", "--finetune-epochs", "1"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    flags = [*flags, "--total-steps", str(step + 2), "--eval-step", "1", "--finetune-epochs", "1"]
+    done = torchrun(ROOT / "main.py", *TINY, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "results/run/summary.json").read_text())
     assert summary["steps"] == step + 2 and summary["selection"] == "val"
