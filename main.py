@@ -857,11 +857,10 @@ def check_checkpoint(args, saved, only):
         )
     if only:
         return
-    trained_by = saved.get("args", {}).get("method")
-    if trained_by != args.method:
-        raise UserError(
-            f"{args.resume} was trained by --method {trained_by}: it cannot go on as {args.method}"
-        )
+    for name in ("method", "optimizer"):
+        before, now = saved.get("args", {}).get(name), getattr(args, name)
+        if before != now:
+            raise UserError(f"{args.resume} was trained with --{name} {before}: it cannot go on with {now}")
     args.start_step = saved["step"]
     if args.start_step > args.total_steps:
         raise UserError(f"{args.resume} is of step {args.start_step}: give a larger --total-steps")
