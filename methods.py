@@ -48,6 +48,20 @@ def uda_loss(weak_logits, strong_logits, temperature, threshold):
     return (mask * soft_cross_entropy(sharpened, strong_logits)).mean(), mask.mean()
 
 
+def balance_loss(logits, runtime):
+    """KL(uniform ‖ m), (), m the mean prediction on the unlabelled batch of all processes; logits (N, K).
+
+    It keeps a class from taking over images of its neighbours, which consistency alone does not undo: the
+    regulariser of Tanaka et al., "Joint Optimization Framework for Learning with Noisy Labels" (CVPR 2018),
+    and of Arazo et al., "Pseudo-Labeling and Confirmation Bias in Deep Semi-Supervised Learning" (2020).
+    """
+    own = F.softmax(logits, dim=1).mean(dim=0)
+    (mean,) = runtime.average_([own.detach().clone()])
+    ratio = mean.clamp_min(1e-6) * len(mean)  # m / uniform
+    # The last two terms cancel over all processes and have the gradient of KL, through each one's own images.
+    return -ratio.log().mean() + 1 - (own / ratio).sum()
+
+
 def pseudo_labels(logits, kind):
     """The teacher's labels for the student, (N, K) distributions without gradient, from logits (N, K).
 
@@ -310,11 +324,11 @@ class UDA(Method):
 
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args
-        weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
+        ramp = self.runtime.scalar(ramp_up(step, args.uda_steps))
 
         def loss(part):
             logits = joint_logits(self.student, part.views)
-            loss, scalars = supervised_and_uda_loss(logits, part.views.targets, weight, args)
+            loss, scalars = supervised_and_uda_loss(logits, part.views.targets, ramp, args, self.runtime)
             return loss, scalars | known_truth(logits[1], part.truth)
 
         return self.student.learn(loss, parts_of(views, truth, args.accumulate), step)
@@ -373,11 +387,12 @@ class MPL(Method):
         if student_step is not None:
             value, scalars["feedback"] = self._feedback(student_step, torch.cat(labels))
             values = value.chunk(len(parts)) if value.ndim == 2 else [value] * len(parts)
-        weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
+        ramp = self.runtime.scalar(ramp_up(step, args.uda_steps))
 
         def loss(k):
             of_part = logits[k] if kept else joint_logits(self.teacher, parts[k].views)
-            loss, figures = supervised_and_uda_loss(of_part, parts[k].views.targets, weight, args)
+            targets = parts[k].views.targets
+            loss, figures = supervised_and_uda_loss(of_part, targets, ramp, args, self.runtime)
             if values[k] is not None:
                 term = args.feedback_weight * self._feedback_term(values[k], of_part, labels[k])
                 if diagnose and k == 0:
@@ -499,13 +514,17 @@ def joint_logits(learner, views, graph=True):
     return (learner(images) if graph else learner.preview(images)).split(sizes)
 
 
-def supervised_and_uda_loss(logits, targets, weight, args):
-    """A teacher's loss without feedback, (): CE on labels + weight · UDA; and its scalars."""
+def supervised_and_uda_loss(logits, targets, ramp, args, runtime):
+    """A teacher's loss without feedback, (): CE on labels + ramp · (λ · UDA + balance); and its scalars."""
     labeled, weak, strong = logits
     labeled_loss = F.cross_entropy(labeled, targets, label_smoothing=args.label_smoothing)
     consistency, mask = uda_loss(weak, strong, args.temperature, args.threshold)
     scalars = {"labeled_loss": labeled_loss, "uda_loss": consistency, "uda_mask": mask}
-    return labeled_loss + weight * consistency, scalars
+    loss = labeled_loss + ramp * args.lambda_u * consistency
+    if args.balance:
+        scalars["imbalance"] = balance_loss(weak, runtime)
+        loss = loss + ramp * args.balance * scalars["imbalance"]
+    return loss, scalars
 
 
 def known_truth(labels, truth):

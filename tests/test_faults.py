@@ -125,7 +125,14 @@ FLAGS = (
         "--ema 1.5",
         "--mu -3",
     ),
-    *("--temperature 0", "--threshold 2", "--label-smoothing 1", "--teacher-dropout 1", "--lambda-u -1"),
+    *(
+        "--temperature 0",
+        "--threshold 2",
+        "--label-smoothing 1",
+        "--teacher-dropout 1",
+        "--lambda-u -1",
+        "--balance -1",
+    ),
     *("--batch-size 0", "--batch-size 99999999999", "--num-labeled -40", "--num-labeled nan", "--num-val -1"),
     *("--workers -1", "--seed -1", "--resize 1000000", "--model wrn-10-99999999", "--model wrn-99999999-1"),
     *(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import main
 from augmentation import Views
 from feedback import ESTIMATORS
-from methods import METHODS, agreement, pseudo_labels, sgd, soft_cross_entropy, uda_loss
+from methods import METHODS, agreement, balance_loss, pseudo_labels, sgd, soft_cross_entropy, uda_loss
 from models import build_model
 from runtime import Runtime
 
@@ -46,6 +46,32 @@ def test_soft_cross_entropy_against_torch():
     logits, targets = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
     ours = soft_cross_entropy(F.one_hot(targets, 4).float(), logits, 0.15)
     torch.testing.assert_close(ours, F.cross_entropy(logits, targets, reduction="none", label_smoothing=0.15))
+
+
+def test_balance_loss_against_the_formula():
+    logits = torch.randn(8, 3, requires_grad=True)
+    loss = balance_loss(logits, Runtime("cpu"))
+    mean = F.softmax(logits, dim=1).mean(dim=0)
+    expected = F.kl_div(mean.log(), torch.full((3,), 1 / 3), reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
+
+
+@pytest.mark.parametrize("method", ("uda", "mpl"))
+def test_a_balanced_teacher_uses_all_classes(method):
+    """Also where all labels are of one class, which an unbalanced one takes over."""
+    largest = {}
+    for weight in (0, 5):
+        each = build("--balance", weight, "--uda-steps", 0, "--feedback", "none", method=method)
+        views = make_views()
+        views = views._replace(targets=torch.zeros_like(views.targets))
+        for step in range(30):
+            scalars = each.step(views, step)
+        largest[weight] = (
+            F.softmax(each.learners.get("teacher", each.student).preview(views.weak), 1).mean(0).max()
+        )
+    assert largest[5] < 0.6 < 0.9 < largest[0]
+    assert 0 <= scalars["imbalance"] < 0.2
 
 
 def test_uda_loss_against_the_formula():
