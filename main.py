@@ -56,7 +56,7 @@ ONLY_FOR = {
     "temperature": ("uda", "mpl"),
     "lambda_u": ("uda", "mpl"),
     "uda_steps": ("uda", "mpl"),
-    "balance": ("uda", "mpl"),
+    "align": ("uda", "mpl"),
     "teacher_lr": ("mpl",),
     "teacher_dropout": ("mpl",),
     "student_wait_steps": ("mpl",),
@@ -84,10 +84,10 @@ BOUNDS = {
     **dict.fromkeys(("num_val", "workers", "keep", "start_step", "warmup_steps"), (0, math.inf)),
     **dict.fromkeys(("student_wait_steps", "uda_steps", "finetune_epochs"), (0, math.inf)),
     **dict.fromkeys(("teacher_lr", "student_lr", "finetune_lr", "weight_decay"), (0, 1e3)),
-    **dict.fromkeys(("finetune_weight_decay", "grad_clip", "lambda_u", "balance"), (0, 1e6)),
+    **dict.fromkeys(("finetune_weight_decay", "grad_clip", "lambda_u"), (0, 1e6)),
     **dict.fromkeys(("momentum", "finetune_momentum", "feedback_momentum", "label_smoothing"), (0, 0.999999)),
     **dict.fromkeys(("teacher_dropout", "student_dropout", "test_fraction"), (0, 0.999999)),
-    **dict.fromkeys(("ema", "threshold"), (0, 1)),
+    **dict.fromkeys(("ema", "threshold", "align"), (0, 1)),
     "temperature": (1e-3, 1e3),
     "feedback_weight": (-1e6, 1e6),
 }
@@ -270,8 +270,7 @@ def build_parser():
         type=int,
         default=1,
         metavar="N",
-        help="take a step's batch in N parts, one after the other, for less memory; batch norm and --balance "
-        "see a part",
+        help="take a step's batch in N parts, one after the other, for less memory; batch norm sees a part",
     )
     group.add_argument("--optimizer", default="sgd", choices=("sgd", "adamw"), help="transfer recipe: adamw")
     group.add_argument(
@@ -305,11 +304,12 @@ def build_parser():
         "--uda-steps", type=int, default=5000, help="uda, mpl: steps over which that weight grows"
     )
     group.add_argument(
-        "--balance",
+        "--align",
         type=float,
         default=0.0,
-        help="uda, mpl: weight of a loss that keeps the classes of the unlabelled images equally frequent, "
-        "grown over --uda-steps, too; few labels: 2; classes of unequal size: 0",
+        metavar="RATE",
+        help="uda, mpl: distribution alignment, targets in which all classes are equally frequent (with a "
+        "handful of labels: 0.2; 0: none, as published)",
     )
     group.add_argument(
         "--pseudo-label",

@@ -48,20 +48,6 @@ def uda_loss(weak_logits, strong_logits, temperature, threshold):
     return (mask * soft_cross_entropy(sharpened, strong_logits)).mean(), mask.mean()
 
 
-def balance_loss(logits, runtime):
-    """KL(uniform ‖ m), (), m the mean prediction on the unlabelled batch of all processes; logits (N, K).
-
-    It keeps a class from taking over images of its neighbours, which consistency alone does not undo: the
-    regulariser of Tanaka et al., "Joint Optimization Framework for Learning with Noisy Labels" (CVPR 2018),
-    and of Arazo et al., "Pseudo-Labeling and Confirmation Bias in Deep Semi-Supervised Learning" (2020).
-    """
-    own = F.softmax(logits, dim=1).mean(dim=0)
-    (mean,) = runtime.average_([own.detach().clone()])
-    ratio = mean.clamp_min(1e-6) * len(mean)  # m / uniform
-    # The last two terms cancel over all processes and have the gradient of KL, through each one's own images.
-    return -ratio.log().mean() + 1 - (own / ratio).sum()
-
-
 def pseudo_labels(logits, kind):
     """The teacher's labels for the student, (N, K) distributions without gradient, from logits (N, K).
 
@@ -80,6 +66,38 @@ def agreement(labels, truth):
     """Share of pseudo labels (N, K) whose class is the true one, of the images whose truth (N,) is known."""
     known = truth >= 0
     return ((labels.argmax(dim=1) == truth) & known).sum() / known.sum().clamp_min(1)
+
+
+class Alignment:
+    """Distribution alignment: targets in which all classes are equally frequent.
+
+    Consistency alone never gives back a cluster that few labels left to its neighbour. A bias per class,
+    added to the logits before they become targets, does: each step moves it by rate · log(uniform / m), m the
+    mean of the aligned predictions, so that it settles where m is uniform. Rate 1 is one iteration of
+    Sinkhorn's algorithm a batch, a lower one an average over batches, which are too small to tell how
+    frequent a class is. After distribution alignment in ReMixMatch (Berthelot et al., ICLR 2020), by the
+    iteration of Sinkhorn Label Allocation (Tai et al., ICML 2021).
+
+    Args:
+        rate: of the bias, 0 for none.
+        num_classes: K.
+        runtime: where to run.
+    """
+
+    def __init__(self, rate, num_classes, runtime):
+        self.rate, self.runtime = rate, runtime
+        self.bias = torch.zeros(num_classes, device=runtime.device)
+
+    def __call__(self, logits):
+        """Logits (N, K) of the aligned predictions, with the gradient of the logits."""
+        return logits + self.bias if self.rate else logits
+
+    @torch.no_grad()
+    def update(self, logits):
+        """After a step, with the logits (N, K) of its weak views: the same bias in all processes."""
+        if self.rate:
+            (mean,) = self.runtime.average_([F.softmax(self(logits), dim=1).mean(dim=0)])
+            self.bias -= self.rate * (mean.clamp_min(1e-6) * len(mean)).log()
 
 
 # ---------------------------------------------------------------- one network and what trains it
@@ -322,16 +340,32 @@ class Supervised(Method):
 class UDA(Method):
     """Unsupervised Data Augmentation (Xie et al. 2020): one network, consistent under augmentation."""
 
+    def __init__(self, args, num_classes, image_size, runtime):
+        super().__init__(args, num_classes, image_size, runtime)
+        self.align = Alignment(args.align, num_classes, runtime)
+
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args
-        ramp = self.runtime.scalar(ramp_up(step, args.uda_steps))
+        weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
+        seen = []
 
         def loss(part):
-            logits = joint_logits(self.student, part.views)
-            loss, scalars = supervised_and_uda_loss(logits, part.views.targets, ramp, args, self.runtime)
+            labeled, weak, strong = joint_logits(self.student, part.views)
+            seen.append(weak.detach())
+            logits = labeled, self.align(weak), strong
+            loss, scalars = supervised_and_uda_loss(logits, part.views.targets, weight, args)
             return loss, scalars | known_truth(logits[1], part.truth)
 
-        return self.student.learn(loss, parts_of(views, truth, args.accumulate), step)
+        scalars = self.student.learn(loss, parts_of(views, truth, args.accumulate), step)
+        self.align.update(torch.cat(seen))
+        return scalars
+
+    def state_dict(self):
+        return super().state_dict() | {"align_bias": self.align.bias}
+
+    def load_state_dict(self, state, path):
+        super().load_state_dict(state, path)
+        self.align.bias.copy_(state["align_bias"])
 
 
 class PseudoLabel(Method):
@@ -371,6 +405,7 @@ class MPL(Method):
         network = build_network(args, num_classes, image_size, "teacher")
         self.teacher = self.learner(network, args.teacher_lr)
         self.learners = {"teacher": self.teacher, "student": self.student}
+        self.align = Alignment(args.align, num_classes, runtime)
         self.baseline = torch.zeros((), device=runtime.device)  # moving average of a scalar feedback
 
     def step(self, views, step, truth=None, diagnose=False):
@@ -387,12 +422,13 @@ class MPL(Method):
         if student_step is not None:
             value, scalars["feedback"] = self._feedback(student_step, torch.cat(labels))
             values = value.chunk(len(parts)) if value.ndim == 2 else [value] * len(parts)
-        ramp = self.runtime.scalar(ramp_up(step, args.uda_steps))
+        weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
 
         def loss(k):
             of_part = logits[k] if kept else joint_logits(self.teacher, parts[k].views)
-            targets = parts[k].views.targets
-            loss, figures = supervised_and_uda_loss(of_part, targets, ramp, args, self.runtime)
+            labeled, weak, strong = of_part
+            of_uda = labeled, self.align(weak), strong
+            loss, figures = supervised_and_uda_loss(of_uda, parts[k].views.targets, weight, args)
             if values[k] is not None:
                 term = args.feedback_weight * self._feedback_term(values[k], of_part, labels[k])
                 if diagnose and k == 0:
@@ -401,12 +437,14 @@ class MPL(Method):
             return loss, figures | known_truth(labels[k], parts[k].truth)
 
         with contextlib.nullcontext() if kept else self.runtime.replay(random_state):
-            return self.teacher.learn(loss, range(len(parts)), step) | scalars
+            scalars = self.teacher.learn(loss, range(len(parts)), step) | scalars
+        self.align.update(torch.cat([weak.detach() for _, weak, _ in logits]))
+        return scalars
 
     def _labeling(self, logits):
         """The logits that the pseudo labels are made of."""
         _, weak, strong = logits
-        return weak if self.args.pseudo_label_view == "weak" else strong
+        return self.align(weak if self.args.pseudo_label_view == "weak" else strong)
 
     def _student_step(self, views, labels, rate):
         """The student learns the labels, a tensor for each part; returns the scalars of its loss and what an
@@ -458,7 +496,7 @@ class MPL(Method):
     def _feedback_term(self, value, logits, labels):
         args, labeling = self.args, self._labeling(logits)
         if args.feedback_view == "strong":  # MPL-pytorch: not the labels that the student learned
-            labeling = logits[2]
+            labeling = self.align(logits[2])
             labels = pseudo_labels(labeling, args.pseudo_label)
         shares = self.runtime.world_size * args.accumulate
         return feedback.feedback_term(
@@ -477,11 +515,13 @@ class MPL(Method):
         return self.teacher.network
 
     def state_dict(self):
-        return super().state_dict() | {"feedback_baseline": self.baseline}
+        own = {"feedback_baseline": self.baseline, "align_bias": self.align.bias}
+        return super().state_dict() | own
 
     def load_state_dict(self, state, path):
         super().load_state_dict(state, path)
         self.baseline.copy_(state["feedback_baseline"])
+        self.align.bias.copy_(state["align_bias"])
 
 
 def build_network(args, num_classes, image_size, role):
@@ -514,17 +554,16 @@ def joint_logits(learner, views, graph=True):
     return (learner(images) if graph else learner.preview(images)).split(sizes)
 
 
-def supervised_and_uda_loss(logits, targets, ramp, args, runtime):
-    """A teacher's loss without feedback, (): CE on labels + ramp · (λ · UDA + balance); and its scalars."""
+def supervised_and_uda_loss(logits, targets, weight, args):
+    """A teacher's loss without feedback, (): CE on labels + weight · UDA; and its scalars.
+
+    ``logits``: of the labelled, weak and strong views, the weak ones as they become targets (aligned).
+    """
     labeled, weak, strong = logits
     labeled_loss = F.cross_entropy(labeled, targets, label_smoothing=args.label_smoothing)
     consistency, mask = uda_loss(weak, strong, args.temperature, args.threshold)
     scalars = {"labeled_loss": labeled_loss, "uda_loss": consistency, "uda_mask": mask}
-    loss = labeled_loss + ramp * args.lambda_u * consistency
-    if args.balance:
-        scalars["imbalance"] = balance_loss(weak, runtime)
-        loss = loss + ramp * args.balance * scalars["imbalance"]
-    return loss, scalars
+    return labeled_loss + weight * consistency, scalars
 
 
 def known_truth(labels, truth):

@@ -24,7 +24,7 @@ COMMON = (
     "--threshold 0.3 --label-smoothing 0.1 --teacher-lr 0.02 --student-lr 0.02 --lambda-u 1 "
 )
 MPL = {
-    "none": "--feedback none --balance 2",
+    "none": "--feedback none --align 0.2",
     "taylor": "--feedback taylor --feedback-momentum 0.9",
     "taylor-sum": "--feedback taylor --feedback-reduction sum --grad-clip 1",
     "dot": "--feedback dot",
@@ -38,7 +38,7 @@ NETWORKS = {"mlp": "--dataset twomoons --model mlp-2-16-3", "sync-bn": "--model 
 def cases(folder):
     for network, flags in NETWORKS.items():
         yield f"{network} supervised", f"{flags} --method supervised --grad-clip 0.5"
-        yield f"{network} uda", f"{flags} --method uda --balance 2"
+        yield f"{network} uda", f"{flags} --method uda --align 0.2"
         yield (
             f"{network} pseudo-label",
             f"{flags} --method pseudo-label --teacher-checkpoint {folder}/{network}.pt",

@@ -23,7 +23,7 @@ import main
 
 FLAGS = (
     "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --mu 2 --device cpu "
-    "--workers 0 --teacher-dropout 0.3 --student-dropout 0.3 --pseudo-label sample --balance 2 "
+    "--workers 0 --teacher-dropout 0.3 --student-dropout 0.3 --pseudo-label sample --align 0.2 "
     "--total-steps 40 --eval-step 2 --finetune-epochs 0 --name run --resume auto"
 ).split()
 

@@ -131,7 +131,7 @@ FLAGS = (
         "--label-smoothing 1",
         "--teacher-dropout 1",
         "--lambda-u -1",
-        "--balance -1",
+        "--align 2",
     ),
     *("--batch-size 0", "--batch-size 99999999999", "--num-labeled -40", "--num-labeled nan", "--num-val -1"),
     *("--workers -1", "--seed -1", "--resize 1000000", "--model wrn-10-99999999", "--model wrn-99999999-1"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import main
 from augmentation import Views
 from feedback import ESTIMATORS
-from methods import METHODS, agreement, balance_loss, pseudo_labels, sgd, soft_cross_entropy, uda_loss
+from methods import METHODS, Alignment, agreement, pseudo_labels, sgd, soft_cross_entropy, uda_loss
 from models import build_model
 from runtime import Runtime
 
@@ -48,30 +48,34 @@ def test_soft_cross_entropy_against_torch():
     torch.testing.assert_close(ours, F.cross_entropy(logits, targets, reduction="none", label_smoothing=0.15))
 
 
-def test_balance_loss_against_the_formula():
-    logits = torch.randn(8, 3, requires_grad=True)
-    loss = balance_loss(logits, Runtime("cpu"))
-    mean = F.softmax(logits, dim=1).mean(dim=0)
-    expected = F.kl_div(mean.log(), torch.full((3,), 1 / 3), reduction="sum")
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
+def test_alignment_against_sinkhorn():
+    """On one batch its bias converges to that of Sinkhorn's algorithm: rows sum to 1, columns to N / K."""
+    logits = 3 * torch.randn(12, 4, dtype=torch.float64) + torch.tensor([3.0, 1.0, 0.0, -2.0])
+    align = Alignment(0.2, 4, Runtime("cpu"))
+    align.bias = align.bias.double()
+    for _ in range(300):
+        align.update(logits)
+    plan = logits.exp()
+    for _ in range(300):
+        plan = plan / plan.sum(dim=0) * 12 / 4
+        plan = plan / plan.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(F.softmax(align(logits), dim=1), plan)
+    torch.testing.assert_close(plan.mean(dim=0), torch.full((4,), 0.25, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("method", ("uda", "mpl"))
-def test_a_balanced_teacher_uses_all_classes(method):
-    """Also where all labels are of one class, which an unbalanced one takes over."""
+def test_aligned_targets_use_all_classes(method):
+    """Also where all labels are of one class, which takes over without alignment."""
     largest = {}
-    for weight in (0, 5):
-        each = build("--balance", weight, "--uda-steps", 0, "--feedback", "none", method=method)
+    for rate in (0, 0.5):
+        each = build("--align", rate, "--uda-steps", 0, method=method)
         views = make_views()
         views = views._replace(targets=torch.zeros_like(views.targets))
         for step in range(30):
-            scalars = each.step(views, step)
-        largest[weight] = (
-            F.softmax(each.learners.get("teacher", each.student).preview(views.weak), 1).mean(0).max()
-        )
-    assert largest[5] < 0.6 < 0.9 < largest[0]
-    assert 0 <= scalars["imbalance"] < 0.2
+            each.step(views, step)
+        teacher = each.learners.get("teacher", each.student)
+        largest[rate] = F.softmax(each.align(teacher.preview(views.weak)), dim=1).mean(dim=0).max()
+    assert largest[0.5] < 0.6 < 0.9 < largest[0]
 
 
 def test_uda_loss_against_the_formula():
@@ -295,6 +299,8 @@ def test_learns_a_tiny_problem():
 PARTS = [
     ("supervised",),
     ("uda",),
+    ("uda", "--align", "0.2"),
+    ("mpl", "--align", "0.2"),
     *(
         ("mpl", "--feedback", name, "--feedback-reduction", reduction, "--pseudo-label", "soft")
         for name, reduction in (("none", "mean"), ("taylor", "mean"), ("dot", "sum"), ("exact", "mean"))
