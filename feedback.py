@@ -9,6 +9,7 @@ The teacher is to descend J(θ_T) = CE(y_l, S(x_l; θ_S')), the student's labell
     dot         h = η ⟨∇L_new, ∇CE(ŷ, S(x_u))⟩,     ()       h · CE(ŷ, T(x_u))
     exact       ∂J/∂q = (η/N) · D,                  (N, K)   Σ q · ∂J/∂q
 
+T(x_u) are the logits that the labels were made of: with ``--align`` the aligned ones, the bias a constant.
 The scalar forms are the REINFORCE estimate of the gradient for a hard label ŷ ~ q (paper, equation 12 and
 appendix A); exact is the gradient of J itself for soft labels. In each of them the labelled losses are
 measured on the same images, normalised by the same rule (their own batch statistics), without dropout, and

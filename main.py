@@ -308,8 +308,9 @@ def build_parser():
         type=float,
         default=0.0,
         metavar="RATE",
-        help="uda, mpl: distribution alignment, targets in which all classes are equally frequent (with a "
-        "handful of labels: 0.2; 0: none, as published)",
+        help="uda, mpl: distribution alignment: rate at which a bias per class evens out the mean prediction "
+        "on unlabelled images; for few labels, classes of equal size and about ten unlabelled images per "
+        "class in a batch: 0.2; off, as published: 0",
     )
     group.add_argument(
         "--pseudo-label",

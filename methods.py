@@ -69,14 +69,14 @@ def agreement(labels, truth):
 
 
 class Alignment:
-    """Distribution alignment: targets in which all classes are equally frequent.
+    """Distribution alignment: a bias per class that makes the mean prediction on the weak views uniform.
 
-    Consistency alone never gives back a cluster that few labels left to its neighbour. A bias per class,
-    added to the logits before they become targets, does: each step moves it by rate · log(uniform / m), m the
-    mean of the aligned predictions, so that it settles where m is uniform. Rate 1 is one iteration of
-    Sinkhorn's algorithm a batch, a lower one an average over batches, which are too small to tell how
-    frequent a class is. After distribution alignment in ReMixMatch (Berthelot et al., ICLR 2020), by the
-    iteration of Sinkhorn Label Allocation (Tai et al., ICML 2021).
+    Consistency alone never gives back a cluster that few labels left to its neighbour. The bias, added to the
+    teacher's logits wherever they become targets or pseudo labels, does: each step moves it by
+    rate · log(uniform / m), m the mean of the aligned predictions of the batch. Rate 1 is one iteration of
+    Sinkhorn's algorithm; a lower one smooths over batches. For classes of equal size, and batches with many
+    unlabelled images per class (ten, say): of fewer the logarithm of m is mostly noise. After ReMixMatch
+    (Berthelot et al., ICLR 2020) and Sinkhorn Label Allocation (Tai et al., ICML 2021).
 
     Args:
         rate: of the bias, 0 for none.
@@ -89,15 +89,23 @@ class Alignment:
         self.bias = torch.zeros(num_classes, device=runtime.device)
 
     def __call__(self, logits):
-        """Logits (N, K) of the aligned predictions, with the gradient of the logits."""
+        """Logits (N, K) of the aligned predictions; the bias is a constant to their gradient."""
         return logits + self.bias if self.rate else logits
 
     @torch.no_grad()
-    def update(self, logits):
-        """After a step, with the logits (N, K) of its weak views: the same bias in all processes."""
+    def update(self, parts):
+        """After a step, with the weak views' logits (N, K) of each part of its batch; all processes agree."""
         if self.rate:
-            (mean,) = self.runtime.average_([F.softmax(self(logits), dim=1).mean(dim=0)])
+            (mean,) = self.runtime.average_([F.softmax(self(torch.cat(parts)), dim=1).mean(dim=0)])
             self.bias -= self.rate * (mean.clamp_min(1e-6) * len(mean)).log()
+            self.bias -= self.bias.mean()  # an offset common to all classes says nothing, and would grow
+
+    def state_dict(self):
+        return {"align_bias": self.bias}
+
+    def load_state_dict(self, state):
+        if "align_bias" in state:  # checkpoints of earlier versions have none: zero
+            self.bias.copy_(state["align_bias"])
 
 
 # ---------------------------------------------------------------- one network and what trains it
@@ -347,25 +355,25 @@ class UDA(Method):
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args
         weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
-        seen = []
+        weak_logits = []
 
         def loss(part):
             labeled, weak, strong = joint_logits(self.student, part.views)
-            seen.append(weak.detach())
+            weak_logits.append(weak)
             logits = labeled, self.align(weak), strong
             loss, scalars = supervised_and_uda_loss(logits, part.views.targets, weight, args)
             return loss, scalars | known_truth(logits[1], part.truth)
 
         scalars = self.student.learn(loss, parts_of(views, truth, args.accumulate), step)
-        self.align.update(torch.cat(seen))
+        self.align.update(weak_logits)
         return scalars
 
     def state_dict(self):
-        return super().state_dict() | {"align_bias": self.align.bias}
+        return super().state_dict() | self.align.state_dict()
 
     def load_state_dict(self, state, path):
         super().load_state_dict(state, path)
-        self.align.bias.copy_(state["align_bias"])
+        self.align.load_state_dict(state)
 
 
 class PseudoLabel(Method):
@@ -427,8 +435,8 @@ class MPL(Method):
         def loss(k):
             of_part = logits[k] if kept else joint_logits(self.teacher, parts[k].views)
             labeled, weak, strong = of_part
-            of_uda = labeled, self.align(weak), strong
-            loss, figures = supervised_and_uda_loss(of_uda, parts[k].views.targets, weight, args)
+            aligned = labeled, self.align(weak), strong
+            loss, figures = supervised_and_uda_loss(aligned, parts[k].views.targets, weight, args)
             if values[k] is not None:
                 term = args.feedback_weight * self._feedback_term(values[k], of_part, labels[k])
                 if diagnose and k == 0:
@@ -438,7 +446,7 @@ class MPL(Method):
 
         with contextlib.nullcontext() if kept else self.runtime.replay(random_state):
             scalars = self.teacher.learn(loss, range(len(parts)), step) | scalars
-        self.align.update(torch.cat([weak.detach() for _, weak, _ in logits]))
+        self.align.update([weak for _, weak, _ in logits])
         return scalars
 
     def _labeling(self, logits):
@@ -515,13 +523,12 @@ class MPL(Method):
         return self.teacher.network
 
     def state_dict(self):
-        own = {"feedback_baseline": self.baseline, "align_bias": self.align.bias}
-        return super().state_dict() | own
+        return super().state_dict() | self.align.state_dict() | {"feedback_baseline": self.baseline}
 
     def load_state_dict(self, state, path):
         super().load_state_dict(state, path)
+        self.align.load_state_dict(state)
         self.baseline.copy_(state["feedback_baseline"])
-        self.align.bias.copy_(state["align_bias"])
 
 
 def build_network(args, num_classes, image_size, role):
