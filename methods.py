@@ -358,11 +358,10 @@ class UDA(Method):
         weak_logits = []
 
         def loss(part):
-            labeled, weak, strong = joint_logits(self.student, part.views)
-            weak_logits.append(weak)
-            logits = labeled, self.align(weak), strong
-            loss, scalars = supervised_and_uda_loss(logits, part.views.targets, weight, args)
-            return loss, scalars | known_truth(logits[1], part.truth)
+            logits = joint_logits(self.student, part.views)
+            weak_logits.append(logits[1])
+            loss, scalars = supervised_and_uda_loss(logits, part.views.targets, weight, self.align, args)
+            return loss, scalars | known_truth(self.align(logits[1]), part.truth)
 
         scalars = self.student.learn(loss, parts_of(views, truth, args.accumulate), step)
         self.align.update(weak_logits)
@@ -434,9 +433,8 @@ class MPL(Method):
 
         def loss(k):
             of_part = logits[k] if kept else joint_logits(self.teacher, parts[k].views)
-            labeled, weak, strong = of_part
-            aligned = labeled, self.align(weak), strong
-            loss, figures = supervised_and_uda_loss(aligned, parts[k].views.targets, weight, args)
+            targets = parts[k].views.targets
+            loss, figures = supervised_and_uda_loss(of_part, targets, weight, self.align, args)
             if values[k] is not None:
                 term = args.feedback_weight * self._feedback_term(values[k], of_part, labels[k])
                 if diagnose and k == 0:
@@ -561,14 +559,11 @@ def joint_logits(learner, views, graph=True):
     return (learner(images) if graph else learner.preview(images)).split(sizes)
 
 
-def supervised_and_uda_loss(logits, targets, weight, args):
-    """A teacher's loss without feedback, (): CE on labels + weight · UDA; and its scalars.
-
-    ``logits``: of the labelled, weak and strong views, the weak ones as they become targets (aligned).
-    """
+def supervised_and_uda_loss(logits, targets, weight, align, args):
+    """A teacher's loss without feedback, (): CE on labels + weight · UDA (targets aligned), its scalars."""
     labeled, weak, strong = logits
     labeled_loss = F.cross_entropy(labeled, targets, label_smoothing=args.label_smoothing)
-    consistency, mask = uda_loss(weak, strong, args.temperature, args.threshold)
+    consistency, mask = uda_loss(align(weak), strong, args.temperature, args.threshold)
     scalars = {"labeled_loss": labeled_loss, "uda_loss": consistency, "uda_mask": mask}
     return labeled_loss + weight * consistency, scalars
 
