@@ -198,9 +198,15 @@ def training_step(args, flags=()):
     """The parts of one MPL step on random images of 32 pixels: loader, views, method."""
     size = ["--batch-size", str(args.batch_size), "--mu", str(args.mu), "--model", args.model]
     recipe = ["--dataset", "cifar10", "--nesterov", "--warmup-steps", "10", "--device", args.device, *size]
-    recipe += [flag for flag in ("--amp", "--channels-last") if getattr(args, flag[2:].replace("-", "_"))]
+    recipe += [
+        flag
+        for flag in ("--amp", "--channels-last", "--compile")
+        if getattr(args, flag[2:].replace("-", "_"))
+    ]
     options = training.parse_arguments([*recipe, *flags])
-    runtime = Runtime(options.device, options.amp, channels_last=options.channels_last)
+    runtime = Runtime(
+        options.device, options.amp, channels_last=options.channels_last, compiled=options.compile
+    )
     images = torch.randint(256, (5000, 3, 32, 32), dtype=torch.uint8)
     whole = ImageSet(torch.arange(5000) % 10, images)
     dataset = Dataset(
@@ -450,6 +456,7 @@ def add_step_arguments(command, batch_size, repeats):
     command.add_argument("--device", default="cpu", help="cpu or cuda")
     command.add_argument("--amp", action="store_true", help="bf16")
     command.add_argument("--channels-last", action="store_true", help="memory order of the recipes")
+    command.add_argument("--compile", action="store_true", help="as in main.py")
     command.add_argument("--repeats", type=int, default=repeats, help="steps that are measured")
 
 

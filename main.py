@@ -138,6 +138,11 @@ def build_parser():
         help="memory order in which convolutions are faster (all recipes)",
     )
     group.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile of training passes: a slow first step, then faster ones; needs a C++ compiler",
+    )
+    group.add_argument(
         "--sync-bn", action="store_true", help="batch statistics over the batches of all processes"
     )
 
@@ -789,7 +794,9 @@ def train(args, runtime, dataset, views, method, state, log):
 
 def main(argv):
     args = parse_arguments(argv)
-    runtime = Runtime(args.device, args.amp, args.amp_dtype, args.channels_last, args.sync_bn)
+    runtime = Runtime(
+        args.device, args.amp, args.amp_dtype, args.channels_last, args.sync_bn, compiled=args.compile
+    )
     try:
         start(args, runtime)
     finally:

@@ -8,6 +8,7 @@ import contextlib
 import os
 import pickle
 import platform
+import shutil
 import sys
 import zipfile
 
@@ -32,10 +33,11 @@ class Runtime:
         amp_dtype: ``bf16``, or ``fp16`` with gradient scaling (CUDA only).
         channels_last: keep images and filters in the memory order that convolutions are fastest in.
         sync_bn: batch norm takes its statistics over the batches of all processes.
+        compiled: training passes go through ``torch.compile``.
         alone: this process does something by itself, whatever others it was started with.
 
     Raises:
-        UserError: a device that is not there, or a precision that it does not have.
+        UserError: a device that is not there, a precision that it does not have, or no compiler.
 
     Started by ``torchrun`` there is one process per GPU (NCCL) or per rank on CPU (gloo); ``rank`` and
     ``world_size`` tell them apart. A process started alone is rank 0 of 1.
@@ -49,7 +51,14 @@ class Runtime:
     KINDS = ("auto", "cpu", "cuda", "mps", "xla")
 
     def __init__(
-        self, device="auto", amp=False, amp_dtype="bf16", channels_last=False, sync_bn=False, alone=False
+        self,
+        device="auto",
+        amp=False,
+        amp_dtype="bf16",
+        channels_last=False,
+        sync_bn=False,
+        compiled=False,
+        alone=False,
     ):
         if device == "auto":
             mps = torch.backends.mps.is_available()
@@ -62,6 +71,10 @@ class Runtime:
             raise UserError("--device mps, but PyTorch sees no Apple GPU here: use --device cpu or auto")
         if amp and amp_dtype == "fp16" and device != "cuda":
             raise UserError(f"--amp-dtype fp16 needs CUDA: use --amp-dtype bf16 on {device}")
+        if compiled and device == "xla":
+            raise UserError("--device xla compiles by itself: leave --compile out")
+        if compiled and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+            raise UserError("--compile needs a C++ compiler, and there is none here: install g++")
 
         self.kind = device
         self.host, self.hosts = 0, 1  # of XLA's single program
@@ -79,6 +92,9 @@ class Runtime:
             self._join_processes()
         self.channels_last = channels_last
         self.sync_bn = sync_bn
+        self.compiled = compiled
+        if compiled:  # dropout draws the same with and without: the feedback repeats the student's pass
+            torch._inductor.config.fallback_random = True
         self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype] if amp else None
         if self.amp_dtype == torch.bfloat16 and not self._has_bf16():
             self.amp_dtype = None
@@ -161,12 +177,13 @@ class Runtime:
 
     def parallel(self, network):
         """What to call for a training pass through a placed network, so that ``backward`` averages the
-        gradients over all processes; the network itself where there is one process."""
-        if self.world_size == 1:
-            return network
-        devices = [self.device] if self.kind == "cuda" else None
-        # Running statistics are each process's own until they are averaged for evaluation.
-        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+        gradients over all processes; the network itself where there is one process and no compiling."""
+        training = network
+        if self.world_size > 1:
+            devices = [self.device] if self.kind == "cuda" else None
+            # Running statistics are each process's own until they are averaged for evaluation.
+            training = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+        return torch.compile(training, dynamic=False) if self.compiled else training
 
     def apart(self, network):
         """Context in which the backward pass through what ``parallel`` returned adds up this process's

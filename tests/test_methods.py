@@ -1,6 +1,9 @@
 """The training steps: losses against their formulas, methods against each other."""
 
 import copy
+import os
+import shutil
+import sysconfig
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from models import build_model
 from runtime import Runtime
 
 torch.set_num_threads(1)
+can_compile = shutil.which("g++") and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
 FLAGS = (
     "--dataset digits --model wrn-10-1 --batch-size 4 --mu 2 --nesterov --teacher-lr 0.1 --student-lr 0.1 "
     "--total-steps 100 --uda-steps 10 --label-smoothing 0.1 --lambda-u 2 --threshold 0.05"
@@ -434,3 +438,23 @@ def test_adamw_decays_no_batch_norm():
     before = weights(method.predictor)
     method.step(make_views(), 0)
     assert not torch.equal(weights(method.predictor), before)
+
+
+@pytest.mark.skipif(not can_compile, reason="torch.compile needs a C++ compiler and Python's headers")
+def test_compiled_steps_are_the_steps():
+    """Dropout included: the exact feedback repeats the student's pass without the compiler."""
+
+    def train(compiled):
+        flags = ("--feedback", "exact", "--student-dropout", 0.3, "--teacher-dropout", 0.3)
+        method = build(*flags, runtime=Runtime("cpu", compiled=compiled))
+        for learner in method.learners.values():
+            learner.network.double()
+        method.student.ema.network.double()
+        for step in range(2):
+            method.runtime.seed(0, step)
+            views = Views(*(t.double() if t.is_floating_point() else t for t in make_views(seed=step)))
+            method.step(views, step + 5)
+        return weights(method.student.network), weights(method.teacher.network)
+
+    for compiled, plain in zip(train(True), train(False), strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-8, atol=1e-10)

@@ -23,6 +23,12 @@ def test_unknown_and_missing_devices_are_refused():
             Runtime("cuda")
 
 
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"C\+\+ compiler"):
+        Runtime("cpu", compiled=True)
+
+
 def test_replay_draws_the_same_and_leaves_no_trace():
     runtime = Runtime("cpu")
     state = runtime.rng_state()

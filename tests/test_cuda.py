@@ -1,0 +1,99 @@
+"""CUDA against the CPU: the same steps, no wait for the device, half precision, the program itself."""
+
+import json
+
+import pytest
+import torch
+from test_methods import build, make_views, weights
+
+import main
+from augmentation import Views
+from runtime import Runtime
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+STEPS = {
+    "supervised": ("supervised",),
+    "uda": ("uda", "--align", 0.2),
+    "none": ("mpl", "--feedback", "none"),
+    "taylor": ("mpl", "--feedback", "taylor", "--feedback-momentum", 0.9, "--align", 0.2),
+    "dot, sampled": ("mpl", "--feedback", "dot", "--pseudo-label", "sample"),
+    "exact, forward": ("mpl", "--feedback", "exact", "--feedback-jvp", "forward"),
+    "exact, difference": ("mpl", "--feedback", "exact", "--feedback-jvp", "difference"),
+    "in parts": ("mpl", "--feedback", "exact", "--accumulate", 2),
+}
+SAME_LABELS = [name for name in STEPS if "sampled" not in name]  # devices draw different numbers
+
+
+def on_cuda(views):
+    return Views(*(tensor.cuda() for tensor in views))
+
+
+def method_of(name, runtime, *flags):
+    method, *more = STEPS[name]
+    return build(*more, *flags, method=method, runtime=runtime)
+
+
+def train_in_double(name, runtime, steps=3):
+    """The weights of all networks after some steps in float64, on the CPU."""
+    method = method_of(name, runtime)
+    for learner in method.learners.values():
+        learner.network.double()
+        learner.ema and learner.ema.network.double()
+    for step in range(steps):
+        views = Views(*(t.double() if t.is_floating_point() else t for t in make_views(seed=step)))
+        method.step(views if runtime.kind == "cpu" else on_cuda(views), step + 5)
+    return {role: weights(learner.network).cpu() for role, learner in method.learners.items()}
+
+
+@pytest.mark.parametrize("name", SAME_LABELS)
+def test_steps_are_those_of_the_cpu(name):
+    there, here = (train_in_double(name, Runtime(device)) for device in ("cuda", "cpu"))
+    for role, weight in here.items():
+        torch.testing.assert_close(there[role], weight, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("flags", [(), ("--teacher-dropout", 0.2, "--student-dropout", 0.2)])
+def test_a_step_does_not_wait_for_the_device(name, flags):
+    runtime = Runtime("cuda", amp=True, channels_last=True)
+    method, views = method_of(name, runtime, *flags), on_cuda(make_views())
+    for step in range(2):  # cuDNN's search waits
+        method.step(views, step, diagnose=True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        method.step(views, 2, torch.zeros(8, dtype=torch.long, device="cuda"), diagnose=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", ("bf16", "fp16"))
+@pytest.mark.parametrize("name", STEPS)
+def test_half_precision_is_near_full(name, dtype):
+    def losses(runtime):
+        method = method_of(name, runtime)
+        rows = [method.step(on_cuda(make_views(seed=step)), step + 5) for step in range(4)]
+        keys = [key for key in rows[0] if key.endswith("loss")]
+        return torch.stack([row[key].float() for row in rows for key in keys])
+
+    half, full = losses(Runtime("cuda", amp=True, amp_dtype=dtype)), losses(Runtime("cuda"))
+    if "sampled" in name:  # the labels that are drawn differ with the last bit of a prediction
+        assert torch.isfinite(half).all()
+    else:
+        torch.testing.assert_close(half, full, rtol=0.15, atol=0.15)
+
+
+def test_the_program_on_cuda(tmp_path, monkeypatch):
+    """Trains in fp16, goes on after a stop, evaluates what it saved to the last digit."""
+    monkeypatch.chdir(tmp_path)
+    recipe = (
+        "--dataset digits --num-labeled 40 --model wrn-10-1 --batch-size 16 --mu 2 --eval-step 20 --amp "
+        "--amp-dtype fp16 --channels-last --nesterov --finetune-epochs 2 --device cuda --warmup-steps 5"
+    ).split()
+    assert main.run([*recipe, "--total-steps", "20"]) == 0
+    assert main.run([*recipe, "--total-steps", "40", "--resume", "auto"]) == 0
+    summary = json.loads((tmp_path / "results/digits/summary.json").read_text())
+    assert summary["steps"] == 40 and summary["device"].startswith("cuda")
+    assert main.run([*recipe, "--evaluate", "--resume", "checkpoint/digits_best.pth.tar"]) == 0
+    evaluated = json.loads((tmp_path / "results/digits_best/summary.json").read_text())
+    assert evaluated["top1"] == summary["top1"]
