@@ -159,8 +159,9 @@ def augment(args):
     """
     small = args.size <= 64
     crop, randaug = ("pad", (2, 16)) if small else ("none", (2, 17))
-    views = ImageViews(args.size, MEAN, STD, crop=crop, randaug=randaug, static=args.static)
-    pillow = PillowPairs(views, args.batched_reference)
+    policy = functools.partial(ImageViews, args.size, MEAN, STD, crop=crop, randaug=randaug)
+    views = policy(static=args.static)
+    pillow = PillowPairs(policy(), args.batched_reference)  # its own: it is sent to the workers
     photographs = torch.randint(256, (args.pairs, 3, args.size // 8, args.size // 8), dtype=torch.uint8)
     images = torch.nn.functional.interpolate(photographs, size=args.size, mode="bilinear")
     layout = (

@@ -93,8 +93,11 @@ class Runtime:
         self.channels_last = channels_last
         self.sync_bn = sync_bn
         self.compiled = compiled
-        if compiled:  # dropout draws the same with and without: the feedback repeats the student's pass
+        if compiled:
+            # dropout draws the same with and without: the exact feedback repeats the student's pass without
             torch._inductor.config.fallback_random = True
+            # a graph is kept for a second backward pass: the diagnosis of the feedback
+            torch._functorch.config.donated_buffer = False
         self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype] if amp else None
         if self.amp_dtype == torch.bfloat16 and not self._has_bf16():
             self.amp_dtype = None

@@ -1,4 +1,4 @@
-"""CUDA against the CPU: the same steps, no wait for the device, half precision, the program itself."""
+"""CUDA: the steps of the CPU, no wait for the device, half precision, the program itself."""
 
 import json
 
@@ -15,8 +15,8 @@ STEPS = {
     "supervised": ("supervised",),
     "uda": ("uda", "--align", 0.2),
     "none": ("mpl", "--feedback", "none"),
-    "taylor": ("mpl", "--feedback", "taylor", "--feedback-momentum", 0.9, "--align", 0.2),
-    "dot, sampled": ("mpl", "--feedback", "dot", "--pseudo-label", "sample"),
+    "taylor": ("mpl", "--feedback", "taylor", "--align", 0.2),
+    "dot, sampled": ("mpl", "--feedback", "dot", "--pseudo-label", "sample", "--feedback-momentum", 0.9),
     "exact, forward": ("mpl", "--feedback", "exact", "--feedback-jvp", "forward"),
     "exact, difference": ("mpl", "--feedback", "exact", "--feedback-jvp", "difference"),
     "in parts": ("mpl", "--feedback", "exact", "--accumulate", 2),
@@ -69,18 +69,20 @@ def test_a_step_does_not_wait_for_the_device(name, flags):
 
 @pytest.mark.parametrize("dtype", ("bf16", "fp16"))
 @pytest.mark.parametrize("name", STEPS)
-def test_half_precision_is_near_full(name, dtype):
-    def losses(runtime):
-        method = method_of(name, runtime)
-        rows = [method.step(on_cuda(make_views(seed=step)), step + 5) for step in range(4)]
-        keys = [key for key in rows[0] if key.endswith("loss")]
-        return torch.stack([row[key].float() for row in rows for key in keys])
-
-    half, full = losses(Runtime("cuda", amp=True, amp_dtype=dtype)), losses(Runtime("cuda"))
-    if "sampled" in name:  # the labels that are drawn differ with the last bit of a prediction
-        assert torch.isfinite(half).all()
-    else:
-        torch.testing.assert_close(half, full, rtol=0.15, atol=0.15)
+def test_half_precision(name, dtype):
+    """The first losses are near those of full precision, later ones finite, and steps are taken."""
+    runtime = Runtime("cuda", amp=True, amp_dtype=dtype)
+    half, full = method_of(name, runtime), method_of(name, Runtime("cuda"))
+    before = weights(half.student.network).clone()
+    first, expected = (method.step(on_cuda(make_views()), 5) for method in (half, full))
+    if "sampled" not in name:  # a label that is drawn changes with the last bit of a prediction
+        for key in expected:
+            if key.endswith("loss"):
+                torch.testing.assert_close(first[key].float(), expected[key], rtol=0.03, atol=0.03)
+    for step in range(20):  # the first steps in fp16 only find the scale
+        later = half.step(on_cuda(make_views(seed=step)), step + 6)
+    assert all(torch.isfinite(value).all() for value in later.values())
+    assert not torch.equal(weights(half.student.network), before)
 
 
 def test_the_program_on_cuda(tmp_path, monkeypatch):

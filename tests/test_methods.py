@@ -453,7 +453,7 @@ def test_compiled_steps_are_the_steps():
         for step in range(2):
             method.runtime.seed(0, step)
             views = Views(*(t.double() if t.is_floating_point() else t for t in make_views(seed=step)))
-            method.step(views, step + 5)
+            method.step(views, step + 5, diagnose=step == 1)
         return weights(method.student.network), weights(method.teacher.network)
 
     for compiled, plain in zip(train(True), train(False), strict=True):

@@ -25,6 +25,7 @@ def test_unknown_and_missing_devices_are_refused():
 
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
         Runtime("cpu", compiled=True)
 
