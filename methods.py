@@ -416,6 +416,10 @@ class MPL(Method):
         self.baseline = torch.zeros((), device=runtime.device)  # moving average of a scalar feedback
 
     def step(self, views, step, truth=None, diagnose=False):
+        with self.runtime.uncompiled() if diagnose else contextlib.nullcontext():
+            return self._step(views, step, truth, diagnose)
+
+    def _step(self, views, step, truth, diagnose):
         args = self.args
         parts = parts_of(views, truth, args.accumulate)
         random_state = self.runtime.rng_state()

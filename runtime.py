@@ -93,11 +93,8 @@ class Runtime:
         self.channels_last = channels_last
         self.sync_bn = sync_bn
         self.compiled = compiled
-        if compiled:
-            # dropout draws the same with and without: the exact feedback repeats the student's pass without
+        if compiled:  # dropout draws the same with and without: the feedback repeats the student's pass
             torch._inductor.config.fallback_random = True
-            # a graph is kept for a second backward pass: the diagnosis of the feedback
-            torch._functorch.config.donated_buffer = False
         self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype] if amp else None
         if self.amp_dtype == torch.bfloat16 and not self._has_bf16():
             self.amp_dtype = None
@@ -187,6 +184,10 @@ class Runtime:
             # Running statistics are each process's own until they are averaged for evaluation.
             training = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
         return torch.compile(training, dynamic=False) if self.compiled else training
+
+    def uncompiled(self):
+        """Context in which nothing is compiled: a compiled graph can be passed backward only once."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
 
     def apart(self, network):
         """Context in which the backward pass through what ``parallel`` returned adds up this process's
