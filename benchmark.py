@@ -365,11 +365,11 @@ def step_worker(name, args, pipe):
 def step(args):
     """Seconds and peak memory of one MPL step with each form of the feedback, as ratios to none."""
     context = multiprocessing.get_context("spawn")
-    pipes, workers, seconds, memory = {}, [], {name: [] for name in FEEDBACKS}, {}
+    pipes, seconds, memory = {}, {name: [] for name in FEEDBACKS}, {}
     for name in FEEDBACKS:
         pipes[name], end = context.Pipe()
-        workers.append(context.Process(target=step_worker, args=(name, args, end), daemon=True))
-        workers[-1].start()
+        context.Process(target=step_worker, args=(name, args, end), daemon=True).start()
+        end.close()  # the worker has its own: if it dies, reading from the pipe ends, too
     for repeat in range(args.repeats + 1):
         for name, pipe in pipes.items():  # in turns: one works while the others wait
             pipe.send("step")
@@ -421,6 +421,7 @@ def scale(args):
             pipe, end = context.Pipe()
             worker = context.Process(target=scale_worker, args=(rank, world_size, args, end), daemon=True)
             worker.start()
+            end.close()  # as in step
             groups[world_size].append(pipe)
     for repeat in range(args.repeats + 1):
         for world_size, pipes in groups.items():  # in turns: one group works while the other waits
