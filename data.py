@@ -52,7 +52,7 @@ class Batch(NamedTuple):
     images_l: torch.Tensor  # (B, 3, H, W) uint8; two moons: (B, 2) float32
     targets: torch.Tensor  # (B,) int64
     images_u: torch.Tensor | None  # (N, 3, H, W) uint8; None when mu is 0
-    targets_u: torch.Tensor | None  # (N,) int64, -1 where unknown: for metrics, never for training
+    targets_u: torch.Tensor | None  # (N,) int64, -1 where unknown, None if all are: for metrics alone
 
 
 class ImageSet:
@@ -296,7 +296,8 @@ def _per_class(number, sizes, flag):
         near = [n for n in (each * len(sizes), (each + 1) * len(sizes)) if n > 0]
         raise UserError(
             f"{flag} {number} does not divide by the {len(sizes)} classes: use "
-            f"{' or '.join(map(str, near))}, or a fraction of every class such as 0.1"
+            + " or ".join(map(str, near))
+            + (", or a fraction of every class such as 0.1" if flag == "--num-labeled" else "")
         )
     return [each] * len(sizes)
 
@@ -1034,6 +1035,8 @@ class TrainLoader:
                 stream = _Stream(len(image_set), name, seed, 16 * count * runtime.world_size, slicing)
                 share = _Share(name, image_set.to(home), stream, count, runtime.rank, runtime.world_size)
                 self.shares.append(share)
+        # where no class is known there is nothing to be right about
+        self.truth_known = bool((dataset.unlabeled.targets >= 0).any())
         self.decoded = None
         self.skipped = set()
 
@@ -1046,7 +1049,8 @@ class TrainLoader:
         self.generator.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
         tensors = self._from_memory(step) if self.in_memory else self._from_disk(step)
         self.position = step + 1
-        return Batch(*tensors, *[None] * (4 - len(tensors)))
+        batch = Batch(*tensors, *[None] * (4 - len(tensors)))
+        return batch if self.truth_known else batch._replace(targets_u=None)
 
     def state_dict(self):
         return {"position": self.position}

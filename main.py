@@ -72,7 +72,15 @@ ONLY_FOR = {
     "teacher_checkpoint": ("pseudo-label",),
     "student_model": ("pseudo-label", "mpl"),
 }
-
+# and those that only some feedbacks use
+ONLY_FOR_FEEDBACK = {
+    "feedback_weight": ("taylor", "dot", "exact"),
+    "flip_feedback": ("taylor", "dot", "exact"),
+    "feedback_reduction": ("taylor", "dot"),
+    "feedback_view": ("taylor", "dot"),
+    "feedback_momentum": ("taylor", "dot"),
+    "feedback_jvp": ("exact",),
+}
 
 # the least and the largest value of numbers
 BOUNDS = {
@@ -93,6 +101,15 @@ BOUNDS = {
 }
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of a flag, where there is one to add."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False) or "(default:" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with errors of one sentence instead of the whole usage."""
 
@@ -103,7 +120,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser():
     parser = Parser(
         description="Meta Pseudo Labels in PyTorch. The recipes in run_*.sh are complete command lines.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
 
@@ -135,7 +152,7 @@ def build_parser():
     group.add_argument(
         "--channels-last",
         action="store_true",
-        help="memory order in which convolutions are faster (all recipes)",
+        help="memory order in which convolutions are faster (recipes for images)",
     )
     group.add_argument(
         "--compile",
@@ -194,7 +211,11 @@ def build_parser():
     )
     group.add_argument("--num-classes", type=int, metavar="K", help="checked against the data set")
     group.add_argument(
-        "--resize", type=int, metavar="PIXELS", help="side of the images (default: as they are)"
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="side of the images (default: digits 16, cifar10, cifar100 and svhn 32, imagenet 224; a folder: "
+        "the one size of its images up to 64, else 224)",
     )
     group.add_argument("--workers", type=int, default=2, help="threads or processes that read images")
     group.add_argument(
@@ -245,10 +266,10 @@ def build_parser():
         "--freeze-body", action="store_true", help="only the last layer learns; the rest stays as it starts"
     )
     group.add_argument(
-        "--teacher-dropout", type=float, default=0.0, help="before the classifier (recipes: 0.2)"
+        "--teacher-dropout", type=float, default=0.0, help="before the classifier (CIFAR-10 recipe: 0.2)"
     )
     group.add_argument(
-        "--student-dropout", type=float, default=0.0, help="before the classifier (recipes: 0.2)"
+        "--student-dropout", type=float, default=0.0, help="before the classifier (CIFAR-10 recipe: 0.2)"
     )
     group.add_argument("--ema", type=float, default=0.995, help="decay of the student's moving average")
 
@@ -284,8 +305,8 @@ def build_parser():
         choices=("cosine", "one-cycle", "constant"),
         help="of the learning rate, after the warm-up; transfer recipe: one-cycle",
     )
-    group.add_argument("--momentum", type=float, default=0.9, help="of SGD (all recipes: 0.9)")
-    group.add_argument("--nesterov", action="store_true", help="Nesterov momentum (all recipes)")
+    group.add_argument("--momentum", type=float, default=0.9, help="of SGD (published: 0.9)")
+    group.add_argument("--nesterov", action="store_true", help="Nesterov momentum of SGD (recipes with SGD)")
     group.add_argument("--weight-decay", type=float, default=5e-4, help="none on batch norm")
     group.add_argument(
         "--warmup-steps", type=int, default=0, help="steps of linear warm-up, before the cosine"
@@ -407,13 +428,15 @@ def parse_arguments(argv):
     of_user = given(parser, argv[last:])
 
     useless = {name for name, methods in ONLY_FOR.items() if args.method not in methods}
+    useless |= {name for name, kinds in ONLY_FOR_FEEDBACK.items() if args.feedback not in kinds}
     useless |= {"jitter"} if args.dataset != "twomoons" else {"randaug", "resize", "labeled_view"}
     if args.method == "supervised" and args.labeled_view == "weak":
         useless |= {"randaug"}
     useless |= {"test_fraction"} if args.dataset != "folder" else set()
     if refused := sorted(useless & of_user):
         flags = ", ".join("--" + name.replace("_", "-") for name in refused)
-        parser.error(f"--method {args.method} on {args.dataset} does not use {flags}: leave it out")
+        how = f"--method {args.method}" + f" --feedback {args.feedback}" * (args.method == "mpl")
+        parser.error(f"{how} on {args.dataset} does not use {flags}: leave it out")
     if aside := sorted(useless & of_recipe):
         flags = " ".join("--" + name.replace("_", "-") for name in aside)
         print(f"--method {args.method}: the recipe's {flags} set aside", file=sys.stderr)
@@ -425,7 +448,8 @@ def parse_arguments(argv):
     for name, (least, largest) in BOUNDS.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= largest:
-            parser.error(f"--{name.replace('_', '-')} {value} is out of range: {least} to {largest}")
+            limits = f"{least} or more" if largest == math.inf else f"{least} to {largest}"
+            parser.error(f"--{name.replace('_', '-')} {value} is out of range: {limits}")
     if (
         min(args.randaug) < 0
         or max(args.randaug) > 100
@@ -442,6 +466,17 @@ def parse_arguments(argv):
         )
     if not 0 <= args.start_step < args.total_steps:
         parser.error(f"--start-step {args.start_step} is not below --total-steps {args.total_steps}")
+    if args.method == "mpl" and args.student_wait_steps >= args.total_steps:
+        parser.error(
+            f"the student would never learn: --student-wait-steps {args.student_wait_steps} is not below "
+            f"--total-steps {args.total_steps}"
+        )
+    if args.method == "mpl" and args.pseudo_label == "soft" and args.feedback in ("taylor", "dot"):
+        print(
+            f"--pseudo-label soft gives --feedback {args.feedback} no gradient, as in the published code: "
+            "--feedback exact has one",
+            file=sys.stderr,
+        )
     args.model = args.model or ("mlp-2-8-8-2" if args.dataset == "twomoons" else "wrn-28-2")
     args.name = args.name or args.dataset
     return args
@@ -833,6 +868,12 @@ def start(args, runtime):
     log = RunLog(folder, args, start_step=None if only else args.start_step, active=runtime.is_main)
     try:
         if runtime.is_main:
+            if not args.resume and os.path.exists(checkpoint_path(args, "last")):
+                print(
+                    f"{args.name} was trained before: its checkpoints and record are replaced "
+                    "(another --name keeps them, --resume auto continues them)",
+                    file=sys.stderr,
+                )
             write_labeled_indices(os.path.join(folder, "labeled_indices.txt"), dataset.labeled_indices)
             make_folder(args.save_path)
         if only:

@@ -140,18 +140,18 @@ def read_networks(run, dataset, runtime, save_path=None):
             model = network_name(run.args, "student" if title == STUDENT else "teacher")
             network = build_model(model, dataset.num_classes, image_size=dataset.size)
             load_state(network, state[key], path)
-            networks[title] = network.to(runtime.device).eval()
+            networks[title] = runtime.place(network).eval()
     if STUDENT not in networks:
         raise UserError(f"{path} holds no student: it is not a checkpoint of this program")
     return networks
 
 
 def make_runtime(args):
-    """Where to evaluate: in the run's precision, on the device that there is."""
+    """Where to evaluate: in the run's precision and memory order, on the device that there is."""
     device = "cuda" if args.get("device") != "cpu" and torch.cuda.is_available() else "cpu"
     dtype = args.get("amp_dtype", "bf16")
     amp = args.get("amp", False) and (device, dtype) != ("cpu", "fp16")
-    return Runtime(device, amp, dtype, alone=True)
+    return Runtime(device, amp, dtype, args.get("channels_last", False), alone=True)
 
 
 def evaluation_view(dataset):
@@ -634,7 +634,8 @@ def draw_features(points, truth, predicted, classes, heading):
         if not len(chosen):
             continue
         marker = MARKERS[k // len(COLOURS) % len(MARKERS)]
-        axes.plot(*chosen.T, marker, color=COLOURS[k % len(COLOURS)], markersize=4.5, markeredgewidth=0)
+        colour = COLOURS[k % len(COLOURS)]
+        axes.plot(*chosen.T, marker, color=colour, markersize=4.5, markeredgewidth=0, label=name)
         middle = np.median(chosen, axis=0)
         distances = ((chosen - middle) ** 2).sum(axis=1)
         nearest = chosen[distances.argmin()]  # a point, not the gap between two groups
@@ -645,6 +646,7 @@ def draw_features(points, truth, predicted, classes, heading):
     axes.plot(
         *wrong.T, "o", markersize=size, markerfacecolor="none", markeredgecolor=BLACK, markeredgewidth=width
     )
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=9, markerscale=1.6)
     axes.set(xticks=[], yticks=[])
     axes.set_xlabel(
         f"t-SNE: neighbours are alike, positions have no unit        ○ predicted wrongly ({len(wrong):,})",

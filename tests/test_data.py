@@ -519,6 +519,8 @@ def test_unlabelled_images_are_added_or_take_the_place_of_the_others(tmp_path, r
         assert only.unlabeled.files == sorted(extra)
     batch = next(TrainLoader(added, 1, 13, 0, process(), workers=0))
     assert sorted(batch.targets_u.tolist()) == [-1] * 5 + [0] * 4 + [1] * 4
+    batch = next(TrainLoader(only, 1, 5, 0, process(), workers=0))
+    assert batch.images_u.shape[0] == 5 and batch.targets_u is None
 
 
 def test_mistakes_with_folders_get_a_sentence(tmp_path):

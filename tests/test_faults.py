@@ -143,6 +143,7 @@ FLAGS = (
         "--warmup-steps -1",
     ),
     *("--accumulate 3", "--keep -1", "--momentum 1.0", "--randaug -1 5", "--finetune-lr -1", "--mu 1.5"),
+    *("--student-wait-steps 4", "--feedback-jvp forward", "--feedback none --flip-feedback", "--num-val 13"),
     *("--total-steps 1e3", "--device tpu", "--amp-dtype fp8", "--num-labeled 1e12", "--feedback-momentum 1"),
 )
 
@@ -154,6 +155,21 @@ def test_absurd_flags(flags, here, trained, capsys):
     assert name in sentence or value in sentence
     assert not (here / "results").exists()
     assert (here / "checkpoint/run_last.pth.tar").read_bytes() == trained.read_bytes()
+
+
+def test_a_run_says_that_it_replaces_another(here, capsys):
+    assert main.run(TINY) == 0
+    assert "run was trained before" in capsys.readouterr().err
+    assert main.run([*TINY, "--resume", "auto", "--total-steps", "6"]) == 0
+    assert main.run([*TINY, "--name", "other"]) == 0
+    assert "trained before" not in capsys.readouterr().err
+
+
+def test_soft_labels_without_a_gradient_are_spoken_of(capsys):
+    main.parse_arguments([*TINY, "--pseudo-label", "soft"])
+    assert "--feedback taylor no gradient" in capsys.readouterr().err
+    main.parse_arguments([*TINY, "--pseudo-label", "soft", "--feedback", "exact"])
+    assert not capsys.readouterr().err
 
 
 def photographs(root, size=(12, 12), count=6):
