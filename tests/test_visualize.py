@@ -42,7 +42,8 @@ def runs(tmp_path_factory):
         teacher = ["--teacher-checkpoint", "checkpoint/sup_last.pth.tar"]
         main.main(["--name", "pl", "--method", "pseudo-label", "--mu", "2", *teacher, *MOONS])
         main.main(["--name", "mpl", "--mu", "2", *MOONS, "--finetune-epochs", "3"])
-        main.main(["--name", "digits", "--mu", "1", "--model", "wrn-10-1", *DIGITS])
+        as_recipes = ["--amp", "--channels-last"]
+        main.main(["--name", "digits", "--mu", "1", "--model", "wrn-10-1", *as_recipes, *DIGITS])
         yield folder
     finally:
         os.chdir(before)
@@ -248,7 +249,7 @@ def test_regions_of_three_methods_side_by_side(runs, monkeypatch, capsys):
 
 def test_confusion_counts_the_test_images(runs):
     run = visualize.read_run("results/digits")
-    dataset, runtime = visualize.read_dataset(run), Runtime("cpu")
+    dataset, runtime = visualize.read_dataset(run), visualize.make_runtime(run.args)
     network = visualize.read_networks(run, dataset, runtime)["student (EMA)"]
     truth, predicted = visualize.predict(network, dataset.test, dataset, runtime)
     assert torch.equal(truth, dataset.test.targets)
