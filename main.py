@@ -105,7 +105,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to the help of a flag, where there is one to add."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False) or "(default:" in action.help:
+        if action.default is None or action.default is False or "(default:" in action.help:
             return action.help
         return super()._get_help_string(action)
 

@@ -165,6 +165,12 @@ def test_a_run_says_that_it_replaces_another(here, capsys):
     assert "trained before" not in capsys.readouterr().err
 
 
+def test_help_says_each_default_once():
+    text = " ".join(main.build_parser().format_help().split())
+    assert "initial weights, batches, augmentation (default: 0)" in text
+    assert "(default: None)" not in text and "(default: False)" not in text
+
+
 def test_soft_labels_without_a_gradient_are_spoken_of(capsys):
     main.parse_arguments([*TINY, "--pseudo-label", "soft"])
     assert "--feedback taylor no gradient" in capsys.readouterr().err
