@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_methods import build, make_views, weights
+from test_methods import build, double_views, in_double, make_views, weights
 
 import main
 from augmentation import Views
@@ -34,13 +34,10 @@ def method_of(name, runtime, *flags):
 
 
 def train_in_double(name, runtime, steps=3):
-    """The weights of all networks after some steps in float64, on the CPU."""
-    method = method_of(name, runtime)
-    for learner in method.learners.values():
-        learner.network.double()
-        learner.ema and learner.ema.network.double()
+    """The weights of all networks, brought to the CPU, after some steps in float64."""
+    method = in_double(method_of(name, runtime))
     for step in range(steps):
-        views = Views(*(t.double() if t.is_floating_point() else t for t in make_views(seed=step)))
+        views = double_views(step)
         method.step(views if runtime.kind == "cpu" else on_cuda(views), step + 5)
     return {role: weights(learner.network).cpu() for role, learner in method.learners.items()}
 

@@ -51,6 +51,19 @@ def make_views(seed=1, batch=4, unlabeled=8):
     return Views(images(batch), torch.arange(batch) % 3, images(unlabeled), images(unlabeled))
 
 
+def in_double(method):
+    """The method with all its networks in float64."""
+    for learner in method.learners.values():
+        learner.network.double()
+        if learner.ema:
+            learner.ema.network.double()
+    return method
+
+
+def double_views(seed):
+    return Views(*(t.double() if t.is_floating_point() else t for t in make_views(seed=seed)))
+
+
 def weights(network):
     return torch.cat([p.detach().reshape(-1) for p in network.parameters()])
 
@@ -446,14 +459,10 @@ def test_compiled_steps_are_the_steps():
 
     def train(compiled):
         flags = ("--feedback", "exact", "--student-dropout", 0.3, "--teacher-dropout", 0.3)
-        method = build(*flags, runtime=Runtime("cpu", compiled=compiled))
-        for learner in method.learners.values():
-            learner.network.double()
-        method.student.ema.network.double()
+        method = in_double(build(*flags, runtime=Runtime("cpu", compiled=compiled)))
         for step in range(2):
             method.runtime.seed(0, step)
-            views = Views(*(t.double() if t.is_floating_point() else t for t in make_views(seed=step)))
-            method.step(views, step + 5, diagnose=step == 1)
+            method.step(double_views(step), step + 5, diagnose=step == 1)
         return weights(method.student.network), weights(method.teacher.network)
 
     for compiled, plain in zip(train(True), train(False), strict=True):
