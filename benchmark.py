@@ -7,6 +7,7 @@
     python benchmark.py decode                           # photographs from disk, against torchvision
     python benchmark.py step                             # what each form of the feedback costs
     python benchmark.py scale                            # two processes against one with two threads
+    python benchmark.py malloc                           # on the CPU: what keeping freed memory gains
 
 A figure alone says as much about the machine as about the code. So each subcommand measures both ways
 alternately, in one run, and prints the ratio of the medians.
@@ -343,10 +344,15 @@ FEEDBACKS = {
 
 def step_worker(name, args, pipe):
     """In a process of its own, so that its peak memory is its own: one step for each message, timed."""
-    torch.set_num_threads(args.threads)
-    loader, views, method, runtime = training_step(args, FEEDBACKS[name])
     if name == "double backward":
         feedback.ESTIMATORS["dot"] = double_backward
+    answer_steps(args, pipe, FEEDBACKS[name])
+
+
+def answer_steps(args, pipe, flags=()):
+    """Take a step for each message and answer with its seconds and the peak memory in MiB."""
+    torch.set_num_threads(args.threads)
+    loader, views, method, runtime = training_step(args, flags)
     batch = next(loader)
     drawn = views(batch.images_l, batch.targets, batch.images_u, loader.generator)
     step = 0
@@ -362,13 +368,13 @@ def step_worker(name, args, pipe):
         pipe.send((time.perf_counter() - start, memory))
 
 
-def step(args):
-    """Seconds and peak memory of one MPL step with each form of the feedback, as ratios to none."""
+def take_turns(worker, names, args):
+    """Start a worker for each name; the seconds of its steps and its peak memory, two dicts by name."""
     context = multiprocessing.get_context("spawn")
-    pipes, seconds, memory = {}, {name: [] for name in FEEDBACKS}, {}
-    for name in FEEDBACKS:
+    pipes, seconds, memory = {}, {name: [] for name in names}, {}
+    for name in names:
         pipes[name], end = context.Pipe()
-        context.Process(target=step_worker, args=(name, args, end), daemon=True).start()
+        context.Process(target=worker, args=(name, args, end), daemon=True).start()
         end.close()  # the worker has its own: if it dies, reading from the pipe ends, too
     for repeat in range(args.repeats + 1):
         for name, pipe in pipes.items():  # in turns: one works while the others wait
@@ -378,6 +384,12 @@ def step(args):
                 seconds[name].append(taken)
     for pipe in pipes.values():
         pipe.send("end")
+    return seconds, memory
+
+
+def step(args):
+    """Seconds and peak memory of one MPL step with each form of the feedback, as ratios to none."""
+    seconds, memory = take_turns(step_worker, FEEDBACKS, args)
     size = f"batch {args.batch_size}, mu {args.mu}, {args.threads} thread(s), {args.device}"
     print(f"{args.model}, {size}, median of {args.repeats} steps")
     print(f"{'feedback':<24}{'ms/step':>12}{'ratio':>8}{'peak MiB':>12}{'ratio':>8}")
@@ -448,6 +460,26 @@ def scale(args):
     )
 
 
+# ------------------------------------------------------------------------- malloc: the allocator of the CPU
+
+
+def malloc_worker(name, args, pipe):
+    """Steps with the allocator as ``Runtime`` sets it, or as the system has it."""
+    if name == "as the system":
+        Runtime.keep_freed_memory = staticmethod(lambda: None)
+    answer_steps(args, pipe)
+
+
+def malloc(args):
+    """Images per second of a step on the CPU that keeps freed memory, against the allocator's defaults."""
+    seconds, memory = take_turns(malloc_worker, ("keeping", "as the system"), args)
+    images = args.batch_size * (1 + args.mu)
+    rates = [images / statistics.median(samples) for samples in seconds.values()]
+    print(f"{args.model}, batch {args.batch_size}, mu {args.mu}, {args.threads} thread(s)")
+    print_ratios("images/s; reference: the allocator's defaults", [("freed memory kept", *rates)])
+    print("peak MiB: " + ", ".join(f"{name} {peak:.0f}" for name, peak in memory.items()))
+
+
 # ----------------------------------------------------------------------------------------------- command line
 
 
@@ -502,6 +534,11 @@ def main():
     add_step_arguments(command, batch_size=8, repeats=5)
     command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     command.set_defaults(run=step)
+
+    command = commands.add_parser("malloc", help="steps on the CPU with freed memory kept, against without")
+    add_step_arguments(command, batch_size=32, repeats=5)
+    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    command.set_defaults(run=malloc)
 
     args = parser.parse_args()
     args.run(args)

@@ -5,6 +5,7 @@ program reads as if there were one device. ``Runtime`` is made once, in ``main.p
 """
 
 import contextlib
+import ctypes
 import os
 import pickle
 import platform
@@ -86,6 +87,8 @@ class Runtime:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True  # shapes are static: the search pays once
             torch.backends.cuda.matmul.fp32_precision = "tf32"  # as convolutions have it by default
+        if device == "cpu":
+            self.keep_freed_memory()
         if device == "xla":
             self._start_xla()
         elif self.world_size > 1 and not dist.is_initialized():
@@ -157,6 +160,21 @@ class Runtime:
             return f"{self.num_devices} × xla ({os.environ.get('PJRT_DEVICE', 'TPU')})"
         name = torch.cuda.get_device_name(self.device) if self.kind == "cuda" else f"{os.cpu_count()} cores"
         return f"{self.world_size} × {self.kind} ({name})" if self.world_size > 1 else f"{self.kind} ({name})"
+
+    @staticmethod
+    def keep_freed_memory():
+        """Tell glibc's allocator to keep what is freed instead of handing it back to the system.
+
+        By default every activation of some megabytes is mapped anew, and the system clears its pages at first
+        touch, a tenth of the time of a small network's step. The peak stays what it is. Other C libraries are
+        left alone, and so is an allocator that the environment names in LD_PRELOAD. Source: mallopt(3).
+        """
+        if platform.libc_ver()[0] == "glibc" and not os.environ.get("LD_PRELOAD"):
+            libc = ctypes.CDLL(None)
+            top_pad, mmap_threshold, trim_threshold = -2, -3, -1
+            libc.mallopt(mmap_threshold, 2**30)
+            libc.mallopt(trim_threshold, 2**31 - 1)
+            libc.mallopt(top_pad, 2**28)
 
     def _has_bf16(self):
         if self.kind == "cuda":

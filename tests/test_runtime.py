@@ -1,11 +1,17 @@
 """Devices, random state, files."""
 
 import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from runtime import Runtime, UserError
+
+ROOT = Path(__file__).parent.parent
 
 
 class Payload:
@@ -28,6 +34,25 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
         Runtime("cpu", compiled=True)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize("preload", ["", "libc.so.6"])
+def test_the_cpu_keeps_freed_memory_unless_another_allocator_is_loaded(preload):
+    """Pages of the same activations that a second pass touches for the first time."""
+    script = (
+        "import resource, torch; from runtime import Runtime; Runtime('cpu')\n"
+        "def use(): [torch.ones(2**k << 20) for k in range(1, 5)]\n"
+        "for _ in range(4): use()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt; use()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+    )
+    environment = os.environ | {"LD_PRELOAD": preload}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    touched = int(run.stdout)
+    assert touched < 1000 if not preload else touched > 10_000
 
 
 def test_replay_draws_the_same_and_leaves_no_trace():
