@@ -57,6 +57,7 @@ ONLY_FOR = {
     "lambda_u": ("uda", "mpl"),
     "uda_steps": ("uda", "mpl"),
     "align": ("uda", "mpl"),
+    "weak_pass": ("uda", "mpl"),
     "teacher_lr": ("mpl",),
     "teacher_dropout": ("mpl",),
     "student_wait_steps": ("mpl",),
@@ -339,6 +340,13 @@ def build_parser():
         "class in a batch: 0.2; off, as published: 0",
     )
     group.add_argument(
+        "--weak-pass",
+        default="joint",
+        choices=("joint", "apart"),
+        help="uda, mpl: weak views pass through the teacher with its other images, as published, or by "
+        "themselves and without gradient, for less time",
+    )
+    group.add_argument(
         "--pseudo-label",
         default="argmax",
         choices=("argmax", "sample", "soft"),
@@ -440,6 +448,8 @@ def parse_arguments(argv):
     if aside := sorted(useless & of_recipe):
         flags = " ".join("--" + name.replace("_", "-") for name in aside)
         print(f"--method {args.method}: the recipe's {flags} set aside", file=sys.stderr)
+        for name in aside:
+            setattr(args, name, parser.get_default(name))
 
     if (args.evaluate or args.finetune) and not args.resume:
         parser.error("--evaluate and --finetune need --resume CKPT")
@@ -460,9 +470,11 @@ def parse_arguments(argv):
         parser.error(
             f"--batch-size {args.batch_size} cannot be taken in --accumulate {args.accumulate} parts"
         )
-    if args.feedback == "exact" and args.feedback_view == "strong" != args.pseudo_label_view:
+    pushed = args.feedback_view if args.feedback_view == "strong" else args.pseudo_label_view
+    if args.method == "mpl" and args.weak_pass == "apart" and args.feedback != "none" and pushed == "weak":
         parser.error(
-            "--feedback exact belongs to the labels that the student learned: use --feedback-view same"
+            "--weak-pass apart leaves the weak view no gradient, and --feedback needs one there: add "
+            "--pseudo-label-view strong or --feedback none"
         )
     if not 0 <= args.start_step < args.total_steps:
         parser.error(f"--start-step {args.start_step} is not below --total-steps {args.total_steps}")

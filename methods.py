@@ -358,7 +358,7 @@ class UDA(Method):
         weak_logits = []
 
         def loss(part):
-            logits = joint_logits(self.student, part.views)
+            logits = teacher_logits(self.student, part.views, args.weak_pass)
             weak_logits.append(logits[1])
             loss, scalars = supervised_and_uda_loss(logits, part.views.targets, weight, self.align, args)
             return loss, scalars | known_truth(self.align(logits[1]), part.truth)
@@ -426,7 +426,7 @@ class MPL(Method):
         # One part keeps its graph until the teacher's step; several pass through the teacher again then, with
         # the same dropout, so that one graph is in memory at a time.
         kept = len(parts) == 1
-        logits = [joint_logits(self.teacher, part.views, graph=kept) for part in parts]
+        logits = [teacher_logits(self.teacher, part.views, args.weak_pass, graph=kept) for part in parts]
         labels = [pseudo_labels(self._labeling(each), args.pseudo_label) for each in logits]
         scalars, student_step = self._student_step(views, labels, self.student.rate(step))
         values = [None] * len(parts)
@@ -436,7 +436,7 @@ class MPL(Method):
         weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
 
         def loss(k):
-            of_part = logits[k] if kept else joint_logits(self.teacher, parts[k].views)
+            of_part = logits[k] if kept else teacher_logits(self.teacher, parts[k].views, args.weak_pass)
             targets = parts[k].views.targets
             loss, figures = supervised_and_uda_loss(of_part, targets, weight, self.align, args)
             if values[k] is not None:
@@ -553,14 +553,22 @@ def build_network(args, num_classes, image_size, role):
         raise UserError(str(error)) from error
 
 
-def joint_logits(learner, views, graph=True):
-    """Logits of the labelled, weak and strong images from one pass, so that batch norm sees all of them.
+def teacher_logits(learner, views, weak_pass="joint", graph=True):
+    """Logits of the labelled, weak and strong images of a batch.
 
+    With ``weak_pass`` joint they come from one pass, so that batch norm sees all of them (published code);
+    apart, the weak images pass by themselves and without gradient, which saves their backward pass.
     Without ``graph`` nothing is kept for a backward pass, and running statistics stay as they are.
     """
+    forward = learner if graph else learner.preview
+    if weak_pass == "apart":
+        with torch.no_grad():
+            weak = forward(views.weak)
+        sizes = [len(views.labeled), len(views.strong)]
+        labeled, strong = forward(torch.cat([views.labeled, views.strong])).split(sizes)
+        return labeled, weak, strong
     images = torch.cat([views.labeled, views.weak, views.strong])
-    sizes = [len(views.labeled), len(views.weak), len(views.strong)]
-    return (learner(images) if graph else learner.preview(images)).split(sizes)
+    return forward(images).split([len(views.labeled), len(views.weak), len(views.strong)])
 
 
 def supervised_and_uda_loss(logits, targets, weight, align, args):

@@ -225,6 +225,8 @@ def test_every_flag_is_explained():
         ("--no-such-flag", "--no-such-flag"),
         ("--num-labeled 40.5", "40.5"),
         ("--start-step 7 --total-steps 7", "--start-step"),
+        ("--weak-pass apart", "--weak-pass apart leaves the weak view no gradient"),
+        ("--weak-pass apart --feedback exact", "--pseudo-label-view strong or --feedback none"),
     ],
 )
 def test_refused(arguments, words):
@@ -237,6 +239,8 @@ def test_overriding_the_method_of_a_recipe_sets_its_flags_aside(capsys):
     args = main.parse_arguments([*recipe, "--method", "supervised"])
     assert args.method == "supervised"
     assert "--feedback --mu set aside" in capsys.readouterr().err
+    exact = "--method mpl --feedback taylor --feedback-view strong --method mpl --feedback exact"
+    assert main.parse_arguments(exact.split()).feedback_view == "same"
     with pytest.raises(UserError, match="--mu"):
         main.parse_arguments([*recipe, "--method", "supervised", "--mu", "3"])
 

@@ -17,10 +17,10 @@ from methods import (
     METHODS,
     Alignment,
     agreement,
-    joint_logits,
     pseudo_labels,
     sgd,
     soft_cross_entropy,
+    teacher_logits,
     uda_loss,
 )
 from models import build_model
@@ -109,7 +109,7 @@ def aligned_to_class_1(*flags, method="mpl"):
 def test_aligned_predictions_are_the_targets_of_uda():
     _, scalars = aligned_to_class_1(method="uda")
     assert scalars["pseudo_label_accuracy"] == 1 == scalars["uda_mask"]
-    _, _, strong = joint_logits(build(method="uda").student, make_views())
+    _, _, strong = teacher_logits(build(method="uda").student, make_views())
     torch.testing.assert_close(scalars["uda_loss"], F.cross_entropy(strong, torch.ones(8, dtype=torch.long)))
 
 
@@ -232,6 +232,25 @@ def test_the_student_waits():
     assert torch.equal(weights(method.student.network), before)
     method.step(make_views(2), 2)
     assert not torch.equal(weights(method.student.network), before)
+
+
+def test_a_weak_pass_apart_is_a_pass_without_gradient():
+    """One step of UDA against its own formula; batch norm sees the weak images, then the others."""
+    apart, joint = build("--weak-pass", "apart", method="uda"), build(method="uda")
+    network = copy.deepcopy(apart.student.network).train()
+    labeled, targets, weak, strong = make_views()
+    with torch.no_grad():
+        weak_logits = network(weak)
+    labeled_logits, strong_logits = network(torch.cat([labeled, strong])).split([4, 8])
+    loss = F.cross_entropy(labeled_logits, targets, label_smoothing=0.1)
+    (loss + uda_loss(weak_logits, strong_logits, 0.7, 0.05)[0]).backward()
+    for method in (apart, joint):
+        method.step(make_views(), 4)  # half-way up to λ 2
+    for ours, p in zip(apart.student.network.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, p.grad)
+    assert not torch.equal(weights(apart.student.network), weights(joint.student.network))
+    for ours, buffer in zip(apart.student.network.buffers(), network.buffers(), strict=True):
+        torch.testing.assert_close(ours, buffer)
 
 
 @pytest.mark.parametrize("estimator", ["taylor", "dot", "exact"])
@@ -367,7 +386,9 @@ PARTS = [
     ("supervised",),
     ("uda",),
     ("uda", "--align", "0.2"),
+    ("uda", "--weak-pass", "apart"),
     ("mpl", "--align", "0.2"),
+    ("mpl", "--weak-pass", "apart", "--feedback", "exact", "--pseudo-label-view", "strong"),
     *(
         ("mpl", "--feedback", name, "--feedback-reduction", reduction, "--pseudo-label", "soft")
         for name, reduction in (("none", "mean"), ("taylor", "mean"), ("dot", "sum"), ("exact", "mean"))
