@@ -20,6 +20,7 @@ STEPS = {
     "exact, forward": ("mpl", "--feedback", "exact", "--feedback-jvp", "forward"),
     "exact, difference": ("mpl", "--feedback", "exact", "--feedback-jvp", "difference"),
     "in parts": ("mpl", "--feedback", "exact", "--accumulate", 2),
+    "weak pass apart": ("mpl", "--pseudo-label-view", "strong", "--weak-pass", "apart"),
 }
 SAME_LABELS = [name for name in STEPS if "sampled" not in name]  # devices draw different numbers
 
