@@ -472,22 +472,24 @@ def malloc_worker(name, args, pipe):
 
 def malloc(args):
     """Images per second of a step on the CPU that keeps freed memory, against the allocator's defaults."""
+    if not Runtime.keep_freed_memory():
+        raise SystemExit("no glibc here, or the environment sets its allocator: there is nothing to compare")
     seconds, memory = take_turns(malloc_worker, ("keeping", "as the system"), args)
-    images = args.batch_size * (1 + args.mu)
-    rates = [images / statistics.median(samples) for samples in seconds.values()]
-    print(f"{args.model}, batch {args.batch_size}, mu {args.mu}, {args.threads} thread(s)")
-    print_ratios("images/s; reference: the allocator's defaults", [("freed memory kept", *rates)])
-    print("peak MiB: " + ", ".join(f"{name} {peak:.0f}" for name, peak in memory.items()))
+    kept, reference = (statistics.median(samples) for samples in seconds.values())
+    print(f"{args.model}, batch {args.batch_size}, mu {args.mu}, {args.threads} thread(s), cpu")
+    print(f"freed memory kept: {1000 * kept:.1f} ms/step; allocator's defaults: {1000 * reference:.1f}")
+    print(f"ratio {reference / kept:.2f}; peak MiB " + ", ".join(f"{k} {v:.0f}" for k, v in memory.items()))
 
 
 # ----------------------------------------------------------------------------------------------- command line
 
 
-def add_step_arguments(command, batch_size, repeats):
+def add_step_arguments(command, batch_size, repeats, devices=True):
     command.add_argument("--model", default="wrn-28-2", help="network of teacher and student")
     command.add_argument("--batch-size", type=int, default=batch_size, help="labelled images")
     command.add_argument("--mu", type=int, default=7, help="unlabelled images per labelled one")
-    command.add_argument("--device", default="cpu", help="cpu or cuda")
+    if devices:
+        command.add_argument("--device", default="cpu", help="cpu or cuda")
     command.add_argument("--amp", action="store_true", help="bf16")
     command.add_argument("--channels-last", action="store_true", help="memory order of the recipes")
     command.add_argument("--compile", action="store_true", help="as in main.py")
@@ -536,9 +538,9 @@ def main():
     command.set_defaults(run=step)
 
     command = commands.add_parser("malloc", help="steps on the CPU with freed memory kept, against without")
-    add_step_arguments(command, batch_size=32, repeats=5)
+    add_step_arguments(command, batch_size=32, repeats=5, devices=False)
     command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    command.set_defaults(run=malloc)
+    command.set_defaults(run=malloc, device="cpu")
 
     args = parser.parse_args()
     args.run(args)

@@ -343,8 +343,9 @@ def build_parser():
         "--weak-pass",
         default="joint",
         choices=("joint", "apart"),
-        help="uda, mpl: weak views pass through the teacher with its other images, as published, or by "
-        "themselves and without gradient, for less time",
+        help="uda, mpl: weak views pass with the other images, as published, or by themselves and without "
+        "gradient, which is faster; feedback then needs --pseudo-label-view strong, or for taylor and dot "
+        "--feedback-view strong",
     )
     group.add_argument(
         "--pseudo-label",
@@ -474,7 +475,7 @@ def parse_arguments(argv):
     if args.method == "mpl" and args.weak_pass == "apart" and args.feedback != "none" and pushed == "weak":
         parser.error(
             "--weak-pass apart leaves the weak view no gradient, and --feedback needs one there: add "
-            "--pseudo-label-view strong or --feedback none"
+            "--pseudo-label-view strong, --feedback none or, for taylor and dot, --feedback-view strong"
         )
     if not 0 <= args.start_step < args.total_steps:
         parser.error(f"--start-step {args.start_step} is not below --total-steps {args.total_steps}")

@@ -163,18 +163,21 @@ class Runtime:
 
     @staticmethod
     def keep_freed_memory():
-        """Tell glibc's allocator to keep what is freed instead of handing it back to the system.
+        """Tell glibc's allocator to keep what is freed, to the process's end, and to use it again.
 
         By default every activation of some megabytes is mapped anew, and the system clears its pages at first
-        touch, a tenth of the time of a small network's step. The peak stays what it is. Other C libraries are
-        left alone, and so is an allocator that the environment names in LD_PRELOAD. Source: mallopt(3).
+        touch, a tenth of the time of a small network's step. Other C libraries are left alone, and so is what
+        the environment says of the allocator (LD_PRELOAD, GLIBC_TUNABLES, MALLOC_…). Source: mallopt(3).
+
+        Returns:
+            whether it was told.
         """
-        if platform.libc_ver()[0] == "glibc" and not os.environ.get("LD_PRELOAD"):
-            libc = ctypes.CDLL(None)
-            top_pad, mmap_threshold, trim_threshold = -2, -3, -1
-            libc.mallopt(mmap_threshold, 2**30)
-            libc.mallopt(trim_threshold, 2**31 - 1)
-            libc.mallopt(top_pad, 2**28)
+        told = any(name in ("LD_PRELOAD", "GLIBC_TUNABLES") or name[:7] == "MALLOC_" for name in os.environ)
+        if told or platform.libc_ver()[0] != "glibc":
+            return False
+        trim_threshold, mmap_max = -1, -4
+        mallopt = ctypes.CDLL(None).mallopt
+        return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
 
     def _has_bf16(self):
         if self.kind == "cuda":

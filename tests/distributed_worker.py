@@ -31,7 +31,7 @@ MPL = {
     "dot-sum": "--feedback dot --feedback-reduction sum --feedback-weight 0.1",
     "exact": "--feedback exact --feedback-jvp forward --pseudo-label soft",
     "exact-difference": "--feedback exact --feedback-jvp difference --pseudo-label soft",
-    "weak-apart": "--feedback exact --pseudo-label soft --pseudo-label-view strong --weak-pass apart",
+    "exact-weak-apart": "--feedback exact --pseudo-label soft --pseudo-label-view strong --weak-pass apart",
 }
 NETWORKS = {"mlp": "--dataset twomoons --model mlp-2-16-3", "sync-bn": "--model wrn-10-1 --sync-bn"}
 

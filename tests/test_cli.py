@@ -226,7 +226,7 @@ def test_every_flag_is_explained():
         ("--num-labeled 40.5", "40.5"),
         ("--start-step 7 --total-steps 7", "--start-step"),
         ("--weak-pass apart", "--weak-pass apart leaves the weak view no gradient"),
-        ("--weak-pass apart --feedback exact", "--pseudo-label-view strong or --feedback none"),
+        ("--weak-pass apart --feedback exact", "--pseudo-label-view strong, --feedback none"),
     ],
 )
 def test_refused(arguments, words):

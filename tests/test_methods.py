@@ -244,6 +244,7 @@ def test_a_weak_pass_apart_is_a_pass_without_gradient():
     labeled_logits, strong_logits = network(torch.cat([labeled, strong])).split([4, 8])
     loss = F.cross_entropy(labeled_logits, targets, label_smoothing=0.1)
     (loss + uda_loss(weak_logits, strong_logits, 0.7, 0.05)[0]).backward()
+    assert not teacher_logits(build(method="uda").student, make_views(), "apart")[1].requires_grad
     for method in (apart, joint):
         method.step(make_views(), 4)  # half-way up to λ 2
     for ours, p in zip(apart.student.network.parameters(), network.parameters(), strict=True):
@@ -251,6 +252,20 @@ def test_a_weak_pass_apart_is_a_pass_without_gradient():
     assert not torch.equal(weights(apart.student.network), weights(joint.student.network))
     for ours, buffer in zip(apart.student.network.buffers(), network.buffers(), strict=True):
         torch.testing.assert_close(ours, buffer)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_teacher_of_a_weak_pass_apart_is_the_uda_network(accumulate):
+    """With batch norm; in parts, the labels come from a first pass that must see the same batches."""
+    flags = ("--weak-pass", "apart", "--accumulate", accumulate)
+    mpl, uda = build("--feedback", "none", *flags), build(*flags, method="uda")
+    mpl.teacher.network.load_state_dict(uda.student.network.state_dict())
+    halves = make_views().weak.chunk(accumulate)
+    labels = torch.cat([mpl.teacher.preview(half) for half in halves]).argmax(1)
+    scalars = mpl.step(make_views(), 0, labels)
+    assert scalars["pseudo_label_accuracy"] == 1
+    uda.step(make_views(), 0)
+    assert torch.equal(weights(mpl.teacher.network), weights(uda.student.network))
 
 
 @pytest.mark.parametrize("estimator", ["taylor", "dot", "exact"])
@@ -398,7 +413,7 @@ PARTS = [
 
 @pytest.mark.parametrize("flags", PARTS, ids=lambda flags: "-".join(flags[:3:2]))
 def test_a_batch_in_parts_is_the_whole_batch(flags):
-    """Without batch norm: three steps, the teacher's dropout included, in one part and in two and four."""
+    """Without batch norm: three steps, in one part and in two and four."""
     method, *flags = flags
     results = []
     torch.set_default_dtype(torch.float64)
