@@ -5,9 +5,8 @@
     python benchmark.py augment --device cuda --static   # the form without branches, on the GPU
     python benchmark.py data                             # what a training step spends outside its networks
     python benchmark.py decode                           # photographs from disk, against torchvision
-    python benchmark.py step                             # what each form of the feedback costs
+    python benchmark.py step                             # what each feedback, and the weak pass, costs
     python benchmark.py scale                            # two processes against one with two threads
-    python benchmark.py malloc                           # on the CPU: what keeping freed memory gains
 
 A figure alone says as much about the machine as about the code. So each subcommand measures both ways
 alternately, in one run, and prints the ratio of the medians.
@@ -334,6 +333,7 @@ def double_backward(step):
 
 FEEDBACKS = {
     "none": ("--feedback", "none"),
+    "none, weak pass apart": ("--feedback", "none", "--weak-pass", "apart"),
     "taylor": ("--feedback", "taylor"),
     "dot": ("--feedback", "dot"),
     "exact, forward mode": ("--feedback", "exact", "--feedback-jvp", "forward"),
@@ -344,15 +344,10 @@ FEEDBACKS = {
 
 def step_worker(name, args, pipe):
     """In a process of its own, so that its peak memory is its own: one step for each message, timed."""
+    torch.set_num_threads(args.threads)
+    loader, views, method, runtime = training_step(args, FEEDBACKS[name])
     if name == "double backward":
         feedback.ESTIMATORS["dot"] = double_backward
-    answer_steps(args, pipe, FEEDBACKS[name])
-
-
-def answer_steps(args, pipe, flags=()):
-    """Take a step for each message and answer with its seconds and the peak memory in MiB."""
-    torch.set_num_threads(args.threads)
-    loader, views, method, runtime = training_step(args, flags)
     batch = next(loader)
     drawn = views(batch.images_l, batch.targets, batch.images_u, loader.generator)
     step = 0
@@ -368,13 +363,13 @@ def answer_steps(args, pipe, flags=()):
         pipe.send((time.perf_counter() - start, memory))
 
 
-def take_turns(worker, names, args):
-    """Start a worker for each name; the seconds of its steps and its peak memory, two dicts by name."""
+def step(args):
+    """Seconds and peak memory of one MPL step with each form of the feedback, as ratios to none."""
     context = multiprocessing.get_context("spawn")
-    pipes, seconds, memory = {}, {name: [] for name in names}, {}
-    for name in names:
+    pipes, seconds, memory = {}, {name: [] for name in FEEDBACKS}, {}
+    for name in FEEDBACKS:
         pipes[name], end = context.Pipe()
-        context.Process(target=worker, args=(name, args, end), daemon=True).start()
+        context.Process(target=step_worker, args=(name, args, end), daemon=True).start()
         end.close()  # the worker has its own: if it dies, reading from the pipe ends, too
     for repeat in range(args.repeats + 1):
         for name, pipe in pipes.items():  # in turns: one works while the others wait
@@ -384,12 +379,6 @@ def take_turns(worker, names, args):
                 seconds[name].append(taken)
     for pipe in pipes.values():
         pipe.send("end")
-    return seconds, memory
-
-
-def step(args):
-    """Seconds and peak memory of one MPL step with each form of the feedback, as ratios to none."""
-    seconds, memory = take_turns(step_worker, FEEDBACKS, args)
     size = f"batch {args.batch_size}, mu {args.mu}, {args.threads} thread(s), {args.device}"
     print(f"{args.model}, {size}, median of {args.repeats} steps")
     print(f"{'feedback':<24}{'ms/step':>12}{'ratio':>8}{'peak MiB':>12}{'ratio':>8}")
@@ -460,36 +449,14 @@ def scale(args):
     )
 
 
-# ------------------------------------------------------------------------- malloc: the allocator of the CPU
-
-
-def malloc_worker(name, args, pipe):
-    """Steps with the allocator as ``Runtime`` sets it, or as the system has it."""
-    if name == "as the system":
-        Runtime.keep_freed_memory = staticmethod(lambda: None)
-    answer_steps(args, pipe)
-
-
-def malloc(args):
-    """Images per second of a step on the CPU that keeps freed memory, against the allocator's defaults."""
-    if not Runtime.keep_freed_memory():
-        raise SystemExit("no glibc here, or the environment sets its allocator: there is nothing to compare")
-    seconds, memory = take_turns(malloc_worker, ("keeping", "as the system"), args)
-    kept, reference = (statistics.median(samples) for samples in seconds.values())
-    print(f"{args.model}, batch {args.batch_size}, mu {args.mu}, {args.threads} thread(s), cpu")
-    print(f"freed memory kept: {1000 * kept:.1f} ms/step; allocator's defaults: {1000 * reference:.1f}")
-    print(f"ratio {reference / kept:.2f}; peak MiB " + ", ".join(f"{k} {v:.0f}" for k, v in memory.items()))
-
-
 # ----------------------------------------------------------------------------------------------- command line
 
 
-def add_step_arguments(command, batch_size, repeats, devices=True):
+def add_step_arguments(command, batch_size, repeats):
     command.add_argument("--model", default="wrn-28-2", help="network of teacher and student")
     command.add_argument("--batch-size", type=int, default=batch_size, help="labelled images")
     command.add_argument("--mu", type=int, default=7, help="unlabelled images per labelled one")
-    if devices:
-        command.add_argument("--device", default="cpu", help="cpu or cuda")
+    command.add_argument("--device", default="cpu", help="cpu or cuda")
     command.add_argument("--amp", action="store_true", help="bf16")
     command.add_argument("--channels-last", action="store_true", help="memory order of the recipes")
     command.add_argument("--compile", action="store_true", help="as in main.py")
@@ -532,15 +499,12 @@ def main():
     command.add_argument("--threads", type=int, default=2, help="CPU threads over all processes")
     command.set_defaults(run=scale)
 
-    command = commands.add_parser("step", help="cost of each form of the feedback, against none")
+    command = commands.add_parser(
+        "step", help="cost of each form of the feedback and of the weak pass, against none"
+    )
     add_step_arguments(command, batch_size=8, repeats=5)
     command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     command.set_defaults(run=step)
-
-    command = commands.add_parser("malloc", help="steps on the CPU with freed memory kept, against without")
-    add_step_arguments(command, batch_size=32, repeats=5, devices=False)
-    command.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    command.set_defaults(run=malloc, device="cpu")
 
     args = parser.parse_args()
     args.run(args)

@@ -5,7 +5,6 @@ program reads as if there were one device. ``Runtime`` is made once, in ``main.p
 """
 
 import contextlib
-import ctypes
 import os
 import pickle
 import platform
@@ -87,8 +86,6 @@ class Runtime:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True  # shapes are static: the search pays once
             torch.backends.cuda.matmul.fp32_precision = "tf32"  # as convolutions have it by default
-        if device == "cpu":
-            self.keep_freed_memory()
         if device == "xla":
             self._start_xla()
         elif self.world_size > 1 and not dist.is_initialized():
@@ -160,24 +157,6 @@ class Runtime:
             return f"{self.num_devices} × xla ({os.environ.get('PJRT_DEVICE', 'TPU')})"
         name = torch.cuda.get_device_name(self.device) if self.kind == "cuda" else f"{os.cpu_count()} cores"
         return f"{self.world_size} × {self.kind} ({name})" if self.world_size > 1 else f"{self.kind} ({name})"
-
-    @staticmethod
-    def keep_freed_memory():
-        """Tell glibc's allocator to keep what is freed, to the process's end, and to use it again.
-
-        By default every activation of some megabytes is mapped anew, and the system clears its pages at first
-        touch, a tenth of the time of a small network's step. Other C libraries are left alone, and so is what
-        the environment says of the allocator (LD_PRELOAD, GLIBC_TUNABLES, MALLOC_…). Source: mallopt(3).
-
-        Returns:
-            whether it was told.
-        """
-        told = any(name in ("LD_PRELOAD", "GLIBC_TUNABLES") or name[:7] == "MALLOC_" for name in os.environ)
-        if told or platform.libc_ver()[0] != "glibc":
-            return False
-        trim_threshold, mmap_max = -1, -4
-        mallopt = ctypes.CDLL(None).mallopt
-        return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
 
     def _has_bf16(self):
         if self.kind == "cuda":
