@@ -334,6 +334,7 @@ def double_backward(step):
 FEEDBACKS = {
     "none": ("--feedback", "none"),
     "none, weak pass apart": ("--feedback", "none", "--weak-pass", "apart"),
+    "none, weak pass ema": ("--feedback", "none", "--weak-pass", "ema"),
     "taylor": ("--feedback", "taylor"),
     "dot": ("--feedback", "dot"),
     "exact, forward mode": ("--feedback", "exact", "--feedback-jvp", "forward"),

@@ -272,7 +272,7 @@ def build_parser():
     group.add_argument(
         "--student-dropout", type=float, default=0.0, help="before the classifier (CIFAR-10 recipe: 0.2)"
     )
-    group.add_argument("--ema", type=float, default=0.995, help="decay of the student's moving average")
+    group.add_argument("--ema", type=float, default=0.995, help="decay of the moving averages of weights")
 
     group = parser.add_argument_group("optimisation")
     group.add_argument(
@@ -342,9 +342,10 @@ def build_parser():
     group.add_argument(
         "--weak-pass",
         default="joint",
-        choices=("joint", "apart"),
-        help="uda, mpl: weak views pass with the other images, as published, or by themselves and without "
-        "gradient, which is faster; feedback then needs --pseudo-label-view strong, or for taylor and dot "
+        choices=("joint", "apart", "ema"),
+        help="uda, mpl: weak views pass with the other images, as published; by themselves and without "
+        "gradient, which is faster; or so through the moving average of the weights (--ema), whose labels "
+        "are better; without a gradient, feedback needs --pseudo-label-view strong, or for taylor and dot "
         "--feedback-view strong",
     )
     group.add_argument(
@@ -472,10 +473,10 @@ def parse_arguments(argv):
             f"--batch-size {args.batch_size} cannot be taken in --accumulate {args.accumulate} parts"
         )
     pushed = args.feedback_view if args.feedback_view == "strong" else args.pseudo_label_view
-    if args.method == "mpl" and args.weak_pass == "apart" and args.feedback != "none" and pushed == "weak":
+    if args.method == "mpl" and args.weak_pass != "joint" and args.feedback != "none" and pushed == "weak":
         parser.error(
-            "--weak-pass apart leaves the weak view no gradient, and --feedback needs one there: add "
-            "--pseudo-label-view strong, --feedback none or, for taylor and dot, --feedback-view strong"
+            f"--weak-pass {args.weak_pass} leaves the weak view no gradient, and --feedback needs one there: "
+            "add --pseudo-label-view strong, --feedback none or, for taylor and dot, --feedback-view strong"
         )
     if not 0 <= args.start_step < args.total_steps:
         parser.error(f"--start-step {args.start_step} is not below --total-steps {args.total_steps}")

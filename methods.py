@@ -143,6 +143,12 @@ class Learner:
             return feedback.full_precision(self.training_network(images))
 
     @torch.no_grad()
+    def average(self, images):
+        """Logits (N, K) of the moving average, in evaluation mode, as those of a call."""
+        with self.runtime.autocast():
+            return feedback.full_precision(self.ema.network(images))
+
+    @torch.no_grad()
     def preview(self, images):
         """The logits of a call that is still to come; running statistics are left as they are."""
         training_mode(self.network)
@@ -196,14 +202,17 @@ class Learner:
         self.runtime.average_([buffer for buffer in buffers if buffer.is_floating_point()])
 
     def state_dict(self, role):
-        """Under the keys of MPL-pytorch: ``ROLE_state_dict``, ``ROLE_optimizer``, ``ROLE_scaler``."""
+        """Under the keys of MPL-pytorch: ``ROLE_state_dict``, ``ROLE_optimizer``, ``ROLE_scaler``, and
+        ``avg_state_dict`` for the student's moving average (``teacher_avg_state_dict`` for the teacher's)."""
         state = {
             f"{role}_state_dict": self.network.state_dict(),
             f"{role}_optimizer": self.optimizer.state_dict(),
             f"{role}_scaler": self.scaler.state_dict(),
         }
         if self.ema:
-            state |= {"avg_state_dict": self.ema.network.state_dict(), "avg_updates": self.ema.updates}
+            average = average_key(role)
+            state[f"{average}_state_dict"] = self.ema.network.state_dict()
+            state[f"{average}_updates"] = self.ema.updates
         return state
 
     def load_state_dict(self, state, role, path):
@@ -213,12 +222,20 @@ class Learner:
             if state[f"{role}_scaler"]:  # empty where the precision was another, without a scaler
                 self.scaler.load_state_dict(state[f"{role}_scaler"])
             if self.ema:
-                load_state(self.ema.network, state["avg_state_dict"], path)
-                self.ema.updates.copy_(state["avg_updates"])
+                average = average_key(role)
+                load_state(self.ema.network, state[f"{average}_state_dict"], path)
+                self.ema.updates.copy_(state[f"{average}_updates"])
         except KeyError as error:
-            raise UserError(f"{path} has no {error}: it was not written by this --method") from error
+            raise UserError(
+                f"{path} has no {error}: it was not written by this --method and --weak-pass"
+            ) from error
         except ValueError as error:  # torch: groups of other parameters
             raise UserError(f"the optimiser in {path} is of another network or --freeze-body") from error
+
+
+def average_key(role):
+    """What the keys of a role's moving average start with in a checkpoint."""
+    return "avg" if role == "student" else f"{role}_avg"
 
 
 def batch_norms(network):
@@ -410,7 +427,8 @@ class MPL(Method):
     def __init__(self, args, num_classes, image_size, runtime):
         super().__init__(args, num_classes, image_size, runtime)
         network = build_network(args, num_classes, image_size, "teacher")
-        self.teacher = self.learner(network, args.teacher_lr)
+        labels_by_average = args.weak_pass == "ema"
+        self.teacher = self.learner(network, args.teacher_lr, ema=args.ema if labels_by_average else None)
         self.learners = {"teacher": self.teacher, "student": self.student}
         self.align = Alignment(args.align, num_classes, runtime)
         self.baseline = torch.zeros((), device=runtime.device)  # moving average of a scalar feedback
@@ -557,13 +575,16 @@ def teacher_logits(learner, views, weak_pass="joint", graph=True):
     """Logits of the labelled, weak and strong images of a batch.
 
     With ``weak_pass`` joint they come from one pass, so that batch norm sees all of them (published code);
-    apart, the weak images pass by themselves and without gradient, which saves their backward pass.
-    Without ``graph`` nothing is kept for a backward pass, and running statistics stay as they are.
+    apart, the weak images pass by themselves and without gradient, which saves their backward pass; ema, they
+    pass so through the moving average of the weights, whose predictions are the better ones (Mean Teacher,
+    Tarvainen and Valpola, NeurIPS 2017; with batch norm's running statistics averaged and used, EMAN, Cai et
+    al., CVPR 2021). Without ``graph`` nothing is kept for a backward pass, and running statistics stay as
+    they are.
     """
     forward = learner if graph else learner.preview
-    if weak_pass == "apart":
+    if weak_pass != "joint":
         with torch.no_grad():
-            weak = forward(views.weak)
+            weak = learner.average(views.weak) if weak_pass == "ema" else forward(views.weak)
         sizes = [len(views.labeled), len(views.strong)]
         labeled, strong = forward(torch.cat([views.labeled, views.strong])).split(sizes)
         return labeled, weak, strong

@@ -32,6 +32,7 @@ MPL = {
     "exact": "--feedback exact --feedback-jvp forward --pseudo-label soft",
     "exact-difference": "--feedback exact --feedback-jvp difference --pseudo-label soft",
     "exact-weak-apart": "--feedback exact --pseudo-label soft --pseudo-label-view strong --weak-pass apart",
+    "none-weak-ema": "--feedback none --weak-pass ema",
 }
 NETWORKS = {"mlp": "--dataset twomoons --model mlp-2-16-3", "sync-bn": "--model wrn-10-1 --sync-bn"}
 

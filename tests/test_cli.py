@@ -24,6 +24,7 @@ TINY = (
     "--student-dropout 0.3 --teacher-dropout 0.3 --finetune-epochs 2 --workers 0"
 ).split()
 RUN = [*TINY, *"--total-steps 24 --eval-step 6 --pseudo-label sample --name run".split()]
+RUN += "--weak-pass ema --pseudo-label-view strong".split()
 MOONS = "--dataset twomoons --num-labeled 6 --batch-size 6 --mu 4 --device cpu --finetune-epochs 0".split()
 
 
@@ -226,6 +227,7 @@ def test_every_flag_is_explained():
         ("--num-labeled 40.5", "40.5"),
         ("--start-step 7 --total-steps 7", "--start-step"),
         ("--weak-pass apart", "--weak-pass apart leaves the weak view no gradient"),
+        ("--weak-pass ema", "--weak-pass ema leaves the weak view no gradient"),
         ("--weak-pass apart --feedback exact", "--pseudo-label-view strong, --feedback none"),
     ],
 )

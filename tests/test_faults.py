@@ -111,7 +111,15 @@ def test_weights_that_are_not_finite(here, trained, capsys):
     assert "conv1.weight" in refused(capsys, "--weights", "nan.pth")
 
 
-@pytest.mark.parametrize("flags", (["--model", "wrn-16-1"], ["--model", "wrn-10-2"], ["--method", "uda"]))
+@pytest.mark.parametrize(
+    "flags",
+    (
+        ["--model", "wrn-16-1"],
+        ["--model", "wrn-10-2"],
+        ["--method", "uda"],
+        ["--feedback", "none", "--weak-pass", "ema"],
+    ),
+)
 def test_a_checkpoint_of_another_run(flags, here, trained, capsys):
     assert "run_last" in refused(capsys, *flags, "--resume", trained, "--total-steps", 8)
 

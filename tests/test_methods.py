@@ -254,17 +254,65 @@ def test_a_weak_pass_apart_is_a_pass_without_gradient():
         torch.testing.assert_close(ours, buffer)
 
 
+def test_a_weak_pass_ema_is_the_moving_average():
+    """Two steps of UDA against its own formula; batch norm sees the labelled and strong images alone."""
+    method = build("--weak-pass", "ema", method="uda")
+    network, average = (copy.deepcopy(method.student.network) for _ in range(2))
+    network.train()
+    average.eval()
+    optimizer = sgd(network, 0.1, 0.9, True, method.args.weight_decay)
+    for step in range(2):
+        labeled, targets, weak, strong = make_views(step)
+        labeled_logits, strong_logits = network(torch.cat([labeled, strong])).split([4, 8])
+        loss = F.cross_entropy(labeled_logits, targets, label_smoothing=0.1)
+        loss = loss + 2 * (step + 1) / 10 * uda_loss(average(weak), strong_logits, 0.7, 0.05)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = method.student.rate(step)
+        optimizer.step()
+        decay = (1 + step) / (10 + step)
+        states = zip(average.state_dict().values(), network.state_dict().values(), strict=True)
+        for mean, new in states:
+            mean.copy_(decay * mean + (1 - decay) * new if mean.is_floating_point() else new)
+        method.step(make_views(step), step)
+    assert optimizer.param_groups[0]["lr"] > 0
+    for ours, theirs in ((method.student.network, network), (method.predictor, average)):
+        for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_student_learns_the_labels_of_the_teachers_average():
+    method = build("--feedback", "none", "--weak-pass", "ema")
+    method.step(make_views(0), 0)  # moves the average away from the network
+    views = make_views(1)
+    with torch.no_grad():
+        labels = method.teacher.ema.network(views.weak).argmax(1)
+    network = copy.deepcopy(method.student.network)
+    loss = F.cross_entropy(network(views.strong), labels, label_smoothing=0.1)
+    loss.backward()
+    assert not torch.equal(labels, method.teacher.preview(views.weak).argmax(1))
+    scalars = method.step(views, 1, labels)
+    assert scalars["pseudo_label_accuracy"] == 1
+    for ours, p in zip(method.student.network.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, p.grad)
+
+
+@pytest.mark.parametrize("weak_pass", ["apart", "ema"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_teacher_of_a_weak_pass_apart_is_the_uda_network(accumulate):
+def test_the_teacher_of_a_weak_pass_apart_is_the_uda_network(accumulate, weak_pass):
     """With batch norm; in parts, the labels come from a first pass that must see the same batches."""
-    flags = ("--weak-pass", "apart", "--accumulate", accumulate)
+    flags = ("--weak-pass", weak_pass, "--accumulate", accumulate)
     mpl, uda = build("--feedback", "none", *flags), build(*flags, method="uda")
     mpl.teacher.network.load_state_dict(uda.student.network.state_dict())
-    halves = make_views().weak.chunk(accumulate)
-    labels = torch.cat([mpl.teacher.preview(half) for half in halves]).argmax(1)
-    scalars = mpl.step(make_views(), 0, labels)
-    assert scalars["pseudo_label_accuracy"] == 1
-    uda.step(make_views(), 0)
+    if weak_pass == "ema":
+        mpl.teacher.ema.network.load_state_dict(uda.predictor.state_dict())
+    labeler = mpl.teacher.average if weak_pass == "ema" else mpl.teacher.preview
+    for step in range(2):
+        halves = make_views(step).weak.chunk(accumulate)
+        labels = torch.cat([labeler(half) for half in halves]).argmax(1)
+        scalars = mpl.step(make_views(step), step, labels)
+        assert scalars["pseudo_label_accuracy"] == 1
+        uda.step(make_views(step), step)
     assert torch.equal(weights(mpl.teacher.network), weights(uda.student.network))
 
 
@@ -402,6 +450,7 @@ PARTS = [
     ("uda",),
     ("uda", "--align", "0.2"),
     ("uda", "--weak-pass", "apart"),
+    ("uda", "--weak-pass", "ema"),
     ("mpl", "--align", "0.2"),
     ("mpl", "--weak-pass", "apart", "--feedback", "exact", "--pseudo-label-view", "strong"),
     *(
