@@ -539,12 +539,15 @@ def test_adamw_decays_no_batch_norm():
 
 
 @pytest.mark.skipif(not can_compile, reason="torch.compile needs a C++ compiler and Python's headers")
-def test_compiled_steps_are_the_steps():
+@pytest.mark.parametrize(
+    "flags", ["--feedback exact", "--feedback exact --pseudo-label-view strong --weak-pass ema"]
+)
+def test_compiled_steps_are_the_steps(flags):
     """Dropout included: the exact feedback repeats the student's pass without the compiler."""
 
     def train(compiled):
-        flags = ("--feedback", "exact", "--student-dropout", 0.3, "--teacher-dropout", 0.3)
-        method = in_double(build(*flags, runtime=Runtime("cpu", compiled=compiled)))
+        words = (*flags.split(), "--student-dropout", 0.3, "--teacher-dropout", 0.3)
+        method = in_double(build(*words, runtime=Runtime("cpu", compiled=compiled)))
         for step in range(2):
             method.runtime.seed(0, step)
             method.step(double_views(step), step + 5, diagnose=step == 1)
