@@ -343,10 +343,10 @@ def build_parser():
         "--weak-pass",
         default="joint",
         choices=("joint", "apart", "ema"),
-        help="uda, mpl: weak views pass with the other images, as published; by themselves and without "
-        "gradient, which is faster; or so through the moving average of the weights (--ema), whose labels "
-        "are better; without a gradient, feedback needs --pseudo-label-view strong, or for taylor and dot "
-        "--feedback-view strong",
+        help="uda, mpl: joint: weak views pass with the other images, as published; apart: by themselves and "
+        "without gradient, faster; ema: likewise, through the moving average of the weights (--ema), whose "
+        "labels are better in a long run, worse in its first few hundred steps. Without a gradient, "
+        "feedback needs --pseudo-label-view strong, or for taylor and dot --feedback-view strong",
     )
     group.add_argument(
         "--pseudo-label",

@@ -144,7 +144,7 @@ class Learner:
 
     @torch.no_grad()
     def average(self, images):
-        """Logits (N, K) of the moving average, in evaluation mode, as those of a call."""
+        """Logits (N, K) of the moving average, in evaluation mode, float32 (float64 where the network is)."""
         with self.runtime.autocast():
             return feedback.full_precision(self.ema.network(images))
 
@@ -196,7 +196,8 @@ class Learner:
 
     def agree(self):
         """Make the running statistics, which each process keeps of its own batches, the same on all: their
-        mean. Moving averages are linear, so that it does not matter how often this is done."""
+        mean. Moving averages are linear, so that it does not matter how often this is done, unless a network
+        that uses them labels: that one agrees after every step."""
         networks = [self.network] + ([self.ema.network] if self.ema else [])
         buffers = [buffer for network in networks for buffer in network.buffers()]
         self.runtime.average_([buffer for buffer in buffers if buffer.is_floating_point()])
@@ -381,6 +382,8 @@ class UDA(Method):
             return loss, scalars | known_truth(self.align(logits[1]), part.truth)
 
         scalars = self.student.learn(loss, parts_of(views, truth, args.accumulate), step)
+        if args.weak_pass == "ema":
+            self.student.agree()
         self.align.update(weak_logits)
         return scalars
 
@@ -466,6 +469,8 @@ class MPL(Method):
 
         with contextlib.nullcontext() if kept else self.runtime.replay(random_state):
             scalars = self.teacher.learn(loss, range(len(parts)), step) | scalars
+        if args.weak_pass == "ema":
+            self.teacher.agree()
         self.align.update([weak for _, weak, _ in logits])
         return scalars
 
@@ -576,10 +581,9 @@ def teacher_logits(learner, views, weak_pass="joint", graph=True):
 
     With ``weak_pass`` joint they come from one pass, so that batch norm sees all of them (published code);
     apart, the weak images pass by themselves and without gradient, which saves their backward pass; ema, they
-    pass so through the moving average of the weights, whose predictions are the better ones (Mean Teacher,
-    Tarvainen and Valpola, NeurIPS 2017; with batch norm's running statistics averaged and used, EMAN, Cai et
-    al., CVPR 2021). Without ``graph`` nothing is kept for a backward pass, and running statistics stay as
-    they are.
+    pass without gradient through the moving average of the weights (Mean Teacher, Tarvainen and Valpola,
+    NeurIPS 2017; with the average of batch norm's running statistics, EMAN, Cai et al., CVPR 2021). Without
+    ``graph`` nothing is kept for a backward pass, and running statistics stay as they are.
     """
     forward = learner if graph else learner.preview
     if weak_pass != "joint":

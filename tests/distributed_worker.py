@@ -36,6 +36,12 @@ MPL = {
 }
 NETWORKS = {"mlp": "--dataset twomoons --model mlp-2-16-3", "sync-bn": "--model wrn-10-1 --sync-bn"}
 
+LOCAL = {
+    "local-bn none": "--feedback none",
+    "local-bn none-weak-ema": "--feedback none --weak-pass ema",
+    "local-bn uda-weak-ema": "--weak-pass ema --method uda",
+}
+
 
 def cases(folder):
     for network, flags in NETWORKS.items():
@@ -45,8 +51,12 @@ def cases(folder):
             f"{network} pseudo-label",
             f"{flags} --method pseudo-label --teacher-checkpoint {folder}/{network}.pt",
         )
+        yield f"{network} uda ema", f"{flags} --method uda --weak-pass ema"
         for name, feedback in MPL.items():
             yield f"{network} mpl {name}", f"{flags} --method mpl {feedback}"
+    for name, flags in LOCAL.items():
+        for when in ("seldom", "often"):
+            yield f"{name} {when}", f"--model wrn-10-1 {flags}"
 
 
 def random_views(network, step, rank, world_size):
@@ -63,6 +73,7 @@ def random_views(network, step, rank, world_size):
 def run(folder):
     """{case: {"networks": states, "scalars": of each step}} of this process.
 
+    Where batch norm is each process's own, "often" agrees on running statistics after every step.
     In float64: the steps amplify what rounding adds, and a pseudo label near a tie may change sides.
     """
     torch.set_default_dtype(torch.float64)
@@ -77,6 +88,8 @@ def run(folder):
             views = random_views(name.split()[0], step, runtime.rank, runtime.world_size)
             values = method.step(views, step, diagnose=True)
             scalars.append({key: value.detach() for key, value in (values | method.diagnostics).items()})
+            if name.endswith("often"):
+                method.agree()
         method.agree()
         networks = {role: learner.network.state_dict() for role, learner in method.learners.items()}
         networks["average"] = method.predictor.state_dict()

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import MPL, NETWORKS, STEPS, run
+from distributed_worker import LOCAL, MPL, NETWORKS, STEPS, run
 
 from models import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-METHODS = ("supervised", "uda", "pseudo-label", *(f"mpl {name}" for name in MPL))
+METHODS = ("supervised", "uda", "uda ema", "pseudo-label", *(f"mpl {name}" for name in MPL))
 CASES = [f"{network} {method}" for network in NETWORKS for method in METHODS]
 
 
@@ -53,6 +53,13 @@ def test_two_processes_train_as_one(runs, case):
     alone, pair = runs
     assert distance(alone[case]["networks"], pair[0][case]["networks"]) < 1e-8
     assert distance(pair[0][case]["networks"], pair[1][case]["networks"]) == 0
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_it_does_not_matter_when_processes_agree(runs, name):
+    """With batch norm of their own, on running statistics: at every evaluation, wherever these are."""
+    for each in runs[1]:
+        assert distance(each[f"{name} seldom"]["networks"], each[f"{name} often"]["networks"]) < 1e-12
 
 
 @pytest.mark.parametrize("case", [f"mlp mpl {name}" for name in MPL if not name.startswith("none")])

@@ -297,9 +297,16 @@ def test_the_student_learns_the_labels_of_the_teachers_average():
         torch.testing.assert_close(ours.grad, p.grad)
 
 
+def test_the_average_labels_in_full_precision():
+    method = build("--weak-pass", "ema", method="uda", runtime=Runtime("cpu", amp=True))
+    logits = method.student.average(make_views().weak)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, method.predictor(make_views().weak))  # but passes in half
+
+
 @pytest.mark.parametrize("weak_pass", ["apart", "ema"])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_teacher_of_a_weak_pass_apart_is_the_uda_network(accumulate, weak_pass):
+def test_the_teacher_without_a_joint_pass_is_the_uda_network(accumulate, weak_pass):
     """With batch norm; in parts, the labels come from a first pass that must see the same batches."""
     flags = ("--weak-pass", weak_pass, "--accumulate", accumulate)
     mpl, uda = build("--feedback", "none", *flags), build(*flags, method="uda")
@@ -453,6 +460,7 @@ PARTS = [
     ("uda", "--weak-pass", "ema"),
     ("mpl", "--align", "0.2"),
     ("mpl", "--weak-pass", "apart", "--feedback", "exact", "--pseudo-label-view", "strong"),
+    ("mpl", "--weak-pass", "ema", "--feedback", "none", "--align", "0.2"),
     *(
         ("mpl", "--feedback", name, "--feedback-reduction", reduction, "--pseudo-label", "soft")
         for name, reduction in (("none", "mean"), ("taylor", "mean"), ("dot", "sum"), ("exact", "mean"))
