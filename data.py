@@ -9,14 +9,17 @@ run depends on the seed and on n alone: not on the number of workers, and not on
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import signal
 import struct
 import sys
+import unicodedata
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +27,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn import functional as F
 
-from runtime import UserError
+from runtime import UserError, write_atomically
 
 NAMES = ("twomoons", "digits", "cifar10", "cifar100", "svhn", "imagenet", "folder")
 
@@ -65,15 +68,29 @@ class ImageSet:
         size: pixels, height and width of what is decoded from files.
         workers: DataLoader processes that decode files for evaluation.
         skip_unreadable: leave out files that cannot be decoded instead of stopping.
+        names: N names relative to the folder of the data set, with "/"; None for sets without files.
+        fingerprints: (N,) int64 digests of the files' content; None for sets without files.
     """
 
-    def __init__(self, targets, images=None, files=None, size=0, workers=0, skip_unreadable=False):
+    def __init__(
+        self,
+        targets,
+        images=None,
+        files=None,
+        size=0,
+        workers=0,
+        skip_unreadable=False,
+        names=None,
+        fingerprints=None,
+    ):
         self.targets = torch.as_tensor(targets, dtype=torch.int64)
         self.images = images
         self.files = files
         self.size = size
         self.workers = workers
         self.skip_unreadable = skip_unreadable
+        self.names = names
+        self.fingerprints = fingerprints
 
     @property
     def in_memory(self):
@@ -82,26 +99,34 @@ class ImageSet:
     def __len__(self):
         return len(self.targets)
 
+    def _with(self, targets, images, files, names, fingerprints):
+        """A set of the same kind that holds these images."""
+        return ImageSet(
+            targets, images, files, self.size, self.workers, self.skip_unreadable, names, fingerprints
+        )
+
     def subset(self, indices):
         """The images at these positions, in this order, as a new set."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        images = self.images[indices] if self.in_memory else None
-        files = None if self.in_memory else [self.files[i] for i in indices.tolist()]
-        return ImageSet(self.targets[indices], images, files, self.size, self.workers, self.skip_unreadable)
+        tensors = [t if t is None else t[indices] for t in (self.targets, self.images, self.fingerprints)]
+        lists = [x if x is None else [x[i] for i in indices.tolist()] for x in (self.files, self.names)]
+        return self._with(tensors[0], tensors[1], *lists, tensors[2])
 
     def to(self, device):
         """The same set with its tensors on the device."""
         images = self.images.to(device) if self.in_memory else None
-        return ImageSet(
-            self.targets.to(device), images, self.files, self.size, self.workers, self.skip_unreadable
-        )
+        return self._with(self.targets.to(device), images, self.files, self.names, self.fingerprints)
 
     def extended(self, other):
         """This set followed by ``other``, which holds images of the same kind."""
+        targets = torch.cat([self.targets, other.targets])
         images = torch.cat([self.images, other.images]) if self.in_memory else None
         files = None if self.in_memory else self.files + other.files
-        targets = torch.cat([self.targets, other.targets])
-        return ImageSet(targets, images, files, self.size, self.workers, self.skip_unreadable)
+        names = fingerprints = None
+        if self.fingerprints is not None and other.fingerprints is not None:
+            names = self.names + other.names
+            fingerprints = torch.cat([self.fingerprints, other.fingerprints])
+        return self._with(targets, images, files, names, fingerprints)
 
 
 @dataclass
@@ -115,15 +140,48 @@ class Dataset:
     flip: bool  # whether a mirrored image keeps its class
     size: int  # pixels, height and width; 0 for points
     crop: str  # "pad": random crops after padding; "none": the workers already crop, or points
-    labeled: ImageSet
-    unlabeled: ImageSet  # every training image, validation images excepted
+    labeled: ImageSet | None  # None, as the next two, where only the test set was asked for
+    unlabeled: ImageSet | None  # every training image, validation images excepted
     val: ImageSet | None
     test: ImageSet
     labeled_indices: list  # positions of the labelled images in the training set
+    val_indices: list = field(default_factory=list)  # and of the validation images
+    path: str = ""  # where the files lie, absolute; "" for data sets without a folder
+    notes: list = field(default_factory=list)  # sentences for the user about what was found
 
     @property
     def num_classes(self):
         return len(self.classes)
+
+    def record(self):
+        """What a checkpoint keeps of its data, so that no later command can confuse them.
+
+        Returns:
+            dict of plain values and tensors: "name", "classes", "mean", "std", "size", "crop", "path";
+            "labeled", "val", "test": for a folder lists of names relative to it, for other data sets int64
+            positions (of the test set: how many); "trained", "tested": for a folder (N,) int64 fingerprints
+            of the images that the networks learn from or are chosen by, and of the test images.
+        """
+        content = {
+            "name": self.name,
+            "classes": list(self.classes),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "size": self.size,
+            "crop": self.crop,
+            "path": self.path,
+        }
+        if self.labeled.names is None:
+            content |= {"labeled": torch.tensor(self.labeled_indices), "test": len(self.test)}
+            return content | {"val": torch.tensor(self.val_indices) if self.val else None}
+        learned = [part for part in (self.labeled, self.unlabeled, self.val) if part is not None]
+        return content | {
+            "labeled": self.labeled.names,
+            "val": self.val.names if self.val else None,
+            "test": self.test.names,
+            "trained": torch.cat([part.fingerprints for part in learned]).unique(),
+            "tested": self.test.fingerprints,
+        }
 
 
 class _Source(NamedTuple):
@@ -135,8 +193,9 @@ class _Source(NamedTuple):
     flip: bool
     size: int
     crop: str
-    train: ImageSet
+    train: ImageSet | None  # None where only the test set was asked for
     test: ImageSet
+    notes: tuple = ()
 
 
 # ------------------------------------------------------------------------------------------ load_dataset
@@ -156,6 +215,8 @@ def load_dataset(
     test_fraction=0.2,
     workers=2,
     skip_unreadable=False,
+    record=None,
+    only_test=False,
 ):
     """Read a data set and split its training images into labelled, unlabelled and validation images.
 
@@ -169,15 +230,22 @@ def load_dataset(
         seed: of the split. Points, test sets and the test part of a folder are the same for every seed.
         resize: pixels, height and width of the images (default: 16 for digits, 32 for CIFAR and SVHN, 224
             for ImageNet, for a folder the size of its images up to 64, else 224).
-        labeled_indices: file of one position per line, as written by ``write_labeled_indices``.
+        labeled_indices: file of the labelled images, as written by ``write_labeled``.
         unlabeled_path: any tree of images without classes, added to the unlabelled set
-            (``unlabeled_mode="add"``) or in its place (``"only"``).
+            (``unlabeled_mode="add"``) or in its place (``"only"``). Test and validation images in it are
+            left out.
         test_fraction: part of every class that is set aside for testing when a folder has no ``test``.
         workers: threads that read images into memory, or DataLoader processes that decode them.
         skip_unreadable: leave out, with a line on standard error, images that cannot be decoded.
+        record: ``Dataset.record()`` of a run that goes on or is evaluated: classes, statistics, labelled,
+            validation and test images are those of the run. Checkpoints of earlier versions recorded no
+            images: they are then drawn as those versions drew them.
+        only_test: read the test set alone; no labels are drawn. A folder without ``test`` that holds none of
+            the run's images is a test set as a whole.
 
     Raises:
-        UserError: data that is not there or cannot be split as asked.
+        UserError: data that is not there, cannot be split as asked, or is not that of the record; test
+            images that the run of the record was trained on.
     """
     if name not in NAMES:
         raise UserError(f"data set '{name}' is not known: use one of {', '.join(NAMES)}")
@@ -193,45 +261,138 @@ def load_dataset(
     elif name == "digits":
         source = _digits(resize or 16)
     elif name == "folder":
-        source = _folder(data_path, resize, test_fraction, workers, skip_unreadable)
+        source = _folder(data_path, resize, test_fraction, workers, skip_unreadable, record, only_test)
     elif name == "imagenet":
         source = _imagenet(data_path, resize or 224, workers, skip_unreadable)
     else:
         source = _torchvision(name, data_path, resize or 32)
-
-    train = source.train
-    given = None
-    if labeled_indices is not None:
-        given = read_labeled_indices(labeled_indices, train.targets, source.classes)
-    labeled, val = split_labels(
-        train.targets, num_labeled, num_val, len(source.classes), seed, classes=source.classes, labeled=given
-    )
-    unlabeled = train
-    if val:
-        unlabeled = train.subset(np.setdiff1d(np.arange(len(train)), val))
-    if unlabeled_path is not None:
-        extra = _unlabeled_images(unlabeled_path, source, workers, skip_unreadable)
-        unlabeled = unlabeled.extended(extra) if unlabeled_mode == "add" else extra
-    return Dataset(
+    if record and list(source.classes) != list(record["classes"]):
+        raise UserError(
+            f"the classes of {name} are {_listed(source.classes)}, "
+            f"those of the run {_listed(record['classes'])}"
+        )
+    described = record or {"mean": source.mean, "std": source.std}
+    dataset = Dataset(
         name=name,
         classes=list(source.classes),
-        mean=list(source.mean),
-        std=list(source.std),
+        mean=list(described["mean"]),
+        std=list(described["std"]),
         flip=source.flip,
         size=source.size,
         crop=source.crop,
-        labeled=train.subset(labeled),
-        unlabeled=unlabeled,
-        val=train.subset(val) if val else None,
+        labeled=None,
+        unlabeled=None,
+        val=None,
         test=source.test,
-        labeled_indices=labeled,
+        labeled_indices=[],
+        path=os.path.abspath(data_path) if name not in ("twomoons", "digits") else "",
+        notes=list(source.notes),
     )
+    if only_test:
+        return dataset
+
+    train = source.train
+    if record and "labeled" in record:
+        labeled, val = recorded_images(record, train, data_path)
+        if labeled_indices is not None and read_labeled(labeled_indices, train, source.classes) != labeled:
+            raise UserError(
+                f"{labeled_indices} lists other labelled images than the {len(labeled)} that the run has "
+                "learned from: leave --labeled-indices out, or start a new run"
+            )
+    else:
+        given = None
+        if labeled_indices is not None:
+            given = read_labeled(labeled_indices, train, source.classes)
+        labeled, val = split_labels(
+            train.targets,
+            num_labeled,
+            num_val,
+            len(source.classes),
+            seed,
+            classes=source.classes,
+            labeled=given,
+            names=train.names if record is None else None,
+        )
+    dataset.labeled_indices, dataset.val_indices = labeled, val
+    dataset.labeled = train.subset(labeled)
+    dataset.val = train.subset(val) if val else None
+    dataset.unlabeled = train
+    if val:
+        dataset.unlabeled = train.subset(np.setdiff1d(np.arange(len(train)), val))
+    if unlabeled_path is not None:
+        extra = _unlabeled_images(unlabeled_path, dataset, train, workers, skip_unreadable)
+        dataset.unlabeled = dataset.unlabeled.extended(extra) if unlabeled_mode == "add" else extra
+    dataset.notes += _class_sizes(train.targets, source.classes)
+    if record and train.names is not None and "trained" in record:
+        before, now = record["trained"], dataset.record()["trained"]
+        if not torch.equal(before, now):
+            dataset.notes.append(
+                f"the images to learn from are not those that the run began with: {len(before):,} different "
+                f"ones then, {len(now):,} now"
+            )
+    return dataset
+
+
+def recorded_images(record, train, path):
+    """Positions in the training set of the labelled and the validation images of a run, two sorted lists.
+
+    Raises:
+        UserError: one of them is not there any more, or is another image now.
+    """
+    if train.names is None:
+        positions = [[] if record[kind] is None else record[kind].tolist() for kind in ("labeled", "val")]
+        if max(positions[0] + positions[1]) >= len(train):
+            raise UserError(
+                f"'{path}' has {len(train)} training images, fewer than when the run was started: give the "
+                "same data"
+            )
+        return positions
+    position = {name: i for i, name in enumerate(train.names)}
+    trained = set(record["trained"].tolist())
+    found = []
+    for kind in ("labeled", "val"):
+        names = record[kind] or []
+        gone = [name for name in names if name not in position]
+        if gone:
+            raise UserError(
+                f"{len(gone)} of the run's {len(names)} {'labelled' if kind == 'labeled' else 'validation'} "
+                f"images are not among the training images of '{path}', such as {gone[0]}: put them back, or "
+                "give the folder that the run was started with"
+            )
+        found.append(sorted(position[name] for name in names))
+        for i in found[-1]:
+            if int(train.fingerprints[i]) not in trained:
+                raise UserError(
+                    f"{train.names[i]} in '{path}' is another image than the one of this name that the run "
+                    "was started with: give that folder"
+                )
+    return found
+
+
+def _class_sizes(targets, classes):
+    """The lines about the classes: how many training images each has, and a warning if plainly unequal."""
+    sizes = np.bincount(targets, minlength=len(classes)).tolist()
+    shown = ", ".join(f"{name}: {size:,}" for name, size in list(zip(classes, sizes, strict=True))[:10])
+    lines = [f"training images of {len(classes)} classes: {shown}" + ", …" * (len(classes) > 10)]
+    if max(sizes) > 2 * min(sizes):
+        most, least = classes[int(np.argmax(sizes))], classes[int(np.argmin(sizes))]
+        lines.append(
+            f"the classes are unequal: '{most}' has {max(sizes):,} training images, '{least}' "
+            f"{min(sizes):,}. Look at the mean over classes beside top-1; --align assumes equal classes; a "
+            "count of labels is drawn evenly, a fraction in proportion"
+        )
+    return lines
+
+
+def _listed(classes):
+    """Class names for a message: up to ten of them, and how many."""
+    return f"{', '.join(map(str, classes[:10]))}{', …' * (len(classes) > 10)} ({len(classes)})"
 
 
 # --------------------------------------------------------------------------------------------- the split
 
 
-def split_labels(targets, num_labeled, num_val, num_classes, seed, *, classes=None, labeled=None):
+def split_labels(targets, num_labeled, num_val, num_classes, seed, *, classes=None, labeled=None, names=None):
     """Draw the labelled and the validation images, class by class.
 
     Args:
@@ -241,6 +402,8 @@ def split_labels(targets, num_labeled, num_val, num_classes, seed, *, classes=No
         seed: of ``numpy.random.RandomState``, whose streams are frozen: a split never changes.
         classes: names for messages.
         labeled: positions that are labelled already: only the validation images are drawn.
+        names: N names of files; the order in which a class is drawn then depends on the seed and on each
+            image's own name, not on which others there are.
 
     Returns:
         Two sorted lists of positions without overlap: labelled, validation. The labelled images do not
@@ -276,7 +439,11 @@ def split_labels(targets, num_labeled, num_val, num_classes, seed, *, classes=No
     random = np.random.RandomState(seed)
     chosen, val = [], []
     for k in range(num_classes):
-        order = random.permutation(np.flatnonzero(targets == k))
+        members = np.flatnonzero(targets == k)
+        if names is None:
+            order = random.permutation(members)
+        else:
+            order = np.array(sorted(members, key=lambda i: place_of(f"{seed}/{names[i]}")), dtype=np.int64)
         taken = order[: per_label[k]] if labeled is None else order[np.isin(order, labeled)]
         rest = order[np.isin(order, taken, invert=True)]
         chosen += taken.tolist()
@@ -316,41 +483,62 @@ def _number(value, flag):
     return number
 
 
-def write_labeled_indices(path, indices):
-    """Write positions of labelled images, one per line, for ``load_dataset(labeled_indices=path)``."""
-    with open(path, "w", encoding="ascii") as file:
-        file.writelines(f"{index}\n" for index in indices)
+def place_of(name):
+    """A number in [0, 1), evenly spread, that depends on a name alone: the same on every machine."""
+    # a Mac writes an accent as a letter of its own, others do not
+    key = unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
 
 
-def read_labeled_indices(path, targets, classes):
-    """Sorted positions from a file of one per line.
+def labeled_file(dataset):
+    """The name of the file that lists a run's labelled images: names of a folder's files, or positions."""
+    return "labeled_indices.txt" if dataset.labeled.names is None else "labeled.txt"
+
+
+def write_labeled(folder, dataset):
+    """Write which images are labelled, one per line, for ``load_dataset(labeled_indices=file)``.
 
     Raises:
-        UserError: no such file, a line that is no position in the training set, a position given twice, or
-            a class without a labelled image.
+        UserError: the file cannot be written.
+    """
+    lines = dataset.labeled_indices if dataset.labeled.names is None else dataset.labeled.names
+    text = "".join(f"{line}\n" for line in lines)
+    path = os.path.join(folder, labeled_file(dataset))
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
+
+
+def read_labeled(path, train, classes):
+    """Sorted positions of the labelled images, from a file of one name (folders) or position per line.
+
+    Raises:
+        UserError: no such file, a line that is no image of the training set, an image given twice, or a
+            class without a labelled image.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
             lines = file.read().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the labelled positions from {path}: {_reason(error)}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the labelled images from {path}: {_reason(error)}") from error
+    position = {name: i for i, name in enumerate(train.names or map(str, range(len(train))))}
+    expected = f"a position in the training set, 0 to {len(train) - 1}"
+    if train.names:
+        expected = f"the name of a training image, such as {train.names[0]}"
     indices = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
+        line = line.rstrip("\r") if train.names else line.strip()
+        if not line:
             continue
-        if not line.strip().isdecimal() or int(line) >= len(targets):
-            raise UserError(
-                f"line {number} of {path} is '{line.strip()[:40]}': it must be a position in the training "
-                f"set, 0 to {len(targets) - 1}"
-            )
-        indices.append(int(line))
+        if line not in position:
+            raise UserError(f"line {number} of {path} is '{line[:40]}': it must be {expected}")
+        indices.append(position[line])
     if len(set(indices)) < len(indices):
         twice = next(index for index in indices if indices.count(index) > 1)
-        raise UserError(f"{path} names position {twice} twice: leave one of the two lines")
-    labelled = np.bincount(np.asarray(targets)[indices], minlength=len(classes))
+        twice = train.names[twice] if train.names else f"position {twice}"
+        raise UserError(f"{path} names {twice} twice: leave one of the two lines")
+    labelled = np.bincount(np.asarray(train.targets)[indices], minlength=len(classes))
     if not labelled.all():
         missing = classes[int(labelled.argmin())]
-        raise UserError(f"{path} has no image of class '{missing}': add at least one position of each class")
+        raise UserError(f"{path} has no image of class '{missing}': add at least one of each class")
     return sorted(indices)
 
 
@@ -466,6 +654,27 @@ def _alone(folder):
 # -------------------------------------------------------------------------------------- folders of images
 
 
+class _Listing(NamedTuple):
+    """Image files that were found, not read yet."""
+
+    files: list  # N paths
+    targets: np.ndarray  # (N,) classes, -1 where not known
+    names: list | None = None  # N names relative to the data path
+    fingerprints: torch.Tensor | None = None  # (N,) int64
+
+    def subset(self, chosen):
+        """The files where ``chosen`` (N,) is true."""
+        indices = np.flatnonzero(chosen)
+        names = None if self.names is None else [self.names[i] for i in indices]
+        fingerprints = None if self.fingerprints is None else self.fingerprints[torch.from_numpy(indices)]
+        return _Listing([self.files[i] for i in indices], self.targets[indices], names, fingerprints)
+
+    def on_disk(self, size, workers, skip_unreadable):
+        """The images as an ``ImageSet`` that is decoded by workers."""
+        names, fingerprints = self.names, self.fingerprints
+        return ImageSet(self.targets, None, self.files, size, workers, skip_unreadable, names, fingerprints)
+
+
 def _imagenet(data_path, size, workers, skip_unreadable):
     """ImageNet in torchvision's layout: ``train/<class>/*`` and ``val/<class>/*``, decoded by workers."""
     for part in ("train", "val"):
@@ -474,12 +683,14 @@ def _imagenet(data_path, size, workers, skip_unreadable):
                 f"'{data_path}' has no folder '{part}': --dataset imagenet needs train/ and val/ with one "
                 "folder per class in each"
             )
-    classes, sets = _class_folders(data_path, "val", test_fraction=None)
-    train, test = (ImageSet(t, None, f, size, workers, skip_unreadable) for f, t in sets)
-    return _Source(classes, *STATISTICS["imagenet"], True, size, "none", train, test)
+    classes, (train, test), notes = _class_folders(data_path, "val")
+    train, test = (
+        part._replace(names=None).on_disk(size, workers, skip_unreadable) for part in (train, test)
+    )
+    return _Source(classes, *STATISTICS["imagenet"], True, size, "none", train, test, notes)
 
 
-def _folder(data_path, resize, test_fraction, workers, skip_unreadable):
+def _folder(data_path, resize, test_fraction, workers, skip_unreadable, record=None, only_test=False):
     """Any folder of class folders: ``train/`` with ``test/`` or ``val/``, or one level that is split here.
 
     ``val/`` stands in for a missing ``test/``; validation images are drawn from the training images.
@@ -489,76 +700,188 @@ def _folder(data_path, resize, test_fraction, workers, skip_unreadable):
     if not os.path.isdir(data_path):
         raise UserError(f"there is no folder '{data_path}': give the folder of your images with --data-path")
     test_name = next((p for p in ("test", "val") if os.path.isdir(os.path.join(data_path, p))), None)
-    if test_name and not os.path.isdir(os.path.join(data_path, "train")):
+    has_train = os.path.isdir(os.path.join(data_path, "train"))
+    if test_name and not has_train and not only_test:
         raise UserError(f"'{data_path}' has {test_name}/ but no train/: add the folder of training images")
-    classes, sets = _class_folders(data_path, test_name, test_fraction)
+    if has_train and test_name is None:
+        raise UserError(
+            f"'{data_path}' has train/ but neither test/ nor val/: add one of them, or give "
+            f"'{os.path.join(data_path, 'train')}' itself to have it split"
+        )
+    classes, parts, notes = _class_folders(data_path, test_name, record and record["classes"], only_test)
+    parts = [part and part._replace(fingerprints=fingerprints(part.files, workers)) for part in parts]
+    if test_name is None:
+        parts, more = _split_folder(parts[0], data_path, classes, test_fraction, record, only_test)
+        notes += more
+    train, test = parts
+    if record and "trained" in record:
+        _refuse_trained(test, record, data_path)
+    elif train and not record:
+        twins = torch.isin(test.fingerprints, train.fingerprints)
+        if twins.any():
+            name = test.names[int(twins.int().argmax())]
+            notes.append(
+                f"{int(twins.sum())} of {len(twins)} test images are among the training images too, such as "
+                f"{name}: the accuracy will be too high by them"
+            )
+    notes += [_sizes(test if only_test else train)]
     if resize is None or resize <= SMALL:
-        read = _read_images(sets[0], resize, workers, skip_unreadable)
+        read = _read_images(train or test, resize, workers, skip_unreadable)
         if read is not None:
-            train, test = read, _read_images(sets[1], read.images.shape[-1], workers, skip_unreadable)
-            mean, std = channel_statistics(train.images)
-            return _Source(classes, mean, std, True, train.images.shape[-1], "pad", train, test)
+            size, test_set = read.images.shape[-1], read
+            if not only_test:
+                test_set = _read_images(test, size, workers, skip_unreadable)
+            statistics = (None, None) if record else channel_statistics(read.images)
+            return _Source(classes, *statistics, True, size, "pad", read, test_set, tuple(notes))
     size = resize or 224
-    train, test = (ImageSet(t, None, f, size, workers, skip_unreadable) for f, t in sets)
-    mean, std = channel_statistics(_sample(train, 1000, workers))
-    return _Source(classes, mean, std, True, size, "none", train, test)
+    sets = [part and part.on_disk(size, workers, skip_unreadable) for part in (train, test)]
+    statistics = (
+        (None, None) if record else channel_statistics(_sample(train, 1000, workers, skip_unreadable))
+    )
+    return _Source(classes, *statistics, True, size, "none", *sets, tuple(notes))
 
 
-def _unlabeled_images(path, source, workers, skip_unreadable):
-    """The images of a tree without classes as an ImageSet of the same kind as the training set."""
-    if source.size == 0:
+def _split_folder(found, root, classes, test_fraction, record, only_test):
+    """A folder without ``test``: [training listing or None, test listing], and lines for the user.
+
+    An image's side depends on its own name, class folder included, so that adding or removing others moves
+    none. With the record of a run its images keep their side, whatever they are called now.
+    """
+    if not 0 < test_fraction < 1:
+        raise UserError(f"--test-fraction {test_fraction} leaves no images to train or to test: use e.g. 0.2")
+    if record and "labeled" not in record:
+        train, test = _split_as_before(found, classes, test_fraction)
+        return [None if only_test else train, test], []
+    if record and "trained" not in record:  # the run was not one on a folder
+        return [None, found], []
+    testing = np.array([place_of(name) < test_fraction for name in found.names], dtype=bool)
+    if record:
+        trained = torch.isin(found.fingerprints, record["trained"]).numpy()
+        tested = torch.isin(found.fingerprints, record["tested"]).numpy()
+        names = set(record["test"])
+        named = np.array([name in names for name in found.names], dtype=bool)
+        if only_test and not tested.any() and os.path.abspath(root) != record["path"]:
+            return [None, found], [f"'{root}' is not the run's folder: all of its images are test images"]
+        testing = (tested & named) | (~trained & (tested | testing))
+    train, test = found.subset(~testing), found.subset(testing)
+    lines = []
+    if not only_test:
+        counts = np.bincount(test.targets, minlength=len(classes))
+        missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+        if missing:
+            lines.append(
+                f"no test image of these classes came out: {_listed(missing)}; a larger --test-fraction or a "
+                "folder test/ helps"
+            )
+    if not len(test.files):
+        raise UserError(
+            f"none of the {len(found.files)} images in '{root}' came out as a test image: raise "
+            "--test-fraction or add a folder test/"
+        )
+    return [None if only_test else train, test], lines
+
+
+def _split_as_before(found, classes, test_fraction):
+    """The split by position of earlier versions, for the checkpoints that they wrote."""
+    test, random = [], np.random.RandomState(0)
+    for k in range(len(classes)):
+        order = random.permutation(np.flatnonzero(found.targets == k))
+        test += order[: min(len(order) - 1, max(1, int(test_fraction * len(order) + 0.5)))].tolist()
+    testing = np.isin(np.arange(len(found.files)), test)
+    return [found.subset(~testing), found.subset(testing)]
+
+
+def _refuse_trained(test, record, root):
+    """UserError where the run of the record has learned from an image that is to test it."""
+    learned = torch.isin(test.fingerprints, record["trained"])
+    learned &= ~torch.isin(test.fingerprints, record["tested"])
+    if learned.any():
+        raise UserError(
+            f"{int(learned.sum())} of the {len(learned)} test images in '{root}' were trained on by this "
+            f"run, such as {test.names[int(learned.int().argmax())]}: test it on other images"
+        )
+
+
+def _unlabeled_images(path, dataset, train, workers, skip_unreadable):
+    """The images of a tree without classes as an ImageSet of the same kind as the training set.
+
+    Images of the test and of the validation set are left out: of a folder those with the same content, of
+    other data sets in memory those with the same pixels.
+    """
+    if dataset.size == 0:
         raise UserError("two moons are points: --unlabeled-path needs a data set of images")
     if not os.path.isdir(path):
         raise UserError(f"there is no folder '{path}' of unlabelled images: correct --unlabeled-path")
-    files = _image_files(path)
+    files = [found for found, _ in _image_files(path, _ancestors(path), Counter())]
+    held_out = [part for part in (dataset.test, dataset.val) if part is not None]
+    names = [os.path.relpath(file, path).replace(os.sep, "/") for file in files]
+    listing = _Listing(files, np.full(len(files), -1), names, fingerprints(files, workers))
+    known = [0]
+    if not train.in_memory or train.names is not None:
+        seen = [x.fingerprints if x.names else fingerprints(x.files, workers) for x in held_out]
+        known = torch.isin(listing.fingerprints, torch.cat(seen)).numpy()
+        listing = listing.subset(~known)
+    if files and not listing.files:
+        raise UserError(f"all images in '{path}' are test or validation images: correct --unlabeled-path")
     if not files:
         raise UserError(
             f"there are no images in '{path}': --unlabeled-path needs image files ({_suffixes()})"
         )
-    targets = np.full(len(files), -1)
-    if source.train.in_memory:
-        return _read_images((files, targets), source.size, workers, skip_unreadable)
-    return ImageSet(targets, None, files, source.size, workers, skip_unreadable)
+    if not train.in_memory:
+        extra = listing.on_disk(dataset.size, workers, skip_unreadable)
+    else:
+        extra = _read_images(listing, dataset.size, workers, skip_unreadable)
+        if train.names is None:
+            seen = {image.numpy().tobytes() for part in held_out for image in part.images}
+            known = np.array([image.numpy().tobytes() in seen for image in extra.images])
+            extra = extra.subset(np.flatnonzero(~known))
+    if sum(known):
+        dataset.notes.append(
+            f"{sum(known)} of {len(files)} images in '{path}' are test or validation images: left out"
+        )
+    return extra
 
 
-def _class_folders(root, test_name, test_fraction):
-    """Class names and, for training and testing, (list of paths, (N,) targets).
+PARTS = ("train", "test", "val")
 
-    With ``test_name`` the two come from ``root/train`` and ``root/<test_name>``; without it the class folders
-    of ``root`` are split, the same way in every run.
+
+def _class_folders(root, test_name, classes=None, only_test=False):
+    """Class names, the listings of training and test images, and lines for the user.
+
+    With ``test_name`` the two come from ``root/train`` (not with ``only_test``) and ``root/<test_name>``;
+    without it the first holds all images of ``root``. ``classes``: those of a run, which others must not
+    extend.
+
+    Raises:
+        UserError: no class folders, an unknown class, no images, or a file in two classes.
     """
-    train_root = os.path.join(root, "train")
-    if os.path.isdir(train_root):
-        if test_name is None:
-            raise UserError(
-                f"'{root}' has train/ but neither test/ nor val/: add one of them, or give '{train_root}' "
-                "itself to have it split"
-            )
-        classes = _class_names(train_root)
-        test_root = os.path.join(root, test_name)
-        unknown = sorted(set(_class_names(test_root, at_least=1)) - set(classes))
+    places = {"train": os.path.join(root, "train"), "test": test_name and os.path.join(root, test_name)}
+    if test_name is None:
+        places["train"] = root
+    if only_test and test_name:
+        places["train"] = None
+    first = places["train"] or places["test"]
+    known = list(classes) if classes else _class_names(first)
+    for place in filter(None, places.values()):
+        unknown = sorted(set(_class_names(place, at_least=1)) - set(known))
+        if unknown and classes:
+            raise UserError(f"class '{unknown[0]}' of '{place}' is not one of the run's: {_listed(known)}")
         if unknown:
-            raise UserError(
-                f"class '{unknown[0]}' of '{test_root}' has no folder in '{train_root}': add or remove it"
+            raise UserError(f"class '{unknown[0]}' of '{place}' has no folder in '{first}': add or remove it")
+    ignored, owner, parts = Counter(), {}, []
+    for place in places.values():
+        parts.append(place and _list_classes(place, known, root, ignored, owner))
+    lines = []
+    if ignored:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common())
+        lines.append(f"{sum(ignored.values())} ignored: {kinds}")
+    for entry in sorted(os.listdir(root)):
+        if entry.lower() in PARTS and entry not in PARTS and os.path.isdir(os.path.join(root, entry)):
+            lines.append(
+                f"the folder '{entry}' in '{root}' is taken for a class: the parts of a data set are found "
+                "by the names train, test and val in small letters"
             )
-        return classes, [_list_classes(part, classes) for part in (train_root, test_root)]
-    classes = _class_names(root)
-    if not 0 < test_fraction < 1:
-        raise UserError(f"--test-fraction {test_fraction} leaves no images to train or to test: use e.g. 0.2")
-    files, targets = _list_classes(root, classes)
-    train, test = [], []
-    random = np.random.RandomState(0)
-    for k, name in enumerate(classes):
-        order = random.permutation(np.flatnonzero(targets == k))
-        if len(order) < 2:
-            raise UserError(
-                f"class '{name}' has {len(order)} image(s) in '{root}': at least 2 are needed, one to train "
-                "and one to test"
-            )
-        count = min(len(order) - 1, max(1, int(test_fraction * len(order) + 0.5)))
-        test += order[:count].tolist()
-        train += order[count:].tolist()
-    return classes, [([files[i] for i in sorted(part)], targets[sorted(part)]) for part in (train, test)]
+    return known, parts, lines
 
 
 def _class_names(root, at_least=2):
@@ -573,33 +896,128 @@ def _class_names(root, at_least=2):
     return names
 
 
-def _list_classes(root, classes):
-    """(paths, (N,) targets) of all images below ``root/<class>``, in the order of class and path."""
-    per_class = [_image_files(os.path.join(root, name)) for name in classes]
-    files = [path for paths in per_class for path in paths]
+def _list_classes(place, classes, root, ignored, owner):
+    """The listing of all images below ``place/<class>``, in the order of class and path.
+
+    Args:
+        root: names are relative to it.
+        ignored: Counter of what is left out, by type; grows.
+        owner: the class of every file seen so far, by its identity; grows.
+    """
+    files, targets, outside = [], [], _ancestors(place)
+    for k, name in enumerate(classes):
+        folder = os.path.join(place, name)
+        for path, identity in _image_files(folder, outside, ignored) if os.path.isdir(folder) else ():
+            other, first = owner.setdefault(identity, (k, path)) if identity else (k, path)
+            if other != k:
+                raise UserError(
+                    f"{path} is the same file as {first}, in the classes '{name}' and '{classes[other]}': "
+                    "remove one of them, or the link that leads there"
+                )
+            files.append(path)
+            targets.append(k)
     if not files:
         raise UserError(
-            f"there are no images in the class folders of '{root}': files must end in {_suffixes()}"
+            f"there are no images in the class folders of '{place}': files must end in {_suffixes()}"
         )
-    return files, np.repeat(np.arange(len(classes)), [len(paths) for paths in per_class])
+    names = [os.path.relpath(path, root).replace(os.sep, "/") for path in files]
+    return _Listing(files, np.array(targets), names)
 
 
-def _image_files(root):
-    """Sorted paths of all image files at any depth below ``root``; hidden ones are left out."""
-    found = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not _ignored(name)]
-        found += [
-            os.path.join(folder, name)
-            for name in names
-            if not _ignored(name) and name.lower().endswith(IMAGE_SUFFIXES)
-        ]
+def _ancestors(folder):
+    """Identities of a folder and of all that it lies in: links to them lead in circles."""
+    parents, path = set(), os.path.realpath(folder)
+    while True:
+        status = os.stat(path)
+        parents.add((status.st_dev, status.st_ino))
+        if path == os.path.dirname(path):
+            return parents
+        path = os.path.dirname(path)
+
+
+def _image_files(root, outside, ignored):
+    """Sorted (path, identity) of all image files at any depth below ``root``; hidden ones are left out.
+
+    Links are followed, but each real folder is visited once, and none of ``outside``. A link that leads
+    nowhere is listed without identity, so that reading it names it.
+
+    Args:
+        ignored: Counter of the files that are left out, by suffix or kind; grows.
+    """
+    found, visited = [], set(outside)
+
+    def visit(folder):
+        device = os.stat(folder).st_dev
+        with os.scandir(folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        for entry in entries:
+            if _ignored(entry.name):
+                continue
+            identity = device, entry.inode()
+            if entry.is_symlink():
+                status = os.stat(entry.path) if os.path.exists(entry.path) else None
+                identity = status and (status.st_dev, status.st_ino)
+            if identity and entry.is_dir():
+                if identity not in visited:
+                    visited.add(identity)
+                    visit(entry.path)
+            elif not entry.name.lower().endswith(IMAGE_SUFFIXES):
+                ignored[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
+            elif "\n" in entry.name:
+                raise UserError(f"the file name {entry.path!r} holds a line break: rename it")
+            elif identity is None or entry.is_file():
+                found.append((entry.path, identity))
+            else:
+                ignored["not a regular file"] += 1
+
+    try:
+        visit(root)
+    except OSError as error:
+        raise UserError(f"the folder {error.filename} cannot be read: {_reason(error)}") from error
     return sorted(found)
 
 
 def _ignored(name):
     """Hidden files and folders, and what archives from a Mac bring along."""
     return name[0] == "." or name == "__MACOSX"
+
+
+def fingerprints(files, workers=1):
+    """(N,) int64 digests of the files' content: equal for copies, whatever they are called.
+
+    Of files above 128 KiB three pieces of 32 KiB and the size. Files that cannot be read get their path's.
+    """
+    piece = 2**15
+
+    def digest(path):
+        taken = hashlib.blake2b(digest_size=8)
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                taken.update(size.to_bytes(8, "big"))
+                for start in (0,) if size <= 4 * piece else (0, size // 2, size - piece):
+                    file.seek(start)
+                    taken.update(file.read(4 * piece if size <= 4 * piece else piece))
+        except OSError:
+            taken.update(os.fsencode(path))
+        return int.from_bytes(taken.digest(), "big", signed=True)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        chunks = [files[i : i + 256] for i in range(0, len(files), 256)]
+        digests = [value for part in pool.map(lambda chunk: [*map(digest, chunk)], chunks) for value in part]
+    return torch.tensor(digests, dtype=torch.int64)
+
+
+def _sizes(listing):
+    """The line about the sizes of a listing's images, from up to 200 of them."""
+    sizes = list(
+        filter(None, (_image_size(path) for path in listing.files[:: 1 + len(listing.files) // 200]))
+    )
+    if not sizes:
+        return "no image could be opened to see its size"
+    sizes.sort(key=lambda size: size[0] * size[1])
+    least, most = (f"{width} × {height}" for width, height in (sizes[0], sizes[-1]))
+    return f"images of {least} pixels" if least == most else f"images of {least} to {most} pixels"
 
 
 def _suffixes():
@@ -627,11 +1045,11 @@ def channel_statistics(images):
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
-def _sample(image_set, count, workers):
-    """(n, 3, 64, 64) uint8: evenly spaced images of a set of files, reduced, for their statistics."""
-    chosen = range(0, len(image_set), max(1, math.ceil(len(image_set) / count)))
-    files = [image_set.files[i] for i in chosen]
-    return _read_images((files, np.zeros(len(files))), SMALL, workers, image_set.skip_unreadable).images
+def _sample(listing, count, workers, skip_unreadable):
+    """(n, 3, 64, 64) uint8: evenly spaced images of a listing, reduced, for their statistics."""
+    every = max(1, math.ceil(len(listing.files) / count))
+    chosen = listing.subset(np.arange(len(listing.files)) % every == 0)
+    return _read_images(chosen, SMALL, workers, skip_unreadable).images
 
 
 # --------------------------------------------------------------------------------------- reading image files
@@ -706,20 +1124,19 @@ def _read_whole(path, size, expected=None):
     return np.asarray(image)
 
 
-def _read_images(files_and_targets, size, workers, skip_unreadable):
+def _read_images(listing, size, workers, skip_unreadable):
     """Read all files into one uint8 tensor, by a pool of threads (decoding does not hold Python's lock).
 
     Args:
-        files_and_targets: list of N paths, (N,) targets.
+        listing: N files.
         size: pixels, height and width; None takes the size of the first image (of its longer side).
 
     Returns:
         ImageSet in memory, or None when ``size`` is None and the images are not of one size up to 64 pixels.
     """
-    files, targets = files_and_targets
-    expected = None
+    files, expected = listing.files, None
     if size is None:
-        expected = _first_size(files)
+        expected = next(filter(None, map(_image_size, files)), None)
         if expected is None or max(expected) > SMALL:
             return None
         size = max(expected)
@@ -751,20 +1168,20 @@ def _read_images(files_and_targets, size, workers, skip_unreadable):
             raise UserError(
                 f"none of {len(files)} images could be read, {files[0]} and so on: check the files"
             )
-        images, targets = images[torch.from_numpy(readable)], targets[readable]
-    return ImageSet(targets, images.contiguous())
+        images, listing = images[torch.from_numpy(readable)], listing.subset(readable)
+    return ImageSet(
+        listing.targets, images.contiguous(), names=listing.names, fingerprints=listing.fingerprints
+    )
 
 
-def _first_size(files):
-    """(width, height) of the first image that can be opened, turned upright; None if none can."""
-    for path in files:
-        try:
-            with Image.open(path) as image:
-                turned = image.getexif().get(ORIENTATION, 1) >= 5
-                return image.size[::-1] if turned else image.size
-        except _DAMAGE:
-            continue
-    return None
+def _image_size(path):
+    """(width, height) of an image that can be opened, turned upright; None if it cannot."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            return image.size[::-1] if turned else image.size
+    except _DAMAGE:
+        return None
 
 
 def _unreadable(path, error):

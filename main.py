@@ -1,40 +1,66 @@
 """Meta Pseudo Labels: train, finetune and evaluate.
 
     python main.py --dataset digits --num-labeled 40 --resize 16 --model wrn-10-1 --total-steps 900 …
-    python main.py --evaluate --resume checkpoint/NAME_best.pth.tar --dataset digits …
+    python main.py --resume auto --name digits                          # go on where a run was stopped
+    python main.py --evaluate --resume checkpoint/NAME_best.pth.tar     # a checkpoint knows its flags
     torchrun --nproc-per-node 4 main.py --dataset cifar10 …
 
 The recipes are in run_*.sh. A run leaves checkpoint/NAME_*.pth.tar and results/NAME/.
 """
 
+import os
+import signal
+import sys
+
+
+def interrupted(*_):
+    """Ctrl-C while the program is still being imported: nothing is there to be tidied up."""
+    os.write(2, b"main.py: interrupted\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)
+
 import argparse
 import copy
 import math
-import os
-import re
-import signal
-import sys
 import time
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import visualize
 from augmentation import ImageViews, PointViews
-from data import NAMES, TrainLoader, batches, load_dataset, write_labeled_indices
+from data import NAMES, TrainLoader, batches, load_dataset, write_labeled
 from methods import METHODS, Learner, build_network, predictor_state, sgd
 from models import count_flops, count_parameters, head_of
 from runtime import Runtime, UserError
-from utils import Meters, NonFiniteError, RunLog, commit, load_state, network_name, topk_correct
+from utils import (
+    Interrupt,
+    Meters,
+    NonFiniteError,
+    Progress,
+    RunLog,
+    check_name,
+    checkpoint_path,
+    checkpoints_of,
+    commit,
+    drop_checkpoints,
+    load_state,
+    lock,
+    make_folder,
+    network_name,
+    new_run_id,
+)
 
 # ---------------------------------------------------------------- arguments
 
-READ_EVERY = 50  # steps between two looks at the meters, each of which waits for the device
 EVALUATION_BATCH = 256  # fixed, so that an accuracy does not depend on the command that asks for it
 
-# what a run knows of itself besides its networks: saved with every checkpoint
+# run state saved in every checkpoint besides the networks
 FRESH = {
+    "run": None,
     "best_top1": None,
     "best_step": None,
     "best_val_top1": None,
@@ -42,12 +68,25 @@ FRESH = {
     "train_seconds": 0.0,
     "trained_images": 0,
 }
-POSITION = ("top1", "top5", "meters", "loader")
+MEASURED = ("top1", "top5", "mean_class_top1", "largest_class_top1", "never_predicted")
+POSITION = (*MEASURED, "meters", "loader")
 SUMMARY = (
-    *("name", "dataset", "method", "num_labeled", "seed", "steps", "top1", "top5", "best_top1", "best_step"),
+    *("name", "dataset", "method", "num_labeled", "seed", "steps", *MEASURED, "best_top1", "best_step"),
     *("selection", "oracle_top1", "teacher_top1", "finetune_top1", "train_seconds", "images_per_second"),
-    *("device", "torch", "commit"),
+    *("device", "torch", "commit", "run"),
 )
+
+# flags that belong to one command and are not taken from a checkpoint
+OF_COMMAND = ("evaluate", "finetune", "resume", "overwrite", "local_rank", "start_step", "help")
+PATHS = ("data_path", "save_path", "results_path", "unlabeled_path", "labeled_indices", "weights")
+PATHS = (*PATHS, "teacher_checkpoint", "resume")
+# flags that say what a run is about: it cannot go on with others
+IDENTITY = (
+    *("dataset", "num_labeled", "num_val", "seed", "resize", "test_fraction", "method", "model"),
+    *("student_model", "optimizer", "weak_pass", "freeze_body"),
+)
+# flags whose change is not worth a line
+INCIDENTAL = (*OF_COMMAND, *PATHS, "name", "device", "workers", "keep", "log_step", "expand_labels")
 
 # flags that only some methods use; the others refuse them
 ONLY_FOR = {
@@ -85,7 +124,7 @@ ONLY_FOR_FEEDBACK = {
 
 # the least and the largest value of numbers
 BOUNDS = {
-    **dict.fromkeys(("total_steps", "eval_step", "accumulate", "num_classes"), (1, math.inf)),
+    **dict.fromkeys(("total_steps", "eval_step", "log_step", "accumulate", "num_classes"), (1, math.inf)),
     **dict.fromkeys(("batch_size", "finetune_batch_size"), (1, 2**20)),
     "mu": (1, 2**10),
     "resize": (1, 2**12),
@@ -126,7 +165,9 @@ def build_parser():
     )
 
     group = parser.add_argument_group("run")
-    group.add_argument("--name", help="name of the run and of its files (default: the data set's)")
+    group.add_argument(
+        "--name", help="name of the run and of its files (default: the data set's, or its folder's)"
+    )
     group.add_argument("--save-path", default="checkpoint", help="folder of the checkpoints")
     group.add_argument("--results-path", default="results", help="folder of metrics, summary and pictures")
     group.add_argument(
@@ -135,13 +176,21 @@ def build_parser():
     group.add_argument(
         "--resume",
         metavar="CKPT",
-        help="checkpoint to continue, finetune or evaluate; auto: the last of this --name, if there is one",
+        help="checkpoint to continue, finetune or evaluate; flags that are not given are taken from it. "
+        "auto: the last of this --name, if there is one",
     )
     group.add_argument(
         "--keep", type=int, default=0, metavar="N", help="also keep the checkpoints of the last N evaluations"
     )
     group.add_argument(
-        "--evaluate", action="store_true", help="only evaluate the checkpoint of --resume, into results/CKPT"
+        "--overwrite",
+        action="store_true",
+        help="replace a run of the same --name, once the first checkpoint of this one is written",
+    )
+    group.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="only evaluate the checkpoint of --resume; the record goes to results/CKPT or results/NAME",
     )
     group.add_argument("--finetune", action="store_true", help="only finetune the checkpoint of --resume")
     group.add_argument("--device", default="auto", choices=Runtime.KINDS, help="where to run")
@@ -180,7 +229,9 @@ def build_parser():
         help="labelled images, drawn per class with --seed; below 1: a fraction of the training images",
     )
     group.add_argument(
-        "--labeled-indices", metavar="FILE", help="take these labelled images: labeled_indices.txt of a run"
+        "--labeled-indices",
+        metavar="FILE",
+        help="take these labelled images: labeled_indices.txt of a run, labeled.txt of one on a folder",
     )
     group.add_argument(
         "--num-val",
@@ -264,7 +315,10 @@ def build_parser():
     )
     group.add_argument("--weights", metavar="FILE", help="start from the weights in this file instead")
     group.add_argument(
-        "--freeze-body", action="store_true", help="only the last layer learns; the rest stays as it starts"
+        "--freeze-body",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="only the last layer learns, the rest stays as --pretrained or --weights start it",
     )
     group.add_argument(
         "--teacher-dropout", type=float, default=0.0, help="before the classifier (CIFAR-10 recipe: 0.2)"
@@ -280,6 +334,13 @@ def build_parser():
     )
     group.add_argument(
         "--eval-step", type=int, default=1000, help="steps between evaluations, with a checkpoint each"
+    )
+    group.add_argument(
+        "--log-step",
+        type=int,
+        default=50,
+        help="steps between lines of metrics.jsonl (losses, rates, images per second), each of which waits "
+        "for the device",
     )
     group.add_argument("--start-step", type=int, default=0, help="first step (set by --resume)")
     group.add_argument("--batch-size", type=int, default=64, help="labelled images per step and process")
@@ -410,7 +471,7 @@ def build_parser():
 
 def count_or_fraction(text):
     value = float(text)
-    if value <= 0 or (value >= 1 and value != int(value)):
+    if not 0 < value < math.inf or (value >= 1 and value != int(value)):
         raise argparse.ArgumentTypeError(f"{text} is neither a count nor a fraction below 1")
     return int(value) if value >= 1 else value
 
@@ -423,14 +484,49 @@ def given(parser, argv):
     return {name for name in names if getattr(parsed, name) is not unset}
 
 
-def parse_arguments(argv):
-    """The command line, checked.
+def flag(name, value=None):
+    """An argument as it stands on the command line."""
+    return "--" + name.replace("_", "-") + ("" if value is None else f" {value}")
+
+
+def remembered(saved, parser, path):
+    """The arguments that a checkpoint takes along for the commands after it, ``{}`` if it has none.
+
+    Raises:
+        UserError: they are not arguments of this program.
+    """
+    arguments = saved.get("args") if isinstance(saved, dict) else None
+    kept = {}
+    for action in parser._actions if isinstance(arguments, dict) else ():
+        if action.dest in OF_COMMAND or action.dest not in arguments:
+            continue
+        value, default = arguments[action.dest], action.default
+        kinds = (str, int, float, type(None)) if default is None else (type(default), int, type(None))
+        if not isinstance(value, kinds) or (action.choices and value not in action.choices):
+            raise UserError(f"{path} remembers {flag(action.dest, value)}, which this program does not know")
+        kept[action.dest] = value
+    return kept
+
+
+def parse_arguments(argv, saved=None, path=None):
+    """The command line, checked; what it does not say is as in the checkpoint ``saved`` at ``path``, if any.
 
     A flag that the method has no use for is refused. In ``bash run_x.sh --method supervised`` the second
     ``--method`` overrides a recipe: what the recipe says for another method is then set aside, and said so.
     """
     parser = build_parser()
+    of_command = given(parser, argv)
     args = parser.parse_args(argv)
+    if args.resume == "auto":
+        of_command -= {"name"} if args.evaluate else set()
+        args.resume = path
+    before = remembered(saved, parser, args.resume)
+    for name in before.keys() - of_command:
+        setattr(args, name, before[name])
+    if saved:
+        take_places(args, of_command, before)
+        args.finetune |= "finetune_step" in saved and not args.evaluate
+        args.start_step = 0 if args.evaluate or args.finetune else saved["step"]
     last = max((i for i, word in enumerate(argv) if word.split("=")[0] == "--method"), default=0)
     of_recipe = given(parser, argv[:last])
     if "method" not in of_recipe:  # nothing is overridden: all flags are the user's
@@ -444,24 +540,71 @@ def parse_arguments(argv):
         useless |= {"randaug"}
     useless |= {"test_fraction"} if args.dataset != "folder" else set()
     if refused := sorted(useless & of_user):
-        flags = ", ".join("--" + name.replace("_", "-") for name in refused)
+        flags = ", ".join(map(flag, refused))
         how = f"--method {args.method}" + f" --feedback {args.feedback}" * (args.method == "mpl")
         parser.error(f"{how} on {args.dataset} does not use {flags}: leave it out")
     if aside := sorted(useless & of_recipe):
-        flags = " ".join("--" + name.replace("_", "-") for name in aside)
-        print(f"--method {args.method}: the recipe's {flags} set aside", file=sys.stderr)
+        print(f"--method {args.method}: the recipe's {' '.join(map(flag, aside))} set aside", file=sys.stderr)
         for name in aside:
             setattr(args, name, parser.get_default(name))
 
+    check_arguments(args, parser, of_command, before)
+    args.model = args.model or ("mlp-2-8-8-2" if args.dataset == "twomoons" else "wrn-28-2")
+    for name in PATHS:
+        value = getattr(args, name)
+        if value is not None:
+            setattr(args, name, os.path.abspath(value))
+    args.name = check_name(default_name(args) if args.name is None else args.name)
+    if args.evaluate:
+        args.compile = False  # nothing is trained
+    elif saved:
+        check_continuation(args, saved, of_command, before)
+    return args
+
+
+def default_name(args):
+    """The name of the data set; of a folder, the folder's own; of an evaluation, its checkpoint's."""
+    if args.evaluate and args.resume:
+        return os.path.basename(args.resume).removesuffix(".pth.tar")
+    if args.dataset == "folder":
+        return os.path.basename(os.path.abspath(args.data_path)).lstrip(".") or "folder"
+    return args.dataset
+
+
+def take_places(args, of_command, before):
+    """Where a command with a checkpoint writes: where its run did, if the checkpoint still lies there.
+
+    One that was moved or copied starts new folders in the place where the command is given, as ever.
+    """
+    if args.evaluate and "name" not in of_command:
+        args.name = None
+    here = os.path.dirname(os.path.abspath(args.resume))
+    if here != os.path.abspath(before.get("save_path", "checkpoint")):
+        for name, default in (("save_path", "checkpoint"), ("results_path", "results")):
+            if name not in of_command:
+                setattr(args, name, default)
+
+
+def check_arguments(args, parser, of_command, before):
+    """Ranges, and flags that exclude each other; UserError for the first that does not fit."""
     if (args.evaluate or args.finetune) and not args.resume:
         parser.error("--evaluate and --finetune need --resume CKPT")
+    if args.evaluate and args.finetune:
+        parser.error("--evaluate and --finetune are two commands: give one of them")
     if args.method == "pseudo-label" and not args.teacher_checkpoint:
         parser.error("--method pseudo-label needs --teacher-checkpoint FILE")
+    if args.unlabeled_mode == "only" and not args.unlabeled_path:
+        parser.error("--unlabeled-mode only needs --unlabeled-path DIR")
+    if args.freeze_body and not (args.pretrained or args.weights or args.resume):
+        parser.error(
+            "--freeze-body leaves all but the last layer as it starts, and here it starts at random: add "
+            "--pretrained or --weights FILE, or give --no-freeze-body"
+        )
     for name, (least, largest) in BOUNDS.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= largest:
             limits = f"{least} or more" if largest == math.inf else f"{least} to {largest}"
-            parser.error(f"--{name.replace('_', '-')} {value} is out of range: {limits}")
+            parser.error(f"{flag(name, value)} is out of range: {limits}")
     if (
         min(args.randaug) < 0
         or max(args.randaug) > 100
@@ -478,41 +621,66 @@ def parse_arguments(argv):
             f"--weak-pass {args.weak_pass} leaves the weak view no gradient, and --feedback needs one there: "
             "add --pseudo-label-view strong, --feedback none or, for taylor and dot, --feedback-view strong"
         )
-    if not 0 <= args.start_step < args.total_steps:
+    if before and args.start_step > args.total_steps:
+        parser.error(f"{args.resume} is of step {args.start_step}: give a larger --total-steps")
+    if not before and not 0 <= args.start_step < args.total_steps:
         parser.error(f"--start-step {args.start_step} is not below --total-steps {args.total_steps}")
     if args.method == "mpl" and args.student_wait_steps >= args.total_steps:
         parser.error(
             f"the student would never learn: --student-wait-steps {args.student_wait_steps} is not below "
             f"--total-steps {args.total_steps}"
         )
-    if args.method == "mpl" and args.pseudo_label == "soft" and args.feedback in ("taylor", "dot"):
+    trained = args.method == "mpl" and not (args.evaluate or args.finetune)
+    if trained and args.pseudo_label == "soft" and args.feedback in ("taylor", "dot"):
         print(
             f"--pseudo-label soft gives --feedback {args.feedback} no gradient, as in the published code: "
             "--feedback exact has one",
             file=sys.stderr,
         )
-    args.model = args.model or ("mlp-2-8-8-2" if args.dataset == "twomoons" else "wrn-28-2")
-    args.name = args.name or args.dataset
-    return args
+
+
+def check_continuation(args, saved, of_command, before):
+    """UserError where the command line makes another run of a checkpoint's; says what else it changes."""
+    exempt = ("method", "optimizer", "weak_pass", "freeze_body") if args.finetune else ()
+    size = saved["data"].get("size") if isinstance(saved.get("data"), dict) else None
+    changed = []
+    for name in sorted(of_command & before.keys()):
+        was, now = before[name], getattr(args, name)
+        if name == "resize" and was is None:
+            was = size
+        if name in PATHS or was == now:
+            continue
+        if name in IDENTITY and name not in exempt:
+            raise UserError(
+                f"{args.resume} was trained with {flag(name, was)}: it cannot go on with {flag(name, now)}"
+            )
+        if name not in INCIDENTAL and not args.finetune:
+            changed.append(f"{flag(name)} {was} → {now}")
+    if changed:
+        print(f"changed since {args.resume}: {', '.join(changed)}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- setup
 
 
-def read_data(args):
+def read_data(args, record, labels_given):
+    """The data set of the command line; ``record``: what a checkpoint knows of its own."""
+    recorded = bool(record) and "labeled" in record
     return load_dataset(
         args.dataset,
         args.data_path,
         num_labeled=args.num_labeled,
         num_val=args.num_val,
         seed=args.seed,
-        resize=args.resize,
-        labeled_indices=args.labeled_indices,
+        resize=args.resize or (record["size"] or None if record else None),
+        labeled_indices=args.labeled_indices if labels_given or not recorded else None,
         unlabeled_path=args.unlabeled_path,
         unlabeled_mode=args.unlabeled_mode,
         test_fraction=args.test_fraction,
         workers=args.workers,
         skip_unreadable=args.skip_unreadable,
+        record=record,
+        only_test=args.evaluate,
     )
 
 
@@ -531,61 +699,6 @@ def build_views(args, dataset, runtime):
     )
 
 
-def checkpoint_path(args, kind):
-    return os.path.join(args.save_path, f"{args.name}_{kind}.pth.tar")
-
-
-def make_folder(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from error
-
-
-def drop_checkpoints(args, step):
-    """Of the checkpoints that are named after their step, keep the last ``--keep`` up to this one.
-
-    Those of later steps are of an earlier run.
-    """
-    pattern = re.compile(re.escape(args.name) + r"_step(\d{8,})\.pth\.tar")
-    found = filter(None, map(pattern.fullmatch, os.listdir(args.save_path)))
-    names = {int(match[1]): match[0] for match in found}
-    kept = sorted(number for number in names if number <= step)[-args.keep :]
-    for number in names.keys() - set(kept):
-        os.remove(os.path.join(args.save_path, names[number]))
-
-
-class Interrupt:
-    """Context that remembers SIGTERM or SIGINT, so that the loop can stop between two steps."""
-
-    def __enter__(self):
-        self.signal, self.asked = 0, None
-        self.before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        return self
-
-    def _note(self, number, frame):
-        self.signal = number
-        if number == signal.SIGINT:  # a second Ctrl-C ends the process at once; launchers repeat SIGTERM
-            signal.signal(number, signal.SIG_DFL)
-
-    def stops(self, runtime):
-        """The signal that ends the run after this step, 0 for none: the same answer in all processes.
-
-        Several processes ask each other at every step and read the answer at the next, so that none waits.
-        """
-        if runtime.processes == 1:
-            return self.signal
-        answer = int(self.asked) if self.asked is not None else 0
-        self.asked = runtime.largest(self.signal)
-        return answer
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 # ---------------------------------------------------------------- training
 
 
@@ -593,8 +706,8 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     """Train from ``args.start_step`` to ``args.total_steps``; evaluate and save every ``--eval-step`` steps.
 
     Args:
-        state: what the run knows of itself (``FRESH``), updated in place; with the ``POSITION`` of a
-            checkpoint where a run is continued.
+        state: the run's state (``FRESH``), updated in place; with the ``POSITION`` of a checkpoint where a
+            run is continued.
         interrupt: an entered ``Interrupt``; after a signal the loop saves and exits with 128 + its number.
     """
     mu = 0 if args.method == "supervised" else args.mu
@@ -604,18 +717,13 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     if "meters" in state:
         meters.load_state_dict(state["meters"], runtime.device)
 
+    record_of_data = dataset.record()
     images_per_step = args.batch_size * (1 + mu) * runtime.world_size
-    progress = tqdm(
-        total=args.total_steps,
-        initial=args.start_step,
-        desc=args.name,
-        unit="step",
-        disable=not (runtime.is_main and sys.stderr.isatty()),
-    )
+    progress = Progress(args.name, args.total_steps, args.start_step, runtime.is_main)
     started, counted = time.perf_counter(), args.start_step
 
     def count():
-        """Adds what was trained since the last evaluation to the run's totals; returns images per second."""
+        """Adds what was trained since the last look to the run's totals; returns images per second."""
         images, seconds = (step + 1 - counted) * images_per_step, time.perf_counter() - started
         state["trained_images"] += images
         state["train_seconds"] += seconds
@@ -624,8 +732,13 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     def checkpoint(*kinds):
         state.update(meters=meters.state_dict(), loader=loader.state_dict())
         content = method.state_dict() | state
-        content |= {"step": step + 1, "args": vars(args), "data": about(dataset)}
-        runtime.save(content, *(checkpoint_path(args, kind) for kind in kinds))
+        save(
+            args,
+            runtime,
+            log,
+            content | {"step": step + 1, "args": vars(args), "data": record_of_data},
+            kinds,
+        )
 
     for step in range(args.start_step, args.total_steps):
         batch = next(loader)
@@ -634,63 +747,74 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
         evaluating = (step + 1) % args.eval_step == 0 or step + 1 == args.total_steps
         meters.update(method.step(batch_views, step, batch.targets_u, diagnose=evaluating), step)
         runtime.finish_step()
-        progress.update()
 
-        if (step + 1) % READ_EVERY == 0:
-            loss = next(iter(meters.read().values()))  # raises where a loss was not finite
-            rate = (step + 1 - counted) * images_per_step / (time.perf_counter() - started)
-            progress.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} images/s")
+        figures = None
+        if evaluating or (step + 1) % args.log_step == 0:  # the only places that wait for the device
+            record = meters.read()  # raises where a loss was not finite
+            meters.reset()
+            record |= {"images_per_second": count()}
+            record |= {f"{role}_rate": learner.rate(step) for role, learner in method.learners.items()}
+            started, counted = time.perf_counter(), step + 1
+            loss = next(iter(record.values()))
+            figures = f"loss {loss:.3f}, {record['images_per_second']:.0f} images/s"
+            if not evaluating:
+                log.record(step + 1, record)
+        progress.step(figures)
 
         if evaluating:
-            record = meters.read() | {name: value.item() for name, value in method.diagnostics.items()}
-            record |= {"images_per_second": count(), "student_rate": method.student.rate(step)}
+            record |= {name: value.item() for name, value in method.diagnostics.items()}
             method.agree()
-            test = evaluate(runtime, method.predictor, dataset.test, views)
+            test, confusion = evaluate(runtime, method.predictor, dataset.test, views)
             record |= test
             if dataset.val is not None:
-                record["val_top1"] = evaluate(runtime, method.predictor, dataset.val, views)["top1"]
+                record["val_top1"] = evaluate(runtime, method.predictor, dataset.val, views)[0]["top1"]
             best = state["best_val_top1"]
             better = dataset.val is None or best is None or record["val_top1"] > best
             if better:
                 state["best_top1"], state["best_step"] = test["top1"], step + 1
                 state["best_val_top1"] = record.get("val_top1")
-            state["top1"], state["top5"] = test["top1"], test["top5"]
+            state.update(measured(test, confusion, dataset.classes))
             state["oracle_top1"] = max(state["oracle_top1"], test["top1"])
-            meters.reset()
-            log.evaluation(step + 1, record)
+            log.record(step + 1, record)
             # the last one last: a run that is killed in between does this step again
             checkpoint(*["best"] * better, *[f"step{step + 1:08}"] * (args.keep > 0), "last")
             if args.keep and runtime.is_main:
                 drop_checkpoints(args, step + 1)
-            if runtime.is_main:
-                shown = {name: value for name, value in record.items() if not name.endswith("_std")}
-                figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-                progress.write(f"step {step + 1}/{args.total_steps}  {figures}", file=sys.stderr)
+            shown = {name: value for name, value in record.items() if not name.endswith("_std")}
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            progress.line(f"step {step + 1}/{args.total_steps}  {shown}")
             started, counted = time.perf_counter(), step + 1
 
         if number := interrupt.stops(runtime):
             meters.read()
-            count()
+            if step + 1 > counted:
+                count()
             method.agree()
             checkpoint("last")
+            progress.line(
+                f"stopped after step {step + 1}; go on with --resume {checkpoint_path(args, 'last')}"
+            )
             progress.close()
-            if runtime.is_main:
-                path = checkpoint_path(args, "last")
-                print(f"stopped after step {step + 1}; continue with --resume {path}", file=sys.stderr)
             sys.exit(128 + number)
     progress.close()
 
 
-def finetune(args, runtime, dataset, views, network, log, steps_before):
+def finetune(args, runtime, dataset, views, network, log, steps_before, run, before, interrupt):
     """Train a copy of ``network`` on the labelled images alone; returns its top-1 accuracy in percent.
 
-    SGD at a constant rate, up to ten evaluations on the way. With ``--num-val`` the one with the best
-    validation accuracy is taken, else the last. ``steps_before`` is the step that figures are logged after.
+    SGD at a constant rate, up to ten evaluations on the way, with a checkpoint each. With ``--num-val`` the
+    one with the best validation accuracy is taken, else the last.
+
+    Args:
+        steps_before: the step of the checkpoint that is finetuned; figures are logged after it.
+        run: the run's id.
+        before: what an earlier process saved in ``NAME_finetune_last``, to go on from; {} to begin.
+        interrupt: as in ``train_loop``.
     """
     network = copy.deepcopy(network).requires_grad_(not args.freeze_body)
     head_of(network).requires_grad_(True)
     batch_size = min(args.finetune_batch_size, len(dataset.labeled))
-    steps = max(1, args.finetune_epochs * len(dataset.labeled) // (batch_size * runtime.world_size))
+    steps = finetune_steps(args, dataset, runtime)
     loader = TrainLoader(dataset, batch_size, 0, args.seed + 1, runtime, args.workers)
     learner = Learner(
         network,
@@ -701,8 +825,34 @@ def finetune(args, runtime, dataset, views, network, log, steps_before):
         rate=lambda step: args.finetune_lr,
     )
     network, meters = learner.network, Meters(runtime)
-    best_val_top1, selected = -1.0, None
-    for step in range(steps):
+    done, state = 0, {"best_val_top1": None, "finetune_top1": None}
+    if before:
+        done = before["finetune_step"]
+        load_state(network, before["avg_state_dict"], checkpoint_path(args, "finetune_last"))
+        learner.optimizer.load_state_dict(before["optimizer"])
+        learner.scaler.load_state_dict(before["scaler"])
+        meters.load_state_dict(before["meters"], runtime.device)
+        loader.load_state_dict(before["loader"])
+        state = {key: before[key] for key in state}
+    record_of_data = dataset.record()
+    progress = Progress(f"{args.name}, finetuning", steps, done, runtime.is_main)
+
+    def checkpoint(*kinds):
+        content = {
+            "avg_state_dict": network.state_dict(),
+            "optimizer": learner.optimizer.state_dict(),
+            "scaler": learner.scaler.state_dict(),
+            "meters": meters.state_dict(),
+            "loader": loader.state_dict(),
+            "run": run,
+            "step": steps_before,
+            "finetune_step": step + 1,
+            "args": vars(args),
+            "data": record_of_data,
+        }
+        save(args, runtime, log, content | state, kinds)
+
+    for step in range(done, steps):
         batch = next(loader)
         runtime.seed(args.seed + 1, step)
         labeled, targets, *_ = runtime.shard(views(batch.images_l, batch.targets, None, loader.generator))
@@ -713,229 +863,419 @@ def finetune(args, runtime, dataset, views, network, log, steps_before):
 
         meters.update(learner.learn(loss_of, [(labeled, targets)], step), steps_before + step)
         runtime.finish_step()
+        progress.step()
 
         if (step + 1) % max(50, steps // 10) == 0 or step + 1 == steps:
             learner.agree()
             record = {"finetune_loss": meters.read()["finetune_loss"]}
-            test = evaluate(runtime, network, dataset.test, views)
+            test, _ = evaluate(runtime, network, dataset.test, views)
             record["finetune_top1"] = test["top1"]
             if dataset.val is not None:
-                record["finetune_val_top1"] = evaluate(runtime, network, dataset.val, views)["top1"]
+                record["finetune_val_top1"] = evaluate(runtime, network, dataset.val, views)[0]["top1"]
             meters.reset()
-            log.evaluation(steps_before + step + 1, record)
-            content = {
-                "avg_state_dict": network.state_dict(),
-                "optimizer": learner.optimizer.state_dict(),
-            } | test
-            content |= {"step": steps_before, "finetune_step": step + 1}
-            content |= {"args": vars(args), "data": about(dataset)}
-            runtime.save(content, checkpoint_path(args, "finetune_last"))
-            val_top1 = record.get("finetune_val_top1")
-            if val_top1 is None or val_top1 > best_val_top1:
-                best_val_top1, selected = val_top1, test["top1"]
-                runtime.save(content, checkpoint_path(args, "finetune_best"))
-    return selected
+            log.record(steps_before + step + 1, record)
+            val_top1, best = record.get("finetune_val_top1"), state["best_val_top1"]
+            better = val_top1 is None or best is None or val_top1 > best
+            if better:
+                state = {"best_val_top1": val_top1, "finetune_top1": test["top1"]}
+            checkpoint(*["finetune_best"] * better, "finetune_last")  # as in training, the last one last
+            progress.line(f"step {step + 1}/{steps}  finetuned to {test['top1']:.2f} %")
+
+        if number := interrupt.stops(runtime):
+            meters.read()
+            learner.agree()
+            checkpoint("finetune_last")
+            path = checkpoint_path(args, "finetune_last")
+            progress.line(f"stopped after step {step + 1} of finetuning; go on with --resume {path}")
+            progress.close()
+            sys.exit(128 + number)
+    progress.close()
+    return state["finetune_top1"]
+
+
+def save(args, runtime, log, content, kinds):
+    """Write a checkpoint of each kind, in this order; with the first, a run that is replaced goes."""
+    paths = [checkpoint_path(args, kind) for kind in kinds]
+    runtime.save(content, *paths)
+    if runtime.is_main and log.replacing:
+        for path in checkpoints_of(args).keys() - set(paths):
+            os.remove(path)
+        log.settle()
+
+
+def finetune_steps(args, dataset, runtime):
+    batch_size = min(args.finetune_batch_size, len(dataset.labeled))
+    return max(1, args.finetune_epochs * len(dataset.labeled) // (batch_size * runtime.world_size))
 
 
 @torch.no_grad()
 def evaluate(runtime, network, image_set, views):
-    """Accuracy of ``network`` on a set, each image once over all processes.
+    """Accuracy of ``network`` on a set of K classes, each image once over all processes.
 
     Returns:
-        {"top1", "top5": percent, "test_loss": mean cross-entropy}; 5 is clipped to the number of classes.
+        {"top1", "mean_class_top1": percent, "top5": percent, with more than five classes, "test_loss": mean
+        cross-entropy}, and (K, K) float64, how many images of class i (row) were taken for class j (column).
     """
     network.eval()
-    total = torch.zeros(4, device=runtime.device)
+    total, confusion = torch.zeros(3, device=runtime.device), None
     size = min(EVALUATION_BATCH, len(image_set))
     for images, targets, mask in batches(image_set, size, runtime.device, runtime.rank, runtime.world_size):
         with runtime.autocast():
             logits = network(*runtime.shard((views.evaluation(images),))).float()
-        hits = topk_correct(logits, targets, (1, 5))
+        num_classes = logits.shape[1]
+        if confusion is None:
+            confusion = torch.zeros(num_classes**2, device=runtime.device)
+        ranked = logits.topk(min(5, num_classes), dim=1).indices
+        among = ranked.eq(targets[:, None]).any(dim=1).float()
         losses = F.cross_entropy(logits, targets, reduction="none")
-        total += (torch.stack([*hits, losses, torch.ones_like(losses)]) * mask).sum(dim=1)
+        confusion.index_add_(0, targets * num_classes + ranked[:, 0], mask)
+        total += (torch.stack([among, losses, torch.ones_like(losses)]) * mask).sum(dim=1)
         runtime.finish_step()
-    top1, top5, loss, count = runtime.sum_(total).tolist()
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "test_loss": loss / count}
+    top5, loss, count = runtime.sum_(total).tolist()
+    confusion = runtime.sum_(confusion).view(num_classes, num_classes).cpu().double()
+    sizes = confusion.sum(dim=1)
+    right = (confusion.diagonal() / sizes)[sizes > 0]
+    figures = {"top1": 100 * confusion.diagonal().sum().item() / count}
+    figures |= {"mean_class_top1": 100 * right.mean().item()}
+    figures |= {"top5": 100 * top5 / count} if num_classes > 5 else {}
+    return figures | {"test_loss": loss / count}, confusion
+
+
+def measured(test, confusion, classes):
+    """What ``evaluate`` has found, for people: the keys of ``MEASURED``.
+
+    "largest_class_top1" is what always naming the largest class of the test set would score, in percent;
+    "never_predicted" names the classes that no image was taken for.
+    """
+    found = {name: test.get(name) for name in MEASURED}
+    found["largest_class_top1"] = 100 * (confusion.sum(dim=1).max() / confusion.sum()).item()
+    predicted = confusion.sum(dim=0) > 0
+    found["never_predicted"] = [
+        name for name, seen in zip(classes, predicted.tolist(), strict=True) if not seen
+    ]
+    return found
 
 
 # ---------------------------------------------------------------- main
 
 
-def about(dataset):
-    """What a checkpoint must know of its data to predict with it."""
-    return {
-        "name": dataset.name,
-        "classes": list(dataset.classes),
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "size": dataset.size,
-        "crop": dataset.crop,
-    }
-
-
-def result_line(summary):
-    parts = [f"top-1 {summary['top1']:.2f} %", f"top-5 {summary['top5']:.2f} %"]
+def result_lines(summary):
+    """What standard output ends with: two lines, the last one the result."""
+    lines, parts = [], [f"top-1 {summary['top1']:.2f} %"]
+    if summary["mean_class_top1"] is not None:
+        parts.append(f"mean over classes {summary['mean_class_top1']:.2f} %")
+    if summary["top5"] is not None:
+        parts.append(f"top-5 {summary['top5']:.2f} %")
     if summary["selection"] == "val" and summary["best_top1"] is not None:
         parts.append(f"chosen by validation {summary['best_top1']:.2f} %")
     if summary["finetune_top1"] is not None:
         parts.append(f"finetuned {summary['finetune_top1']:.2f} %")
     if summary["teacher_top1"] is not None:
         parts.append(f"teacher {summary['teacher_top1']:.2f} %")
-    about = [
-        summary["dataset"],
-        f"{summary['num_labeled']} labels",
-        summary["method"],
-        f"seed {summary['seed']}",
-    ]
-    return "  ".join(parts) + f"  ({', '.join(about)})"
+    about = [summary["dataset"], f"{summary['num_labeled']} labels", summary["method"]]
+    if summary["largest_class_top1"] is not None:
+        never = summary["never_predicted"]
+        never = f"; never predicted: {', '.join(never[:20])}{', …' * (len(never) > 20)}" if never else ""
+        lines.append(f"always naming the largest class: {summary['largest_class_top1']:.2f} %{never}")
+    return [*lines, "  ".join(parts) + f"  ({', '.join(about)}, seed {summary['seed']})"]
 
 
-def describe_run(args, runtime, dataset, method):
-    """What is about to be trained on what, in a few lines."""
+def describe_run(args, runtime, dataset, method, folder, step):
+    """What is about to be trained on what, in a few lines; ``method`` is None before finetuning alone."""
     shape = (3, dataset.size, dataset.size) if dataset.size else (2,)
+    things = f"images, {dataset.size} pixels" if dataset.size else "points"
     lines = [
         f"{args.dataset}: {len(dataset.labeled)} labelled, {len(dataset.unlabeled)} unlabelled, "
-        f"{len(dataset.test)} test images; {args.method} on {runtime.describe()}"
+        f"{len(dataset.test)} test {things}; {args.method} on {runtime.describe()}",
+        *dataset.notes,
     ]
-    for role, learner in method.learners.items():
+    for role, learner in method.learners.items() if method else ():
         name = network_name(vars(args), role)
         learning = sum(p.numel() for p in learner.parameters.values())
         total, operations = count_parameters(learner.network), count_flops(learner.network, shape)
         frozen = f" ({learning:,} learn)" if learning < total else ""
         lines.append(f"{role}: {name}, {total:,} parameters{frozen}, {operations:,} multiply-adds an image")
-    print("\n".join(lines), file=sys.stderr)
+    lines.append(f"results go to {folder}, checkpoints to {args.save_path}")
+    if args.resume:
+        doing = "finetuning" if args.finetune else "continuing"
+        lines.append(f"{doing} {args.name} at step {step}, from {args.resume}")
+    tell(runtime, *lines)
 
 
-def build_method(args, runtime, dataset, saved):
-    """The method with its networks, and what the run knows of itself; both continued from ``saved``."""
-    torch.manual_seed(args.seed)  # the same initial weights in every process
-    method = METHODS[args.method](args, dataset.num_classes, dataset.size, runtime)
-    state = dict(FRESH)
-    if saved:
-        method.load_state_dict(saved, args.resume)
-        state |= {key: saved[key] for key in (*FRESH, *POSITION) if key in saved}
-    return method, state
-
-
-def train(args, runtime, dataset, views, method, state, log):
+def train(args, runtime, dataset, views, method, saved, run, log, interrupt):
     """Train the method from ``args.start_step`` on.
 
     Returns:
         the network that was selected, and the figures of the run for summary.json.
     """
-    if runtime.is_main:
-        describe_run(args, runtime, dataset, method)
-    with Interrupt() as interrupt:
+    state = FRESH | {"run": run}
+    state |= {key: saved[key] for key in (*FRESH, *POSITION) if saved.get(key) is not None and key != "run"}
+    try:
         train_loop(args, runtime, dataset, views, method, log, state, interrupt)
+    except NonFiniteError as error:
+        last = checkpoint_path(args, "last")
+        good = f"the checkpoint {last} predates it" if os.path.exists(last) else "no checkpoint was written"
+        raise NonFiniteError(f"{error}; {good}") from error
 
     network = method.predictor
     if dataset.val is not None:  # the checkpoint that validation chose
         network = copy.deepcopy(network)
         best = checkpoint_path(args, "best")
         load_state(network, predictor_state(runtime.load(best), best), best)
-    figures = {name: state[name] for name in SUMMARY if name in state}
+    figures = {name: state.get(name) for name in SUMMARY if name in (*FRESH, *MEASURED)}
     figures["steps"] = args.total_steps
     figures["images_per_second"] = state["trained_images"] / state["train_seconds"]
     if method.teacher_network is not None:
-        figures["teacher_top1"] = evaluate(runtime, method.teacher_network, dataset.test, views)["top1"]
+        figures["teacher_top1"] = evaluate(runtime, method.teacher_network, dataset.test, views)[0]["top1"]
     return network, figures
 
 
 def main(argv):
-    args = parse_arguments(argv)
-    runtime = Runtime(
-        args.device, args.amp, args.amp_dtype, args.channels_last, args.sync_bn, compiled=args.compile
-    )
+    raw = build_parser().parse_args(argv)
+    args = None if raw.resume else parse_arguments(argv)
+    runtime = Runtime(device_of(raw, argv))
     try:
-        start(args, runtime)
+        path, saved = read_checkpoint(raw, runtime)
+        args = args or parse_arguments(argv, saved, path)
+        runtime.configure(args.amp, args.amp_dtype, args.channels_last, args.sync_bn, args.compile)
+        if args.evaluate:
+            evaluate_checkpoint(args, runtime, saved)
+        else:
+            start(args, runtime, saved, "labeled_indices" in given(build_parser(), argv))
     finally:
         runtime.close()
 
 
-def start(args, runtime):
-    """Read the data, build the networks, then train, finetune or evaluate; write the summary."""
-    if args.resume == "auto":
-        last = checkpoint_path(args, "last")
-        args.resume = last if runtime.exists(last) else None
-        if not args.resume and (args.evaluate or args.finetune):
-            raise UserError(f"there is no checkpoint {last} to evaluate or finetune")
-    if args.evaluate:  # a folder of its own: the record of the training run stays as it is
-        args.name = os.path.basename(args.resume).removesuffix(".pth.tar")
+def device_of(raw, argv):
+    """The device of the command, else that of the checkpoint where this machine has it, else ``auto``."""
+    if "device" in given(build_parser(), argv) or raw.resume in (None, "auto"):
+        return raw.device
+    try:  # the arguments alone: tensors stay in the file
+        saved = torch.load(raw.resume, map_location="cpu", weights_only=True, mmap=True)
+        device = saved["args"]["device"]
+        return device if Runtime.available(device) else "auto"
+    except Exception:  # whatever is wrong with the file is said when all of it is read
+        return raw.device
+
+
+def read_checkpoint(raw, runtime):
+    """The path of ``--resume`` and what is there; (None, None) without one.
+
+    Raises:
+        UserError: no such file, a damaged one, or none of this program.
+    """
+    if not raw.resume:
+        return None, None
+    path = raw.resume
+    if path == "auto":
+        name = raw.name or default_name(raw)
+        path = os.path.join(raw.save_path, f"{check_name(name)}_last.pth.tar")
+        if not runtime.on_main(lambda: os.path.isfile(path)):
+            if raw.evaluate or raw.finetune:
+                raise UserError(f"there is no checkpoint {path} to evaluate or finetune")
+            if runtime.is_main:
+                print(f"no checkpoint of {name}: starting at step 0", file=sys.stderr)
+            return None, None
+    saved = runtime.load(path)
+    if not isinstance(saved, dict) or "step" not in saved:
+        raise UserError(f"{path} is not a checkpoint of this program: to start from weights use --weights")
+    return path, saved
+
+
+def start(args, runtime, saved, labels_given):
+    """Read the data, build the networks, then train and finetune; write the summary and the pictures.
+
+    All that can be refused is refused before anything is written.
+    """
+    saved = saved or {}
+    runtime.on_main(lambda: replaces(args, saved))
     with runtime.first_here():
-        dataset = read_data(args)
-    if args.num_classes not in (None, dataset.num_classes):
-        raise UserError(
-            f"--num-classes {args.num_classes}, but {args.dataset} has {dataset.num_classes} classes"
-        )
+        dataset = read_data(args, saved.get("data"), labels_given)
+    check_classes(args, dataset)
     views = build_views(args, dataset, runtime)
-    saved = runtime.load(args.resume) if args.resume else None
-    only = args.evaluate or args.finetune
-    check_checkpoint(args, saved, only)
-    # all that can be refused is refused before anything is written
-    if only:
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    method = network = None
+    if args.finetune:
         network = build_network(args, dataset.num_classes, dataset.size, "student")
         load_state(network, predictor_state(saved, args.resume), args.resume)
         runtime.place(network)
     else:
-        method, state = build_method(args, runtime, dataset, saved)
+        method = METHODS[args.method](args, dataset.num_classes, dataset.size, runtime)
+        if saved:
+            method.load_state_dict(saved, args.resume)
+    base = saved["step"] if args.finetune else args.total_steps  # the step that finetuning follows
+    run = saved.get("run") if is_own(args, saved) else runtime.on_main(new_run_id)
+    tuned = finetuned_before(args, runtime, dataset, saved, run, base)
     folder = os.path.join(args.results_path, args.name)
-    log = RunLog(folder, args, start_step=None if only else args.start_step, active=runtime.is_main)
+    replace = runtime.on_main(lambda: claim(args, saved))
+    log = RunLog(
+        folder,
+        args,
+        run_id=run,
+        start_step=None if args.finetune else args.start_step,
+        finetune_from=base + tuned.get("finetune_step", 0) if args.finetune or tuned else None,
+        active=runtime.is_main,
+        replace=replace,
+    )
     try:
-        if runtime.is_main:
-            if not args.resume and os.path.exists(checkpoint_path(args, "last")):
-                print(
-                    f"{args.name} was trained before: its checkpoints and record are replaced "
-                    "(another --name keeps them, --resume auto continues them)",
-                    file=sys.stderr,
+        runtime.on_main(lambda: write_labeled(log.folder, dataset))
+        describe_run(args, runtime, dataset, method, folder, saved.get("step"))
+        with Interrupt() as interrupt:
+            if args.finetune:
+                figures = {"steps": base}
+                if "finetune_step" not in saved:
+                    figures |= measured(*evaluate(runtime, network, dataset.test, views), dataset.classes)
+            else:
+                network, figures = train(args, runtime, dataset, views, method, saved, run, log, interrupt)
+            summary = summarize(args, runtime, log, figures, len(dataset.labeled), run)
+            log.summary(summary)
+            if args.finetune_epochs:
+                summary["finetune_top1"] = finetune(
+                    args, runtime, dataset, views, network, log, base, run, tuned, interrupt
                 )
-            write_labeled_indices(os.path.join(folder, "labeled_indices.txt"), dataset.labeled_indices)
-            make_folder(args.save_path)
-        if only:
-            measured = evaluate(runtime, network, dataset.test, views)
-            figures = {"steps": saved["step"], "top1": measured["top1"], "top5": measured["top5"]}
-        else:
-            network, figures = train(args, runtime, dataset, views, method, state, log)
-        if args.finetune_epochs and not args.evaluate:
-            steps = figures["steps"]
-            figures["finetune_top1"] = finetune(args, runtime, dataset, views, network, log, steps)
-        summary = dict.fromkeys(SUMMARY) | (log.read_summary() if args.finetune else {}) | figures
-        summary |= {
-            "name": args.name,
-            "dataset": args.dataset,
-            "method": args.method,
-            "num_labeled": len(dataset.labeled),
-            "seed": args.seed,
-            "selection": "last" if dataset.val is None else "val",
-            "device": runtime.describe(),
-            "torch": torch.__version__,
-            "commit": commit(),
-        }
-        log.summary(summary)
+                log.summary(summary)
     finally:
         log.close()
     if runtime.is_main:
-        if not only:
-            visualize.finished_run(folder, dataset)
-        print(result_line(summary))
+        print("\n".join(result_lines(summary)), flush=True)
+        if not args.finetune:
+            draw_pictures(folder, dataset)
 
 
-def check_checkpoint(args, saved, only):
-    """Whether the checkpoint of --resume can be continued by these arguments; sets the step to start at."""
-    if not args.resume:
-        return
-    if not isinstance(saved, dict) or "step" not in saved:
+def is_own(args, saved):
+    """Whether the checkpoint is one of the run that this command goes on with, not of one that it leaves."""
+    same_place = bool(args.resume) and os.path.dirname(args.resume) == args.save_path
+    return same_place and args.name == saved.get("args", {}).get("name")
+
+
+def claim(args, saved):
+    """Take the run's name: its folders can be written, no other process has it, and it is still free."""
+    make_folder(args.results_path)
+    make_folder(args.save_path)
+    lock(args)
+    return replaces(args, saved)
+
+
+def replaces(args, saved):
+    """Whether the run replaces another one of its name; UserError without ``--overwrite``."""
+    lock(args, make=False)
+    last, folder = checkpoint_path(args, "last"), os.path.join(args.results_path, args.name)
+    ways = "--overwrite replaces it, another --name keeps it"
+    if is_own(args, saved):
+        if not args.overwrite and not args.finetune and args.resume != last and os.path.isfile(last):
+            step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["step"]
+            if step > saved["step"]:
+                raise UserError(
+                    f"{args.name} has come to step {step}, and {args.resume} is of step {saved['step']}: "
+                    f"--resume auto continues the former, {ways}"
+                )
+        return False
+    used = bool(checkpoints_of(args)) or os.path.exists(os.path.join(folder, "args.json"))
+    if used and not args.overwrite:
+        raise UserError(f"{args.name} was trained before: --resume auto continues it, {ways}")
+    return used
+
+
+def finetuned_before(args, runtime, dataset, saved, run, base):
+    """What an earlier process has saved of the same finetuning, ``{}`` if nothing.
+
+    Raises:
+        UserError: the run was finetuned otherwise before.
+    """
+    if "finetune_step" in saved:
+        return saved
+    path = checkpoint_path(args, "finetune_last")
+    if not is_own(args, saved) or saved["step"] != base:
+        return {}
+    if not runtime.on_main(lambda: os.path.isfile(path)):
+        return {}
+    found = runtime.load(path)
+    names = [name for name in vars(args) if name.startswith("finetune_")]
+    same = all(found["args"].get(name) == getattr(args, name) for name in names)
+    if found.get("run") == run and found["step"] == base and same and "loader" in found:
+        return found
+    if args.finetune and not args.overwrite:
         raise UserError(
-            f"{args.resume} is not a checkpoint of this program: to start from weights use --weights"
+            f"{args.name} was finetuned before, with other flags or from another checkpoint: --overwrite "
+            "replaces that, another --name keeps it"
         )
-    if only:
-        return
-    for name in ("method", "optimizer"):
-        before, now = saved.get("args", {}).get(name), getattr(args, name)
-        if before != now:
-            raise UserError(f"{args.resume} was trained with --{name} {before}: it cannot go on with {now}")
-    args.start_step = saved["step"]
-    if args.start_step > args.total_steps:
-        raise UserError(f"{args.resume} is of step {args.start_step}: give a larger --total-steps")
+    return {}
+
+
+def draw_pictures(folder, dataset):
+    try:
+        visualize.finished_run(folder, dataset)
+    except Exception as error:  # the run is finished and saved: a picture that cannot be drawn is a warning
+        print(f"a picture could not be drawn: {error}", file=sys.stderr)
+
+
+def summarize(args, runtime, log, figures, num_labeled, run):
+    """The content of summary.json; finetuning alone adds to what training has written there."""
+    summary = dict.fromkeys(SUMMARY) | (log.read_summary() if args.finetune else {}) | figures
+    return summary | {
+        "name": args.name,
+        "dataset": args.dataset,
+        "method": args.method,
+        "num_labeled": num_labeled,
+        "seed": args.seed,
+        "selection": "val" if args.num_val else "last",
+        "device": runtime.describe(),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "run": run,
+    }
+
+
+def evaluate_checkpoint(args, runtime, saved):
+    """``--evaluate``: measure the predictor of a checkpoint on the test images; needs no labels."""
+    record = saved.get("data")
+    runtime.on_main(lambda: make_folder(args.results_path))
+    with runtime.first_here():
+        dataset = read_data(args, record, labels_given=False)
+    check_classes(args, dataset)
+    size = record["size"] if record else dataset.size
+    network = build_network(args, dataset.num_classes, size, "student")
+    load_state(network, predictor_state(saved, args.resume), args.resume)
+    runtime.place(network)
+    tell(runtime, *dataset.notes)
+    if dataset.size != size:
+        tell(runtime, f"evaluating at {dataset.size} pixels; the run was trained at {size}")
+    test, confusion = evaluate(runtime, network, dataset.test, build_views(args, dataset, runtime))
+
+    folder = runtime.on_main(lambda: free_folder(args.results_path, args.name))
+    args.name = os.path.basename(folder)
+    log = RunLog(folder, args, start_step=None, tensorboard=False, active=runtime.is_main)
+    labeled = (record or {}).get("labeled")
+    figures = {"steps": saved["step"]} | measured(test, confusion, dataset.classes)
+    num_labeled = args.num_labeled if labeled is None else len(labeled)
+    summary = summarize(args, runtime, log, figures, num_labeled, saved.get("run"))
+    log.record(saved["step"], test)
+    log.summary(summary)
+    tell(runtime, f"the record of this evaluation is in {folder}")
+    if runtime.is_main:
+        print("\n".join(result_lines(summary)))
+
+
+def free_folder(path, name):
+    """``path/name``, or with the first number behind it that is not taken: no record is ever replaced."""
+    number, folder = 1, os.path.join(path, name)
+    while os.path.exists(folder):
+        number += 1
+        folder = os.path.join(path, f"{name}-{number}")
+    return folder
+
+
+def check_classes(args, dataset):
+    if args.num_classes not in (None, dataset.num_classes):
+        raise UserError(
+            f"--num-classes {args.num_classes}, but {args.dataset} has {dataset.num_classes} classes"
+        )
+
+
+def tell(runtime, *lines):
+    """Lines on standard error, once for all processes."""
+    if runtime.is_main and lines:
+        print("\n".join(lines), file=sys.stderr)
 
 
 def run(argv):
@@ -946,8 +1286,11 @@ def run(argv):
         print(f"main.py: {error}", file=sys.stderr)
         return 2
     except NonFiniteError as error:
-        print(f"main.py: {error}; the last checkpoint is of before", file=sys.stderr)
+        print(f"main.py: {error}", file=sys.stderr)
         return 3
+    except KeyboardInterrupt:
+        print("main.py: interrupted", file=sys.stderr)
+        return 130
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):  # raised wherever the program is when a worker ends
             raise
@@ -961,4 +1304,5 @@ def run(argv):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(run(sys.argv[1:]))

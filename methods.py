@@ -400,11 +400,13 @@ class PseudoLabel(Method):
 
     def __init__(self, args, num_classes, image_size, runtime):
         super().__init__(args, num_classes, image_size, runtime)
-        state = runtime.load(args.teacher_checkpoint)
-        self.teacher_network = build_network(args, num_classes, image_size, "teacher")
-        load_state(
-            self.teacher_network, predictor_state(state, args.teacher_checkpoint), args.teacher_checkpoint
-        )
+        path = args.teacher_checkpoint
+        state = runtime.load(path)
+        weights = predictor_state(state, path)
+        # the network that is in the file, whatever --model says of the student
+        model = network_name({"model": args.model} | state.get("args", {}), "student")
+        self.teacher_network = build_network(args, num_classes, image_size, "teacher", model)
+        load_state(self.teacher_network, weights, path)
         runtime.place(self.teacher_network).eval().requires_grad_(False)
 
     def step(self, views, step, truth=None, diagnose=False):
@@ -556,20 +558,21 @@ class MPL(Method):
         self.baseline.copy_(state["feedback_baseline"])
 
 
-def build_network(args, num_classes, image_size, role):
+def build_network(args, num_classes, image_size, role, model=None):
     """The network of ``--model``, or of ``--student-model`` for the student; UserError if it does not fit.
 
-    A run that is resumed gets its weights from the checkpoint: nothing is downloaded.
+    ``model`` names another one, whose weights are in a checkpoint. A run that is resumed gets its weights
+    from the checkpoint: nothing is downloaded.
     """
     dropout = args.student_dropout if role == "student" else args.teacher_dropout
     try:
         return build_model(
-            network_name(vars(args), role),
+            model or network_name(vars(args), role),
             num_classes,
             image_size=image_size,
             dropout=dropout,
-            pretrained=args.pretrained and not (args.weights or args.resume),
-            weights=None if args.resume else args.weights,
+            pretrained=args.pretrained and not (args.weights or args.resume or model),
+            weights=None if args.resume or model else args.weights,
             freeze_body=args.freeze_body,
         )
     except ValueError as error:

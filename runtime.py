@@ -5,6 +5,7 @@ program reads as if there were one device. ``Runtime`` is made once, in ``main.p
 """
 
 import contextlib
+import importlib.util
 import os
 import pickle
 import platform
@@ -22,6 +23,33 @@ from torch.utils._pytree import tree_map_only
 
 class UserError(Exception):
     """Something the user can put right: shown as one sentence, without a traceback, exit status 2."""
+
+
+def write_atomically(path, write):
+    """``write(file)`` to a binary file; a crash at any moment leaves the old file or the new one whole.
+
+    Temporary file beside it, flush to disk, rename, flush of the folder.
+
+    Raises:
+        UserError: the file cannot be written; the old one is as it was.
+    """
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer raises the second when a write fails
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        reason = getattr(error, "strerror", None) or "the disk may be full"
+        raise UserError(f"cannot write {path}: {reason}") from error
 
 
 class Runtime:
@@ -61,20 +89,13 @@ class Runtime:
         alone=False,
     ):
         if device == "auto":
-            mps = torch.backends.mps.is_available()
-            device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+            device = next(filter(self.available, ("cuda", "mps", "cpu")))
         if device not in self.KINDS:
             raise UserError(f"device '{device}' is not known: use {', '.join(self.KINDS)}")
-        if device == "cuda" and not torch.cuda.is_available():
+        if device == "cuda" and not self.available(device):
             raise UserError("--device cuda, but PyTorch sees no CUDA device here: use --device cpu or auto")
-        if device == "mps" and not torch.backends.mps.is_available():
+        if device == "mps" and not self.available(device):
             raise UserError("--device mps, but PyTorch sees no Apple GPU here: use --device cpu or auto")
-        if amp and amp_dtype == "fp16" and device != "cuda":
-            raise UserError(f"--amp-dtype fp16 needs CUDA: use --amp-dtype bf16 on {device}")
-        if compiled and device == "xla":
-            raise UserError("--device xla compiles by itself: leave --compile out")
-        if compiled and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-            raise UserError("--compile needs a C++ compiler, and there is none here: install g++")
 
         self.kind = device
         self.host, self.hosts = 0, 1  # of XLA's single program
@@ -90,6 +111,26 @@ class Runtime:
             self._start_xla()
         elif self.world_size > 1 and not dist.is_initialized():
             self._join_processes()
+        self.configure(amp, amp_dtype, channels_last, sync_bn, compiled)
+
+    @classmethod
+    def available(cls, device):
+        """Whether this machine has such a device."""
+        found = {
+            "cuda": torch.cuda.is_available,
+            "mps": torch.backends.mps.is_available,
+            "xla": lambda: importlib.util.find_spec("torch_xla") is not None,
+        }
+        return found.get(device, lambda: device in cls.KINDS)()
+
+    def configure(self, amp=False, amp_dtype="bf16", channels_last=False, sync_bn=False, compiled=False):
+        """Choose precision, memory order and the like, before any network is placed; as the constructor."""
+        if amp and amp_dtype == "fp16" and self.kind != "cuda":
+            raise UserError(f"--amp-dtype fp16 needs CUDA: use --amp-dtype bf16 on {self.kind}")
+        if compiled and self.kind == "xla":
+            raise UserError("--device xla compiles by itself: leave --compile out")
+        if compiled and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+            raise UserError("--compile needs a C++ compiler, and there is none here: install g++")
         self.channels_last = channels_last
         self.sync_bn = sync_bn
         self.compiled = compiled
@@ -304,6 +345,25 @@ class Runtime:
         if self.processes > 1:
             dist.barrier()
 
+    def on_main(self, function):
+        """What ``function()`` returns in the main process, which alone calls it: the same answer in all.
+
+        Raises:
+            UserError: it raised one there; all processes raise it.
+        """
+        if self.processes == 1:
+            return function()
+        outcome = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except UserError as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome)
+        if outcome[1]:
+            raise UserError(outcome[1])
+        return outcome[0]
+
     def close(self):
         if self.processes > 1:
             dist.destroy_process_group()
@@ -363,37 +423,13 @@ class Runtime:
         """Write ``state`` to each path; a crash at any moment leaves the old file or the new one whole.
 
         The paths are written one after the other; the state leaves the device once. Only the main process
-        writes; all return when the files are there. Temporary file, flush to disk, rename, flush of the
-        folder.
+        writes; all return when the files are there.
         """
         if self.is_main:
             state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), state)
             for path in paths:
-                self._write(state, path)
+                write_atomically(path, lambda file: torch.save(state, file))
         self.barrier()
-
-    def _write(self, state, path):
-        temporary = f"{path}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except (OSError, RuntimeError) as error:  # torch's writer raises the second when a write fails
-            with contextlib.suppress(OSError):
-                os.remove(temporary)
-            reason = getattr(error, "strerror", None) or "the disk may be full"
-            raise UserError(f"cannot write the checkpoint {path}: {reason}") from error
-
-    def exists(self, path):
-        """Whether the main process has such a file; the same answer in all."""
-        return bool(self.largest(int(self.is_main and os.path.isfile(path))))
 
     def load(self, path):
         """Read what ``save`` wrote, onto the CPU. Never runs code from the file (``weights_only``).
@@ -403,18 +439,7 @@ class Runtime:
         Raises:
             UserError: no such file, or not a readable checkpoint.
         """
-        if self.processes == 1:
-            return self._read(path)
-        outcome = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = self._read(path)
-            except UserError as error:
-                outcome[1] = str(error)
-        dist.broadcast_object_list(outcome)
-        if outcome[1]:
-            raise UserError(outcome[1])
-        return outcome[0]
+        return self.on_main(lambda: self._read(path))
 
     def _read(self, path):
         if not os.path.isfile(path):

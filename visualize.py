@@ -11,6 +11,7 @@ What is shown stands in the files of a run or is computed here from its checkpoi
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -101,27 +102,36 @@ def read_run(folder):
     return Run(Path(os.path.abspath(folder)), args, records)
 
 
-def read_dataset(run, data_path=None):
-    """The data set of a run, split as it was, with the labelled images that the run wrote down."""
+def read_dataset(run, state, data_path=None, only_test=True):
+    """The data set of a run as its checkpoint ``state`` remembers it: the same images in the same parts.
+
+    Args:
+        only_test: the test images alone, which needs no labels.
+    """
     names = ("num_labeled", "num_val", "seed", "resize", "test_fraction", "workers", "skip_unreadable")
     options = {name: run.args[name] for name in names if name in run.args}
-    indices = run.folder / "labeled_indices.txt"
+    record = state.get("data")
+    if record and not options.get("resize"):
+        options["resize"] = record["size"] or None
+    indices = run.folder / "labeled_indices.txt"  # earlier versions wrote it and recorded nothing
+    recorded = bool(record) and "labeled" in record
     return data.load_dataset(
         run.args["dataset"],
         data_path or run.args["data_path"],
-        labeled_indices=str(indices) if indices.exists() else None,
+        labeled_indices=str(indices) if indices.exists() and not recorded and not only_test else None,
+        record=record,
+        only_test=only_test,
         **options,
     )
 
 
-def read_networks(run, dataset, runtime, save_path=None):
-    """The networks in a run's checkpoint, ready to predict: {TEACHER: …, STUDENT: …}, or the student alone.
+def read_checkpoint(run, save_path=None):
+    """The path and the content of a run's checkpoint.
 
-    The checkpoint is the one that the run selected: the best on the validation images, without them the
-    last.
+    It is the one that the run selected: the best on the validation images, without them the last.
 
     Raises:
-        UserError: no checkpoint, or one of another network.
+        UserError: no checkpoint, or none of this program.
     """
     if run.args.get("evaluate"):
         path = run.args["resume"]
@@ -133,17 +143,34 @@ def read_networks(run, dataset, runtime, save_path=None):
             f"there is no checkpoint {path} of {run.name}: start this from the folder where the run was "
             "started, or say with --save-path where its checkpoints are"
         )
-    state = runtime.load(path)
+    state = Runtime("cpu", alone=True).load(path)
+    if not isinstance(state, dict) or "avg_state_dict" not in state:
+        raise UserError(f"{path} holds no student: it is not a checkpoint of this program")
+    return path, state
+
+
+def read_networks(run, dataset, runtime, path, state):
+    """The networks in a checkpoint, ready to predict: {TEACHER: …, STUDENT: …}, or the student alone.
+
+    Raises:
+        UserError: they are not those of the run.
+    """
     networks = {}
     for title, key in ((TEACHER, "teacher_state_dict"), (STUDENT, "avg_state_dict")):
-        if isinstance(state, dict) and key in state:
+        if key in state:
             model = network_name(run.args, "student" if title == STUDENT else "teacher")
             network = build_model(model, dataset.num_classes, image_size=dataset.size)
             load_state(network, state[key], path)
             networks[title] = runtime.place(network).eval()
-    if STUDENT not in networks:
-        raise UserError(f"{path} holds no student: it is not a checkpoint of this program")
     return networks
+
+
+def _tested(run, data_path, save_path, dataset=None):
+    """What measuring a run's student takes: data set with its test images, ``Runtime``, network."""
+    path, state = read_checkpoint(run, save_path)
+    runtime = make_runtime(run.args)
+    dataset = dataset or read_dataset(run, state, data_path)
+    return dataset, runtime, read_networks(run, dataset, runtime, path, state)[STUDENT]
 
 
 def make_runtime(args):
@@ -200,7 +227,8 @@ def save(figure, path):
         figure.savefig(temporary, format="png")
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that refuses everything
+            temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write the picture {path}: {error.strerror or error}") from error
     return str(path)
 
@@ -243,6 +271,7 @@ LONG = {
     "pseudo_label_accuracy": "Correct pseudo labels (%)",
     "feedback": "Feedback to the teacher (nats)",
 }
+ACCURACIES = ("top1", "top5", "val_top1", "finetune_top1", "finetune_val_top1")
 SHARES = ("pseudo_label_accuracy", "uda_mask")  # logged as 0…1, shown in per cent
 
 
@@ -278,7 +307,7 @@ def _draw_run(run):
         (
             f"Accuracy of the {STUDENT}",
             "accuracy (%)",
-            [k for k in keys if k.endswith(("top1", "top5")) and not (k == "top5" and top5_says_nothing)],
+            [k for k in keys if k in ACCURACIES and not (k == "top5" and top5_says_nothing)],
         ),
         ("Pseudo labels", f"unlabelled {run.things} (%)", [key for key in SHARES if key in keys]),
         (
@@ -515,8 +544,10 @@ def regions_of(runs, data_path=None, save_path=None, dataset=None):
     panels = []
     methods = [run.method for run in runs]
     for run in runs:
-        points, runtime = dataset or read_dataset(run, data_path), make_runtime(run.args)
-        networks = read_networks(run, points, runtime, save_path)
+        path, state = read_checkpoint(run, save_path)
+        runtime = make_runtime(run.args)
+        points = dataset or read_dataset(run, state, data_path, only_test=False)
+        networks = read_networks(run, points, runtime, path, state)
         if len(runs) > 1:
             name = run.method if methods.count(run.method) == 1 else run.name
             networks = {name: networks[STUDENT]}
@@ -584,8 +615,7 @@ def draw_confusion(counts, classes, heading):
 
 def confusion_of(run, data_path=None, save_path=None, dataset=None):
     """The figure of the predictor of a run, on the test set; ``dataset`` saves reading it again."""
-    dataset, runtime = dataset or read_dataset(run, data_path), make_runtime(run.args)
-    network = read_networks(run, dataset, runtime, save_path)[STUDENT]
+    dataset, runtime, network = _tested(run, data_path, save_path, dataset)
     truth, predicted = predict(network, dataset.test, dataset, runtime)
     right = accuracy(truth, predicted)
     heading = f"{run.name} ({run.method}): {right:.2f} % of {len(truth):,} test {run.things} right"
@@ -664,8 +694,7 @@ def features_of(run, data_path=None, save_path=None):
     """
     from sklearn.manifold import TSNE
 
-    dataset, runtime = read_dataset(run, data_path), make_runtime(run.args)
-    network = read_networks(run, dataset, runtime, save_path)[STUDENT]
+    dataset, runtime, network = _tested(run, data_path, save_path)
     shown = torch.arange(len(dataset.test))
     if dataset.num_classes > MOST_CLASSES:
         shown = shown[dataset.test.targets < MOST_CLASSES]
@@ -889,3 +918,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"visualize.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("visualize.py: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -72,7 +72,8 @@ def test_what_a_run_leaves(unbroken):
     summary = json.loads((results / "summary.json").read_text())
     design = (
         "name dataset method num_labeled seed steps top1 top5 best_top1 best_step selection oracle_top1 "
-        "teacher_top1 finetune_top1 train_seconds images_per_second device torch commit"
+        "teacher_top1 finetune_top1 train_seconds images_per_second device torch commit run "
+        "mean_class_top1 largest_class_top1 never_predicted"
     )
     assert set(summary) == set(design.split())
     assert summary["selection"] == "last"
@@ -84,7 +85,7 @@ def test_what_a_run_leaves(unbroken):
     assert json.loads((results / "args.json").read_text())["mu"] == 2
     assert list(results.glob("events.out.tfevents.*"))
     assert (results / "curves.png").stat().st_size > 1000
-    saved = {path.name for path in (folder / "checkpoint").iterdir()}
+    saved = {path.name for path in (folder / "checkpoint").iterdir() if path.name[0] != "."}
     kinds = ("last", "best", "finetune_last", "finetune_best")
     assert saved == {f"run_{kind}.pth.tar" for kind in kinds}
     assert f"top-1 {summary['top1']:.2f} %" in done.stdout.splitlines()[-1]
@@ -106,7 +107,8 @@ def test_finetune_alone(unbroken, tmp_path):
     path = folder / "checkpoint" / "run_last.pth.tar"
     (tmp_path / "results" / "alone").mkdir(parents=True)
     (tmp_path / "results" / "alone" / "summary.json").write_text('{"train_seconds": 12.5, "top1": 1.0}')
-    run(*TINY, "--finetune", "--resume", path, "--name", "alone", cwd=tmp_path)
+    here = ["--save-path", "checkpoint", "--results-path", "results"]
+    run(*TINY, "--finetune", "--resume", path, "--name", "alone", *here, cwd=tmp_path)
     summary = json.loads((tmp_path / "results" / "alone" / "summary.json").read_text())
     trained = json.loads((folder / "results" / "run" / "summary.json").read_text())
     assert (summary["train_seconds"], summary["top1"]) == (12.5, trained["top1"])  # what it measured is new
@@ -281,9 +283,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     bad = good | {"teacher_state_dict": {key: t.clone() for key, t in good["teacher_state_dict"].items()}}
     next(iter(bad["teacher_state_dict"].values())).fill_(float("nan"))
     torch.save(bad, tmp_path / "bad.pth.tar")
-    done = run(*arguments, "--resume", "bad.pth.tar", cwd=tmp_path, check=False)
+    done = run(*arguments, "--resume", "bad.pth.tar", "--overwrite", cwd=tmp_path, check=False)
     assert done.returncode == 3
     assert "step 4" in done.stderr and "labeled_loss" in done.stderr and "Traceback" not in done.stderr
+    assert f"the checkpoint {tmp_path}/checkpoint/run_last.pth.tar predates it" in done.stderr
     assert_same_checkpoint(good, checkpoint(tmp_path, "run_last"))
 
 
@@ -349,13 +352,33 @@ def test_imagenet_recipe_in_two_processes(tmp_path):
 
 def test_folder_recipe_on_large_photographs(tmp_path):
     photographs(tmp_path / "mine", ("train", "test"), [(300, 400)] * 4 + [(150, 97)])
-    flags = (
-        "--no-pretrained --resize 64 --num-labeled 0.4 --batch-size 4 --mu 1 --total-steps 4 --eval-step 2"
-    )
-    flags = [*flags.split(), "--device", "cpu", "--finetune-epochs", 1, "--data-path", tmp_path / "mine"]
+    flags = "--no-pretrained --no-freeze-body --resize 64 --num-labeled 0.4 --batch-size 4 --mu 1"
+    flags = [
+        *flags.split(),
+        "--total-steps",
+        4,
+        "--eval-step",
+        2,
+        "--device",
+        "cpu",
+        "--finetune-epochs",
+        1,
+        "--data-path",
+        tmp_path / "mine",
+    ]
     done = script("run_folder.sh", *flags, cwd=tmp_path)
     assert "(folder, 4 labels, mpl, seed 0)" in done.stdout
-    assert "11,169,858 parameters (1,026 learn)" in done.stderr  # with the small stem; a head of 512 · 2 + 2
+    assert "11,169,858 parameters, " in done.stderr  # with the small stem; a head of 512 · 2 + 2
+    refused = [
+        "--dataset",
+        "folder",
+        "--data-path",
+        tmp_path / "mine",
+        "--freeze-body",
+        "--model",
+        "resnet18",
+    ]
+    assert "--no-freeze-body" in run(*refused, cwd=tmp_path, check=False).stderr
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("run_*.sh")))

@@ -9,6 +9,7 @@ import tarfile
 import threading
 import urllib.error
 import urllib.request
+import zlib
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from data import (
     read_crop,
     read_image,
     split_labels,
-    write_labeled_indices,
+    write_labeled,
 )
 from runtime import Runtime, UserError
 
@@ -60,13 +61,17 @@ def ramp(width, height):
 
 
 def write_tree(root, counts, size=(10, 10), suffix="png"):
-    """``root/<class>/<n>.<suffix>``, counts[class] images each; returns the pixels of PNG files by path."""
+    """``root/<class>/<n>.<suffix>``, counts[class] images each; returns the pixels of PNG files by path.
+
+    Trees of other names hold other images.
+    """
+    first = zlib.crc32(root.name.encode()) % 10**6
     written = {}
     for name, count in counts.items():
         (root / name).mkdir(parents=True)
         for i in range(count):
             path = root / name / f"{i:03d}.{suffix}"
-            image = picture(*size, seed=len(written))
+            image = picture(*size, seed=first + len(written))
             image.save(path)
             written[str(path)] = np.asarray(image).transpose(2, 0, 1)
     return written
@@ -437,17 +442,53 @@ def test_val_stands_in_for_a_missing_test_folder(tmp_path):
     assert load_dataset("folder", tmp_path, num_labeled=2).test.targets.tolist() == [0, 1]
 
 
-def test_one_level_is_split_by_class_and_always_the_same_way(tmp_path):
-    written = write_tree(tmp_path, {"a": 10, "b": 5, "c": 2})
-    first = load_dataset("folder", tmp_path, num_labeled=3, seed=0)
-    second = load_dataset("folder", tmp_path, num_labeled=3, seed=1)
-    assert torch.equal(first.test.images, second.test.images)
-    assert first.test.targets.bincount().tolist() == [2, 1, 1]
-    assert first.unlabeled.targets.bincount().tolist() == [8, 4, 1]
-    both = torch.cat([first.test.images, first.unlabeled.images]).flatten(1).tolist()
-    assert sorted(both) == sorted(image.flatten().tolist() for image in written.values())
-    half = load_dataset("folder", tmp_path, num_labeled=3, test_fraction=0.5)
-    assert half.test.targets.bincount().tolist() == [5, 3, 1]
+def sides(dataset):
+    """Names of the training and of the test images."""
+    return set(dataset.unlabeled.names), set(dataset.test.names)
+
+
+def test_one_level_is_split_by_the_names_alone(tmp_path):
+    """The same for every seed; files that come, go or are moved to another class move no other file."""
+    counts = {"a": 60, "b": 40, "c": 30}
+    write_tree(tmp_path / "all", counts)
+    first = load_dataset("folder", tmp_path / "all", num_labeled=3, seed=0)
+    train, test = sides(first)
+    assert len(train | test) == 130 and not train & test
+    assert all(name in test for name in first.test.names) and 0.1 < len(test) / 130 < 0.3
+    assert sides(load_dataset("folder", tmp_path / "all", num_labeled=3, seed=1)) == (train, test)
+    gone = [sorted(train)[3], sorted(test)[2]]
+    for name in gone:
+        (tmp_path / "all" / name).unlink()
+    picture(10, 10, seed=77).save(tmp_path / "all" / "a" / "0.png")
+    picture(10, 10, seed=78).save(tmp_path / "all" / "c" / "zzz.png")
+    (tmp_path / "all" / "b" / "012.png").rename(tmp_path / "all" / "c" / "012-b.png")
+    now = sides(load_dataset("folder", tmp_path / "all", num_labeled=3))
+    assert train - now[0] <= {*gone, "b/012.png"} and test - now[1] <= {*gone, "b/012.png"}
+    halves = sides(load_dataset("folder", tmp_path / "all", num_labeled=3, test_fraction=0.5))
+    assert now[1] < halves[1] and 0.35 < len(halves[1]) / 130 < 0.65
+
+
+def test_labelled_images_of_a_folder_depend_on_their_names(tmp_path):
+    write_tree(tmp_path / "train", {"a": 20, "b": 20})
+    write_tree(tmp_path / "test", {"a": 2, "b": 2})
+    few = load_dataset("folder", tmp_path, num_labeled=6, num_val=4)
+    more = load_dataset("folder", tmp_path, num_labeled=12)
+    assert set(few.labeled.names) < set(more.labeled.names) and not set(few.labeled.names) & set(
+        few.val.names
+    )
+    assert set(load_dataset("folder", tmp_path, num_labeled=6, seed=1).labeled.names) != set(
+        few.labeled.names
+    )
+    write_labeled(tmp_path, few)
+    assert (tmp_path / "labeled.txt").read_text().splitlines() == few.labeled.names
+    unlabelled = next(name for name in few.unlabeled.names if name not in few.labeled.names)
+    (tmp_path / unlabelled).unlink()
+    again = load_dataset("folder", tmp_path, num_labeled=None, labeled_indices=tmp_path / "labeled.txt")
+    assert again.labeled.names == few.labeled.names
+    (tmp_path / "labeled.txt").write_text("3\n")
+    assert "such as train/a/" in refusal(
+        "folder", tmp_path, num_labeled=2, labeled_indices=tmp_path / "labeled.txt"
+    )
 
 
 def test_files_that_are_no_images_and_hidden_files_are_left_out(tmp_path):
@@ -473,7 +514,7 @@ def test_images_of_other_sizes_are_decoded_by_workers_unless_resized_to_64_or_le
     dataset = load_dataset("folder", tmp_path, num_labeled=2, resize=65)
     assert not dataset.unlabeled.in_memory and dataset.size == 65
     dataset = load_dataset("folder", tmp_path, num_labeled=2, resize=20)
-    assert dataset.unlabeled.images.shape == (6, 3, 20, 20) and dataset.crop == "pad"
+    assert dataset.unlabeled.images.shape[1:] == (3, 20, 20) and dataset.crop == "pad"
 
 
 def test_a_large_image_among_small_jpegs_is_not_taken_for_a_small_one(tmp_path):
@@ -493,10 +534,11 @@ def test_small_images_that_are_not_square_are_stretched(tmp_path):
 
 
 def test_statistics_of_large_images_are_those_of_their_pixels(tmp_path):
+    write_tree(tmp_path / "test", {"a": 1, "b": 1})
     for k, name in enumerate("ab"):
-        (tmp_path / name).mkdir()
+        (tmp_path / "train" / name).mkdir(parents=True)
         for i in range(5):
-            Image.new("RGB", (100 + i, 90), (100 * k, 50, 200)).save(tmp_path / name / f"{i}.png")
+            Image.new("RGB", (100 + i, 90), (100 * k, 50, 200)).save(tmp_path / "train" / name / f"{i}.png")
     dataset = load_dataset("folder", tmp_path, num_labeled=2)
     assert dataset.mean == pytest.approx([50 / 255, 50 / 255, 200 / 255])
     assert dataset.std == pytest.approx([50 / 255, 1 / 255, 1 / 255])
@@ -504,7 +546,8 @@ def test_statistics_of_large_images_are_those_of_their_pixels(tmp_path):
 
 @pytest.mark.parametrize("resize", [None, 80])
 def test_unlabelled_images_are_added_or_take_the_place_of_the_others(tmp_path, resize):
-    write_tree(tmp_path / "data", {"a": 5, "b": 5})
+    write_tree(tmp_path / "data" / "train", {"a": 4, "b": 4})
+    write_tree(tmp_path / "data" / "test", {"a": 1, "b": 1})
     extra = write_tree(tmp_path / "extra", {"x": 2, "y/z": 3})
     arguments = {"num_labeled": 2, "resize": resize, "unlabeled_path": tmp_path / "extra"}
     added = load_dataset("folder", tmp_path / "data", **arguments)
@@ -532,7 +575,8 @@ def test_mistakes_with_folders_get_a_sentence(tmp_path):
     (tmp_path / "bare" / "b").mkdir()
     assert "no images" in refusal("folder", tmp_path / "bare", num_labeled=2)
     write_tree(tmp_path / "single", {"a": 3, "b": 1})
-    assert "class 'b' has 1 image" in refusal("folder", tmp_path / "single", num_labeled=2)
+    assert "no training images" in refusal("folder", tmp_path / "single", num_labeled=2, test_fraction=0.999)
+    assert "none of the 4 images" in refusal("folder", tmp_path / "single", num_labeled=2, test_fraction=1e-6)
     assert "--test-fraction 1.5" in refusal("folder", tmp_path / "single", num_labeled=2, test_fraction=1.5)
     write_tree(tmp_path / "half" / "train", {"a": 3, "b": 3})
     assert "neither test/ nor val/" in refusal("folder", tmp_path / "half", num_labeled=2)
@@ -777,7 +821,7 @@ def test_validation_images_are_neither_labelled_nor_unlabelled():
 def test_labelled_positions_can_be_written_and_given_back(tmp_path):
     path = tmp_path / "labeled_indices.txt"
     first = load_dataset("digits", num_labeled=40, num_val=100, seed=7)
-    write_labeled_indices(path, first.labeled_indices)
+    write_labeled(tmp_path, first)
     assert path.read_text().splitlines() == [str(i) for i in first.labeled_indices]
     again = load_dataset("digits", num_labeled=None, num_val=100, seed=7, labeled_indices=path)
     assert again.labeled_indices == first.labeled_indices

@@ -50,7 +50,7 @@ def here(tmp_path, monkeypatch, trained):
 def refused(capsys, *arguments):
     """The sentence that the command ends with."""
     capsys.readouterr()
-    assert main.run([*TINY, *map(str, arguments)]) == 2
+    assert main.run([*TINY, "--overwrite", *map(str, arguments)]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("main.py: ")]
     assert len(lines) == 1
     return lines[0]
@@ -163,14 +163,6 @@ def test_absurd_flags(flags, here, trained, capsys):
     assert name in sentence or value in sentence
     assert not (here / "results").exists()
     assert (here / "checkpoint/run_last.pth.tar").read_bytes() == trained.read_bytes()
-
-
-def test_a_run_says_that_it_replaces_another(here, capsys):
-    assert main.run(TINY) == 0
-    assert "run was trained before" in capsys.readouterr().err
-    assert main.run([*TINY, "--resume", "auto", "--total-steps", "6"]) == 0
-    assert main.run([*TINY, "--name", "other"]) == 0
-    assert "trained before" not in capsys.readouterr().err
 
 
 def test_help_says_each_default_once():
@@ -294,10 +286,10 @@ def test_a_killed_decoding_worker(here):
 
 
 def test_keep(here):
-    assert main.run([*TINY, "--total-steps", "10", "--keep", "2"]) == 0
+    assert main.run([*TINY, "--overwrite", "--total-steps", "10", "--keep", "2"]) == 0
     kept = sorted(path.name for path in (here / "checkpoint").glob("run_step*"))
     assert kept == ["run_step00000008.pth.tar", "run_step00000010.pth.tar"]
-    assert main.run([*TINY, "--total-steps", "4", "--keep", "1"]) == 0  # a new run of the same name
+    assert main.run([*TINY, "--overwrite", "--total-steps", "4", "--keep", "1"]) == 0
     assert [path.name for path in (here / "checkpoint").glob("run_step*")] == ["run_step00000004.pth.tar"]
     step = load(here / "checkpoint/run_step00000004.pth.tar")["step"]
     assert step == 4
@@ -399,8 +391,18 @@ def test_evaluate_auto(here, capsys):
     assert "other_last" in capsys.readouterr().err
 
 
-def test_finetuning_leaves_a_frozen_body_as_it_is(here):
-    flags = ["--freeze-body", "--finetune-epochs", "3", "--finetune-lr", "0.1", "--name", "frozen"]
+def test_finetuning_leaves_a_frozen_body_as_it_is(here, trained):
+    flags = [
+        "--freeze-body",
+        "--weights",
+        str(trained),
+        "--finetune-epochs",
+        "3",
+        "--finetune-lr",
+        "0.1",
+        "--name",
+        "frozen",
+    ]
     assert main.run([*TINY, *flags]) == 0
     before = load(here / "checkpoint/frozen_last.pth.tar")["avg_state_dict"]
     after = load(here / "checkpoint/frozen_finetune_last.pth.tar")["avg_state_dict"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runtime import Runtime
-from utils import Meters, NonFiniteError, RunLog, learning_rate, ramp_up, topk_correct
+from utils import Meters, NonFiniteError, RunLog, learning_rate, ramp_up
 
 
 def test_learning_rate_waits_warms_up_and_falls():
@@ -59,16 +59,10 @@ def test_meters_name_the_first_step_and_term_that_was_not_finite():
         meters.read()
 
 
-def test_topk_is_clipped_to_the_number_of_classes():
-    logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]])
-    hits = topk_correct(logits, torch.tensor([1, 0]), (1, 2, 5))
-    assert hits.tolist() == [[0, 0], [1, 0], [1, 1]]
-
-
 def test_the_record_drops_what_is_about_to_be_written_again(tmp_path):
     log = RunLog(tmp_path, Namespace(seed=0), tensorboard=False)
     for step in (10, 20, 30):
-        log.evaluation(step, {"top1": step, "val_top1": None})
+        log.record(step, {"top1": step, "val_top1": None})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 40, "to')  # killed in the middle of a line
     steps = lambda: [json.loads(line)["step"] for line in open(tmp_path / "metrics.jsonl")]  # noqa: E731, SIM115

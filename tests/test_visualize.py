@@ -249,8 +249,9 @@ def test_regions_of_three_methods_side_by_side(runs, monkeypatch, capsys):
 
 def test_confusion_counts_the_test_images(runs):
     run = visualize.read_run("results/digits")
-    dataset, runtime = visualize.read_dataset(run), visualize.make_runtime(run.args)
-    network = visualize.read_networks(run, dataset, runtime)["student (EMA)"]
+    path, state = visualize.read_checkpoint(run)
+    dataset, runtime = visualize.read_dataset(run, state), visualize.make_runtime(run.args)
+    network = visualize.read_networks(run, dataset, runtime, path, state)["student (EMA)"]
     truth, predicted = visualize.predict(network, dataset.test, dataset, runtime)
     assert torch.equal(truth, dataset.test.targets)
     assert visualize.accuracy(truth, predicted) == pytest.approx(summary("digits")["top1"], abs=1e-4)
@@ -276,8 +277,9 @@ def test_confusion_of_any_number_of_classes(k, tmp_path):
 
 def test_features_are_what_the_last_layer_reads(runs):
     run = visualize.read_run("results/digits")
-    dataset, runtime = visualize.read_dataset(run), Runtime("cpu")
-    network = visualize.read_networks(run, dataset, runtime)["student (EMA)"]
+    path, state = visualize.read_checkpoint(run)
+    dataset, runtime = visualize.read_dataset(run, state), Runtime("cpu")
+    network = visualize.read_networks(run, dataset, runtime, path, state)["student (EMA)"]
     features, truth, predicted = visualize.penultimate_features(network, dataset.test, dataset, runtime)
     head = head_of(network)
     logits = torch.nn.functional.linear(features, head.weight, head.bias)

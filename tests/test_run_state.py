@@ -1,0 +1,873 @@
+"""A run cannot be mistaken for another: what a checkpoint remembers, what is refused, what is kept."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import ROOT, assert_same_checkpoint, run, tensors
+
+import main
+import utils
+import visualize
+from data import load_dataset
+from runtime import UserError
+
+DIGITS = (
+    "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --device cpu --workers 0 "
+    "--student-dropout 0.3 --total-steps 8 --eval-step 4 --finetune-epochs 30 --finetune-batch-size 2 "
+    "--finetune-lr 0.01 --amp --channels-last --name run"
+).split()
+MPL = [*DIGITS, *"--mu 2 --align 0.2 --teacher-dropout 0.3 --pseudo-label sample".split()]
+FOLDER = (
+    "--dataset folder --num-labeled 6 --model wrn-10-1 --resize 12 --batch-size 6 --mu 2 --device cpu "
+    "--workers 0 --total-steps 4 --eval-step 2 --finetune-epochs 0 --method uda"
+).split()
+
+
+def photographs(root, classes=("cat", "dog", "owl"), count=16, seed=0):
+    """``root/<class>/<n>.png``: images of several sizes, each class with a colour of its own."""
+    random = np.random.RandomState(seed)
+    for k, name in enumerate(classes):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            size = random.randint(10, 30, 2)
+            pixels = random.randint(0, 130, (*size, 3)) + 120 * (np.arange(3) == k)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number:02d}.png")
+    return root
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def summary(name):
+    return json.loads(Path("results", name, "summary.json").read_text())
+
+
+def metrics(name):
+    return [json.loads(line) for line in Path("results", name, "metrics.jsonl").read_text().splitlines()]
+
+
+def command(*words):
+    return main.run([*map(str, words)])
+
+
+def refused(capsys, *words):
+    """The sentence that the command ends with, status 2."""
+    capsys.readouterr()
+    assert command(*words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("main.py: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def everything(folder):
+    """The bytes of all files below a folder, TensorBoard's and hidden ones left out."""
+    paths = (path for path in Path(folder).rglob("[!.]*") if path.is_file() and "/." not in str(path))
+    return {path: path.read_bytes() for path in paths if "tfevents" not in path.name}
+
+
+METHODS = {
+    "mpl": [*MPL, "--method", "mpl"],
+    "uda": [*DIGITS, "--mu", "2", "--method", "uda"],
+    "supervised": [*DIGITS, "--method", "supervised"],
+}
+
+
+def train_in(folder, words):
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert command(*words) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def trained(request, tmp_path_factory):
+    """A finished and finetuned run of each method on digits."""
+    return train_in(tmp_path_factory.mktemp(request.param), METHODS[request.param])
+
+
+@pytest.fixture(scope="module")
+def supervised(tmp_path_factory):
+    """One such run, for what does not depend on the method."""
+    return train_in(tmp_path_factory.mktemp("one"), METHODS["supervised"])
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def copied(supervised, here):
+    """A copy of a finished run, in the place where this test works."""
+    shutil.copytree(supervised, here, dirs_exist_ok=True)
+    for path in here.glob("checkpoint/*.pth.tar"):  # as if it had been trained here
+        state = load(path)
+        state["args"] |= {"save_path": str(here / "checkpoint"), "results_path": str(here / "results")}
+        torch.save(state, path)
+    return here
+
+
+# ---------------------------------------------------------------- no other flag
+
+
+@pytest.mark.parametrize("kind", ["best", "finetune_best"])
+def test_evaluate_needs_the_checkpoint_alone(trained, here, kind, capsys):
+    """In an empty folder, to the last digit; the record goes where the run's are, and holds all."""
+    assert command("--evaluate", "--resume", trained / f"checkpoint/run_{kind}.pth.tar") == 0
+    was = json.loads((trained / "results/run/summary.json").read_text())
+    folders = sorted((trained / "results").glob(f"run_{kind}*"), key=lambda path: path.stat().st_mtime)
+    now = json.loads((folders[-1] / "summary.json").read_text())
+    assert now["top1"] == was["best_top1" if kind == "best" else "finetune_top1"]
+    assert (now["dataset"], now["num_labeled"], now["method"]) == ("digits", 10, was["method"])
+    assert now["steps"] == 8 and now["name"] == folders[-1].name
+    args = json.loads((folders[-1] / "args.json").read_text())
+    assert args["evaluate"] and args["resume"].endswith(f"run_{kind}.pth.tar") and args["amp"]
+    if kind == "best":
+        keys = ("mean_class_top1", "largest_class_top1", "never_predicted", "top5")
+        assert [now[key] for key in keys] == [was[key] for key in keys]
+    assert f"top-1 {now['top1']:.2f} %" in capsys.readouterr().out.splitlines()[-1]
+    assert not list(here.iterdir())
+
+
+def test_each_evaluation_keeps_its_own_record(copied):
+    training = everything("results/run")
+    for _ in range(2):
+        assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar") == 0
+    assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar", "--name", "mine") == 0
+    assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar", "--name", "run") == 0
+    for name in ("run_last", "run_last-2", "mine", "run-2"):
+        assert summary(name)["top1"] == summary("run")["top1"] and summary(name)["name"] == name
+    assert everything("results/run") == training
+
+
+def test_a_moved_checkpoint_writes_where_the_command_is_given(supervised, here):
+    shutil.copy(supervised / "checkpoint/run_last.pth.tar", here / "moved.pth.tar")
+    assert command("--evaluate", "--resume", "moved.pth.tar") == 0
+    assert (
+        summary("moved")["top1"] == json.loads((supervised / "results/run/summary.json").read_text())["top1"]
+    )
+
+
+def test_finetuning_needs_the_checkpoint_alone(trained, here, monkeypatch):
+    """Bit for bit what the training run's own finetuning gave."""
+    flags = ["--name", "again", "--save-path", here / "c", "--results-path", here / "results"]
+    assert command("--finetune", "--resume", trained / "checkpoint/run_last.pth.tar", *flags) == 0
+    again, before = (
+        load(here / "c/again_finetune_last.pth.tar"),
+        trained / "checkpoint/run_finetune_last.pth.tar",
+    )
+    assert_same_networks(again["avg_state_dict"], load(before)["avg_state_dict"])
+    assert summary("again")["finetune_top1"] == load(before)["finetune_top1"]
+
+
+def assert_same_networks(a, b):
+    assert a.keys() == b.keys() and len(a) > 20
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_resume_needs_the_checkpoint_alone(trained, here, tmp_path_factory):
+    """Half of a run, continued from another folder with no flag but its length, ends as the whole one."""
+    whole = load(trained / "checkpoint/run_last.pth.tar")
+    place = tmp_path_factory.mktemp("half")
+    os.chdir(place)
+    interrupt_at(5, METHODS[whole["args"]["method"]])
+    os.chdir(here)
+    assert load(place / "checkpoint/run_last.pth.tar")["step"] == 5
+    assert command("--resume", place / "checkpoint/run_last.pth.tar") == 0
+    assert_same_checkpoint(load(place / "checkpoint/run_last.pth.tar"), whole)
+    assert_same_networks(
+        load(place / "checkpoint/run_finetune_last.pth.tar")["avg_state_dict"],
+        load(trained / "checkpoint/run_finetune_last.pth.tar")["avg_state_dict"],
+    )
+    assert not list(here.iterdir())
+
+
+def interrupt_at(step, words, loader="TrainLoader", number=signal.SIGTERM):
+    """Run ``main.py`` in this process and send it the signal after this many batches; returns the status."""
+    drawn, original = [], getattr(main, loader)
+
+    class Interrupting(original):
+        def __next__(self):
+            drawn.append(None)
+            if len(drawn) == step:
+                os.kill(os.getpid(), number)
+            return super().__next__()
+
+    setattr(main, loader, Interrupting)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            command(*words)
+        return stopped.value.code
+    finally:
+        setattr(main, loader, original)
+
+
+def test_a_resumed_run_keeps_its_meters(here):
+    """A line of metrics.jsonl whose steps lie before and after a stop is that of an unbroken run."""
+    words = [*DIGITS, "--method", "supervised", "--finetune-epochs", "0"]
+    assert command(*words, "--name", "whole", "--student-dropout", "0") == 0
+    assert interrupt_at(3, [*words, "--name", "broken", "--student-dropout", "0"]) == 143
+    assert command("--resume", "checkpoint/broken_last.pth.tar") == 0
+    assert len(metrics("whole")) == 2
+    for whole, broken in zip(metrics("whole"), metrics("broken"), strict=True):
+        assert whole | {"images_per_second": 0} == broken | {"images_per_second": 0}
+
+
+@pytest.mark.parametrize("with_test", [True, False])
+def test_a_folder_is_evaluated_finetuned_and_continued_from_anywhere(here, monkeypatch, with_test):
+    if with_test:
+        photographs(here / "mine/train"), photographs(here / "mine/test", count=5, seed=1)
+    else:
+        photographs(here / "mine", count=24)
+    monkeypatch.chdir(photographs(here / "elsewhere").parent)
+    words = [*FOLDER, "--data-path", "mine", "--finetune-epochs", "2"]
+    assert command(*words) == 0
+    (here / "empty").mkdir()
+    monkeypatch.chdir(here / "empty")
+    for kind, figure in (("last", "top1"), ("finetune_last", "finetune_top1")):
+        assert command("--evaluate", "--resume", f"../checkpoint/mine_{kind}.pth.tar") == 0
+        monkeypatch.chdir(here)
+        assert summary(f"mine_{kind}")["top1"] == summary("mine")[figure]
+        monkeypatch.chdir(here / "empty")
+    flags = ["--total-steps", "6", "--finetune-epochs", "0"]
+    assert command("--resume", "../checkpoint/mine_last.pth.tar", *flags) == 0
+    assert load(here / "checkpoint/mine_last.pth.tar")["step"] == 6
+    assert not list(Path().iterdir())
+    monkeypatch.chdir(here)
+    names = Path("results/mine/labeled.txt").read_text().splitlines()
+    assert len(names) == 6 and all(Path("mine", name).is_file() for name in names)
+
+
+def test_pictures_of_a_run_from_anywhere(copied, monkeypatch, capsys):
+    (copied / "empty").mkdir()
+    args = json.loads(Path("results/run/args.json").read_text())
+    args |= {"save_path": str(copied / "checkpoint")}
+    Path("results/run/args.json").write_text(json.dumps(args))
+    monkeypatch.chdir(copied / "empty")
+    for picture in ("confusion", "features", "curves"):
+        visualize.main([picture, "../results/run"])
+        assert (copied / f"results/run/{picture}.png").is_file()
+
+
+def test_a_checkpoint_of_an_earlier_version(here, capsys):
+    """Written by the version before checkpoints knew their data: with the flags of then, and without."""
+    (here / "checkpoint").mkdir()
+    shutil.copy(
+        Path(__file__).with_name("checkpoint_of_version_0.pth.tar"), here / "checkpoint/old_last.pth.tar"
+    )
+    state = load("checkpoint/old_last.pth.tar")
+    assert "labeled" not in state["data"] and "run" not in state
+    for flags in ((), ("--dataset", "twomoons", "--num-labeled", "6", "--device", "cpu")):
+        assert command("--evaluate", "--resume", "checkpoint/old_last.pth.tar", *flags) == 0
+    assert summary("old_last")["top1"] == summary("old_last-2")["top1"] == state["top1"]
+    words = "--dataset twomoons --num-labeled 6 --batch-size 6 --mu 4 --finetune-epochs 0 --device cpu"
+    words = [*words.split(), "--eval-step", "6"]
+    assert command(*words, "--total-steps", "99", "--name", "old", "--resume", "auto") == 0
+    assert load("checkpoint/old_last.pth.tar")["step"] == 99
+    assert len(load("checkpoint/old_last.pth.tar")["data"]["labeled"]) == 6
+
+
+def test_a_device_that_is_not_here_is_left(copied, monkeypatch):
+    state = load("checkpoint/run_last.pth.tar")
+    state["args"] |= {"device": "mps"}
+    torch.save(state, "checkpoint/run_last.pth.tar")
+    assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar") == 0
+    assert summary("run_last")["device"].startswith(("cpu", "cuda"))
+
+
+@pytest.mark.parametrize("arguments", ({"total_steps": "many"}, {"method": "magic"}, {"model": [1]}))
+def test_a_checkpoint_with_foreign_arguments(copied, capsys, arguments):
+    state = load("checkpoint/run_last.pth.tar")
+    state["args"] |= arguments
+    torch.save(state, "checkpoint/run_last.pth.tar")
+    assert "remembers --" in refused(capsys, "--resume", "checkpoint/run_last.pth.tar")
+
+
+def test_the_teacher_of_pseudo_labels_is_the_network_in_its_file(supervised, here):
+    teacher = ["--teacher-checkpoint", supervised / "checkpoint/run_best.pth.tar"]
+    words = [*DIGITS, "--mu", "1", "--model", "wrn-10-2", "--method", "pseudo-label", *teacher]
+    assert command(*words, "--finetune-epochs", "0") == 0
+    expected = json.loads((supervised / "results/run/summary.json").read_text())["best_top1"]
+    assert summary("run")["teacher_top1"] == expected
+
+
+# ---------------------------------------------------------------- what a run is about does not change
+
+
+@pytest.mark.parametrize(
+    ("flags", "values"),
+    [
+        ("--seed 3", ("--seed 0", "--seed 3")),
+        ("--num-labeled 20", ("--num-labeled 10", "--num-labeled 20")),
+        ("--num-val 10", ("--num-val 0", "--num-val 10")),
+        ("--resize 16", ("--resize 8", "--resize 16")),
+        ("--model wrn-10-2", ("--model wrn-10-1", "--model wrn-10-2")),
+        ("--optimizer adamw", ("--optimizer sgd", "--optimizer adamw")),
+        ("--method pseudo-label --teacher-checkpoint x", ("--method pseudo-label",)),
+        ("--dataset svhn", ("--dataset digits", "--dataset svhn")),
+    ],
+)
+def test_another_run_is_not_continued(copied, capsys, flags, values):
+    before = everything(copied)
+    words = ["--resume", "checkpoint/run_last.pth.tar", "--total-steps", "12", *flags.split()]
+    sentence = refused(capsys, *words)
+    assert all(value in sentence for value in values) and "run_last.pth.tar" in sentence
+    assert everything(copied) == before
+
+
+def test_other_labelled_images_are_refused(copied, capsys):
+    positions = Path("results/run/labeled_indices.txt").read_text().split()
+    Path("same.txt").write_text("\n".join(reversed(positions)))
+    other = load_dataset("digits", num_labeled=10, seed=5)
+    Path("other.txt").write_text("\n".join(map(str, other.labeled_indices)))
+    words = ["--resume", "checkpoint/run_last.pth.tar", "--total-steps", "9", "--finetune-epochs", "0"]
+    assert "other.txt lists other labelled images" in refused(
+        capsys, *words, "--labeled-indices", "other.txt"
+    )
+    assert command(*words, "--labeled-indices", "same.txt") == 0
+
+
+def test_changes_are_said(copied, capsys):
+    flags = "--total-steps 12 --batch-size 2 --student-lr 0.01 --finetune-epochs 0".split()
+    assert command("--resume", "checkpoint/run_last.pth.tar", *flags) == 0
+    said = capsys.readouterr().err
+    assert (
+        "--batch-size 4 → 2" in said and "--student-lr 0.05 → 0.01" in said and "--total-steps 8 → 12" in said
+    )
+    assert "continuing run at step 8" in said
+
+
+def test_resume_auto_says_that_there_is_nothing(here, capsys):
+    assert command(*DIGITS, "--method", "supervised", "--finetune-epochs", "0", "--resume", "auto") == 0
+    assert "no checkpoint of run: starting at step 0" in capsys.readouterr().err
+
+
+@pytest.fixture
+def folder_run(here):
+    """A finished run on a folder without ``test/``; the folder is ``mine``."""
+    photographs(here / "mine", count=24)
+    assert command(*FOLDER, "--data-path", "mine") == 0
+    return here / "checkpoint/mine_last.pth.tar"
+
+
+def test_another_folder_is_not_continued(folder_run, here, capsys):
+    words = ["--resume", folder_run, "--total-steps", "6"]
+    photographs(here / "other", count=24, seed=7)  # the same names, other images
+    assert "is another image" in refused(capsys, *words, "--data-path", "other")
+    photographs(here / "classes", classes=("ape", "bee", "cow"))
+    assert "class 'ape'" in refused(capsys, *words, "--data-path", "classes")
+    shutil.copytree(here / "mine", here / "moved")
+    assert command(*words, "--data-path", "moved") == 0
+    labelled = Path("results/mine/labeled.txt").read_text().splitlines()[0]
+    (here / "moved" / labelled).unlink()
+    sentence = refused(capsys, "--resume", folder_run, "--total-steps", "8")
+    assert labelled in sentence and "6 labelled" in sentence
+
+
+def test_images_that_were_added_are_said_and_learned_from(folder_run, here, capsys):
+    photographs(here / "more", count=30, seed=3)
+    for path in (here / "more").rglob("*.png"):
+        shutil.copy(path, here / "mine" / path.parent.name / f"new-{path.name}")
+    labelled = load(folder_run)["data"]["labeled"]
+    assert command("--resume", folder_run, "--total-steps", "6") == 0
+    said = capsys.readouterr().err
+    assert "the images to learn from are not those that the run began with" in said
+    assert load(folder_run)["data"]["labeled"] == labelled
+
+
+def test_evaluating_on_other_classes_is_refused(folder_run, here, capsys):
+    photographs(here / "other", classes=("ape", "cat"))
+    sentence = refused(capsys, "--evaluate", "--resume", folder_run, "--data-path", "other")
+    assert "class 'ape'" in sentence and "cat, dog, owl" in sentence
+    sentence = refused(capsys, "--evaluate", "--resume", folder_run, "--dataset", "digits")
+    assert "0, 1, 2" in sentence and "cat, dog, owl" in sentence
+
+
+def test_evaluating_on_images_of_the_training_is_refused(folder_run, here, capsys):
+    record = load(folder_run)["data"]
+    learned = {path.name for path in (here / "mine/cat").iterdir()} - {
+        name.split("/")[1] for name in record["test"] if name.startswith("cat/")
+    }
+    photographs(here / "new/test", count=3, seed=11)
+    assert command("--evaluate", "--resume", folder_run, "--data-path", "new") == 0
+    copy = here / "new/test/cat/renamed.png"
+    shutil.copy(here / "mine/cat" / sorted(learned)[0], copy)
+    assert "renamed.png" in refused(capsys, "--evaluate", "--resume", folder_run, "--data-path", "new")
+    copy.rename(here / "new/test/cat/99.png")
+    shutil.move(here / "new/test", here / "level")  # one level, with a training image, without a test image
+    sentence = refused(capsys, "--evaluate", "--resume", folder_run, "--data-path", "level")
+    assert "1 of the 10 test images" in sentence and "99.png" in sentence
+
+
+def test_a_new_folder_is_a_test_set_as_a_whole_and_needs_no_labels(folder_run, here, capsys):
+    photographs(here / "new", classes=("cat", "owl"), count=2, seed=5)
+    assert command("--evaluate", "--resume", folder_run, "--data-path", "new", "--name", "new") == 0
+    assert "all of its images are test images" in capsys.readouterr().err
+    assert summary("new")["top1"] in (0, 25, 50, 75, 100)
+
+
+def test_no_test_image_was_ever_a_training_image(folder_run, here, capsys):
+    """Photographs added, removed, renamed and exchanged: those of the run keep their side."""
+    record = load(folder_run)["data"]
+    trained = {content(path) for path in (here / "mine").rglob("*.png")}
+    tested = {content(here / "mine" / name) for name in record["test"]}
+    trained -= tested
+    top1 = summary("mine")["top1"]
+    photographs(here / "more", count=12, seed=3)
+    for path in (here / "more").rglob("*.png"):
+        shutil.copy(path, here / "mine" / path.parent.name / f"new-{path.name}")
+    paths = sorted((here / "mine/cat").glob("[01]*.png"))
+    paths[0].unlink(), paths[5].unlink()
+    for path in [*paths[1:5], *paths[6:]]:
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    owls = sorted((here / "mine/owl").glob("[01]*.png"))
+    for a, b in zip(owls[::2], owls[1::2], strict=True):  # exchanged in pairs
+        a.rename(here / "kept"), b.rename(a), (here / "kept").rename(b)
+    seen = load_dataset(
+        "folder", here / "mine", num_labeled=None, record=record, resize=12, only_test=True
+    ).test
+    contents = {content(here / "mine" / name) for name in seen.names}
+    assert not contents & trained
+    gone = {content_of for content_of in tested if content_of not in contents}
+    assert len(gone) <= 2  # the two that were removed, if they were test images
+    assert command("--evaluate", "--resume", folder_run) == 0
+    for path in (here / "mine").rglob("new-*.png"):
+        path.unlink()
+    if not gone:
+        assert command("--evaluate", "--resume", folder_run, "--name", "again") == 0
+        assert summary("again")["top1"] == top1
+
+
+def content(path):
+    return Path(path).read_bytes()
+
+
+# ---------------------------------------------------------------- names
+
+
+def test_a_run_of_the_same_name_is_refused_and_kept(copied, capsys):
+    before = everything(copied)
+    sentence = refused(capsys, *DIGITS, "--method", "supervised")
+    assert all(way in sentence for way in ("--resume auto", "--overwrite", "--name"))
+    assert everything(copied) == before
+
+
+def test_overwriting_deletes_nothing_before_its_first_checkpoint(copied, monkeypatch, capsys):
+    Path("results/run/events.out.tfevents.1.old").write_text("of before")
+    before, words = (
+        everything(copied),
+        [*DIGITS, "--method", "supervised", "--overwrite", "--total-steps", "6"],
+    )
+    monkeypatch.setattr(main, "checkpoint_path", main.checkpoint_path)
+    drawn = []
+
+    class Stopping(main.TrainLoader):
+        def __next__(self):
+            drawn.append(None)
+            if len(drawn) == 3:
+                raise KeyboardInterrupt
+            return super().__next__()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "TrainLoader", Stopping)
+        assert command(*words) == 130
+    assert everything(copied) == before
+    assert command(*words, "--finetune-epochs", "0") == 0
+    left = {path.name for path in Path("checkpoint").glob("*.pth.tar")}
+    assert left == {"run_last.pth.tar", "run_best.pth.tar"}  # the old one's finetuning is gone
+    assert [line["step"] for line in metrics("run") if "top1" in line] == [4, 6]
+    assert summary("run")["steps"] == 6 and summary("run")["finetune_top1"] is None
+    assert not Path("results/run/events.out.tfevents.1.old").exists()
+    assert list(Path("results/run").glob("events*")) and not list(Path("results").glob(".*"))
+
+
+def test_an_earlier_checkpoint_does_not_undo_a_later_one(copied, capsys):
+    shutil.copy("checkpoint/run_last.pth.tar", "checkpoint/run_best.pth.tar")
+    state = load("checkpoint/run_last.pth.tar")
+    torch.save(state | {"step": 4}, "checkpoint/run_best.pth.tar")
+    sentence = refused(capsys, "--resume", "checkpoint/run_best.pth.tar")
+    assert "step 8" in sentence and "step 4" in sentence and "--overwrite" in sentence
+
+
+def test_a_name_that_is_being_trained_is_refused_until_its_process_ends(here, capsys):
+    words = [
+        *DIGITS,
+        "--method",
+        "supervised",
+        "--total-steps",
+        "100000",
+        "--eval-step",
+        "2",
+        "--log-step",
+        "1",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "main.py", *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=-3
+    )
+    try:
+        while not Path("checkpoint/run_last.pth.tar").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        for more in ((), ("--overwrite",), ("--resume", "auto")):
+            assert "run is being trained by another process" in refused(capsys, *words, *more)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    step = load("checkpoint/run_last.pth.tar")["step"]
+    short = ["--total-steps", step + 2, "--finetune-epochs", "0"]
+    assert command("--resume", "checkpoint/run_last.pth.tar", *short) == 0
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "/tmp/a", ".hidden", "x" * 250, "a\nb"])
+def test_names_that_are_none(name, here, capsys):
+    assert "cannot be the name of a run" in refused(capsys, *DIGITS, "--method", "supervised", "--name", name)
+    assert not list(here.iterdir())
+
+
+def test_a_folder_run_is_named_after_its_folder(here):
+    args = main.parse_arguments(["--dataset", "folder", "--data-path", "/data/my flowers/"])
+    assert args.name == "my flowers"
+    assert main.parse_arguments(["--dataset", "folder", "--data-path", "/"]).name == "folder"
+
+
+# ---------------------------------------------------------------- refused before the first step
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--evaluate --finetune --resume x", "--evaluate and --finetune"),
+        ("--unlabeled-mode only", "--unlabeled-path"),
+        ("--freeze-body", "--pretrained or --weights"),
+        ("--num-labeled inf", "inf"),
+    ],
+)
+def test_flags_that_cannot_be(flags, words, here, capsys):
+    if "--resume" in flags:
+        (here / "x").write_text("")
+        with pytest.raises(UserError, match=words):
+            main.parse_arguments(flags.split())
+    else:
+        assert words in refused(capsys, *DIGITS, "--method", "uda", *flags.split())
+    assert not (here / "results").exists()
+
+
+def test_an_interrupted_finetuning_is_continued(trained, here):
+    """SIGTERM in the middle of finetuning: the training is on record, and it ends bit for bit."""
+    whole = load(trained / "checkpoint/run_finetune_last.pth.tar")
+    assert interrupt_at(8 + 20, METHODS[whole["args"]["method"]]) == 143
+    assert summary("run")["top1"] == json.loads((trained / "results/run/summary.json").read_text())["top1"]
+    assert summary("run")["finetune_top1"] is None
+    assert load("checkpoint/run_finetune_last.pth.tar")["finetune_step"] == 20
+    copies = here / "copies"
+    shutil.copytree("checkpoint", copies)
+    assert command("--resume", "checkpoint/run_finetune_last.pth.tar") == 0
+    again = load("checkpoint/run_finetune_last.pth.tar")
+    assert again["finetune_step"] == whole["finetune_step"] == 150
+    assert_same_networks(again["avg_state_dict"], whole["avg_state_dict"])
+    assert summary("run")["finetune_top1"] == whole["finetune_top1"]
+    lines = [line for line in metrics("run") if "finetune_top1" in line]
+    reference = (trained / "results/run/metrics.jsonl").read_text().splitlines()
+    assert lines == [line for line in map(json.loads, reference) if "finetune_top1" in line]
+    shutil.copytree(copies, "checkpoint", dirs_exist_ok=True)  # the same by --resume auto
+    assert command("--resume", "auto", "--name", "run") == 0
+    assert_same_networks(
+        load("checkpoint/run_finetune_last.pth.tar")["avg_state_dict"], whole["avg_state_dict"]
+    )
+
+
+def test_finetuning_otherwise_does_not_replace_the_first(copied, capsys):
+    before = everything(copied)
+    words = ["--finetune", "--resume", "checkpoint/run_last.pth.tar", "--finetune-lr", "0.5"]
+    assert "was finetuned before" in refused(capsys, *words)
+    assert everything(copied) == before
+    assert command(*words, "--name", "other") == 0
+    assert {path: everything(copied)[path] for path in before} == before
+    assert command(*words, "--overwrite") == 0
+    assert load("checkpoint/run_finetune_last.pth.tar")["args"]["finetune_lr"] == 0.5
+    assert load("checkpoint/run_last.pth.tar")["step"] == 8  # the training is as it was
+
+
+# ---------------------------------------------------------------- what a run says
+
+
+def test_the_result_comes_before_the_pictures_and_survives_them(here, monkeypatch, capsys):
+    def broken(*_):
+        assert summary("run")["top1"] is not None
+        raise ValueError("no ink")
+
+    monkeypatch.setattr(visualize, "finished_run", broken)
+    assert command(*DIGITS, "--method", "supervised", "--finetune-epochs", "0") == 0
+    done = capsys.readouterr()
+    assert "could not be drawn: no ink" in done.err and done.out.splitlines()[-1].startswith("top-1 ")
+
+
+@pytest.mark.parametrize("place", ["load_dataset", "train_loop", "visualize"])
+def test_ctrl_c_is_one_line_and_130(place, here, monkeypatch, capsys):
+    def pressed(*_, **__):
+        raise KeyboardInterrupt
+
+    if place == "visualize":
+        monkeypatch.setattr(visualize, "finished_run", pressed)
+    else:
+        monkeypatch.setattr(main, place, pressed)
+    assert command(*DIGITS, "--method", "supervised", "--finetune-epochs", "0") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "main.py: interrupted"
+
+
+def test_ctrl_c_during_the_import_is_one_line_and_130(here):
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", ROOT / "main.py", "--help"], stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:  # PyTorch is being imported
+        if " torch." in line:
+            break
+    process.send_signal(signal.SIGINT)
+    rest = process.stderr.read()
+    assert process.wait(60) == 130
+    assert "main.py: interrupted" in rest and "Traceback" not in rest
+
+
+def test_lines_between_evaluations(here):
+    """Losses, rates and speed every --log-step steps, in the file and for TensorBoard; curves draw them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = [*MPL, "--method", "mpl", "--finetune-epochs", "0", "--total-steps", "10", "--eval-step", "5"]
+    assert command(*words, "--log-step", "2") == 0
+    lines = metrics("run")
+    assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10]
+    for line in lines:
+        assert {"labeled_loss", "student_loss", "teacher_rate", "student_rate", "images_per_second"} <= set(
+            line
+        )
+        assert ("top1" in line) == (line["step"] % 5 == 0)
+    assert lines[0]["student_rate"] == pytest.approx(utils.learning_rate(1, peak=0.05, total_steps=10))
+    events = EventAccumulator("results/run")
+    events.Reload()
+    assert [event.step for event in events.Scalars("student_loss")] == [2, 4, 5, 6, 8, 10]
+    run_read = visualize.read_run("results/run")
+    assert visualize.series(run_read, "labeled_loss")[0] == [2, 4, 5, 6, 8, 10]
+    assert visualize.series(run_read, "top1")[0] == [5, 10]
+
+
+def test_a_line_a_minute_without_a_terminal(here, monkeypatch, capsys):
+    monkeypatch.setattr(utils.Progress, "SECONDS", 0)
+    assert command(*DIGITS, "--method", "supervised", "--log-step", "2") == 0
+    said = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("run  3/8  ") and "left" in line and "loss" in line for line in said)
+    assert any(line.startswith("run, finetuning  20/150  ") for line in said)
+
+
+def test_what_is_said_of_a_folder(here, capsys):
+    photographs(here / "mine", count=12)
+    for number in range(24):
+        Image.new("RGB", (15, 15), (number, 0, 0)).save(here / f"mine/cat/more-{number}.png")
+    for number in range(12):
+        (here / f"mine/dog/{number}.heic").write_bytes(b"")
+    (here / "mine/owl/notes.txt").write_text("")
+    assert command(*FOLDER, "--data-path", "mine") == 0
+    said = capsys.readouterr().err
+    assert "13 ignored: .heic 12, .txt 1" in said
+    sizes = torch.tensor(load("checkpoint/mine_last.pth.tar")["data"]["labeled"] != []).int()
+    assert sizes and "training images of 3 classes: cat: " in said
+    assert "the classes are unequal: 'cat' has" in said
+    assert f"results go to {here}/results/mine" in said and "12 pixels" in said and "images of 1" in said
+
+
+def test_parts_in_capital_letters_are_warned_of(here, capsys):
+    photographs(here / "mine/Train"), photographs(here / "mine/Test", seed=1)
+    assert command(*FOLDER[:2], "--data-path", "mine", "--num-labeled", "2", *FOLDER[4:]) == 0
+    said = capsys.readouterr().err
+    assert "the folder 'Train'" in said and "the folder 'Test'" in said and "taken for a class" in said
+
+
+@pytest.mark.parametrize("size", [12, 70])
+def test_test_images_among_the_unlabelled_ones_are_left_out(here, capsys, size):
+    photographs(here / "mine/train"), photographs(here / "mine/test", count=4, seed=1)
+    photographs(here / "more", classes=("any",), count=5, seed=2)
+    for path in (here / "mine/test").rglob("*.png"):
+        shutil.copy(path, here / "more/any" / f"{path.parent.name}-{path.name}")
+    words = [*FOLDER, "--data-path", "mine", "--unlabeled-path", "more", "--resize", size]
+    assert command(*words) == 0
+    assert "12 of 17 images in" in capsys.readouterr().err
+    record = load("checkpoint/mine_last.pth.tar")["data"]
+    assert not torch.isin(record["tested"], record["trained"]).any() and len(record["trained"]) == 48 + 5
+
+
+def test_test_images_of_other_data_sets_among_the_unlabelled_ones_are_left_out(here):
+    test = load_dataset("digits", num_labeled=10, resize=8).test.images
+    (here / "more").mkdir()
+    for number, image in enumerate(test[:7]):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(here / f"more/{number}.png")
+    Image.new("RGB", (8, 8), "red").save(here / "more/red.png")
+    dataset = load_dataset("digits", num_labeled=10, resize=8, unlabeled_path=here / "more")
+    assert len(dataset.unlabeled) == 1297 + 1 and "7 of 8 images" in dataset.notes[0]
+
+
+def test_images_in_both_parts_are_warned_of(here, capsys):
+    photographs(here / "mine/train"), photographs(here / "mine/test", count=4, seed=1)
+    shutil.copy(here / "mine/train/cat/03.png", here / "mine/test/cat/copy.png")
+    assert command(*FOLDER, "--data-path", "mine") == 0
+    assert "1 of 13 test images are among the training images too, such as test/cat/copy.png" in (
+        capsys.readouterr().err
+    )
+    assert command("--evaluate", "--resume", "checkpoint/mine_last.pth.tar") == 0  # it was one then, too
+    assert summary("mine_last")["top1"] == summary("mine")["top1"]
+
+
+class Naming(torch.nn.Module):
+    """Takes every image for the same class, but those of the classes below ``right`` for their own."""
+
+    def __init__(self, targets, num_classes, right, named):
+        super().__init__()
+        self.targets, self.num_classes, self.right, self.named = targets, num_classes, right, named
+        self.seen = 0
+
+    def forward(self, images):
+        truth = self.targets[self.seen : self.seen + len(images)]
+        self.seen += len(images)
+        truth = torch.cat([truth, torch.zeros(len(images) - len(truth), dtype=torch.int64)])
+        named = torch.where(truth < self.right, truth, self.named)
+        return 9.0 * torch.nn.functional.one_hot(named, self.num_classes).float()
+
+
+def test_what_is_measured():
+    """500 images in batches of 256: the 12 that fill the last batch up count as nothing."""
+    dataset = load_dataset("digits", num_labeled=10, resize=8)
+    runtime = main.Runtime("cpu")
+    views = main.build_views(main.parse_arguments(["--dataset", "digits"]), dataset, runtime)
+    truth = dataset.test.targets
+    network = Naming(truth, 10, right=3, named=5)
+    figures, confusion = main.evaluate(runtime, network, dataset.test, views)
+    expected = torch.where(truth < 3, truth, 5)
+    assert confusion.sum() == 500
+    counts = [[int(((truth == i) & (expected == j)).sum()) for j in range(10)] for i in range(10)]
+    assert confusion.tolist() == counts
+    assert figures["top1"] == pytest.approx(100 * (truth == expected).double().mean().item(), rel=1e-12)
+    assert figures["mean_class_top1"] == pytest.approx(100 * 4 / 10)
+    said = main.measured(figures, confusion, dataset.classes)
+    assert said["never_predicted"] == ["3", "4", "6", "7", "8", "9"]
+    assert said["largest_class_top1"] == pytest.approx(100 * truth.bincount().max().item() / 500)
+    summary = dict.fromkeys(main.SUMMARY) | said | {"dataset": "digits", "num_labeled": 10, "method": "uda"}
+    lines = main.result_lines(summary | {"seed": 0, "selection": "last"})
+    assert "mean over classes 40.00 %" in lines[-1] and "top-5" in lines[-1]
+    assert "never predicted: 3, 4, 6" in lines[0] and "always naming the largest class" in lines[0]
+
+
+def test_no_top5_with_five_classes_or_fewer(here, capsys):
+    photographs(here / "mine", classes="abcde", count=10)
+    words = [*FOLDER[:2], "--num-labeled", "5", *FOLDER[4:]]
+    assert command(*words, "--data-path", "mine") == 0
+    assert "top-5" not in capsys.readouterr().out and summary("mine")["top5"] is None
+    assert not any("top5" in line for line in metrics("mine"))
+
+
+# ---------------------------------------------------------------- damage
+
+
+def test_links_that_lead_in_circles(here):
+    photographs(here / "mine", count=8)
+    plain = load_dataset("folder", here / "mine", num_labeled=3, resize=12)
+    (here / "mine/cat/loop").symlink_to(here / "mine")
+    (here / "mine/dog/up").symlink_to(here)
+    (here / "mine/owl/self").symlink_to("self")
+    linked = load_dataset("folder", here / "mine", num_labeled=3, resize=12)
+    assert linked.unlabeled.names == plain.unlabeled.names and linked.test.names == plain.test.names
+
+
+@pytest.mark.parametrize("link", ["folder", "class", "file"])
+def test_a_file_in_two_classes_is_an_error(here, link):
+    photographs(here / "mine", count=8)
+    place, target = {
+        "folder": ("cat/more", "dog"),
+        "class": ("fox", "dog"),
+        "file": ("cat/again.png", "dog/00.png"),
+    }[link]
+    (here / "mine" / place).symlink_to(here / "mine" / target)
+    with pytest.raises(UserError, match=r"same file .* classes '(dog|fox|cat)' and '(dog|cat)'"):
+        load_dataset("folder", here / "mine", num_labeled=0.5, resize=12)
+
+
+def test_a_fifo_is_no_image(here):
+    photographs(here / "mine", count=8)
+    os.mkfifo(here / "mine/cat/z.jpg")
+    done = subprocess.run(
+        [sys.executable, ROOT / "main.py", *FOLDER, "--data-path", "mine"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0 and "1 ignored: not a regular file 1" in done.stderr
+
+
+def test_a_disk_full_while_the_labels_are_written(here, capsys):
+    (here / "results/run").mkdir(parents=True)
+    (here / "results/run/labeled_indices.txt.tmp").symlink_to("/dev/full")
+    assert "No space left" in refused(capsys, *DIGITS, "--method", "supervised")
+
+
+def test_a_picture_into_a_folder_that_cannot_be_written(copied):
+    with pytest.raises(UserError, match=r"cannot write the picture /proc/a\.png"):
+        visualize.main(["curves", "results/run", "--out", "/proc/a.png"])
+
+
+def test_damaged_lines_of_the_metrics_are_left_out(copied, capsys):
+    path = Path("results/run/metrics.jsonl")
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(['{"step": 4, "top1": 3}}', "[1, 2]", *lines]) + "\n")
+    assert (
+        command("--resume", "checkpoint/run_last.pth.tar", "--total-steps", "9", "--finetune-epochs", "0")
+        == 0
+    )
+    assert "2 damaged lines" in capsys.readouterr().err
+    assert [line["step"] for line in metrics("run") if "top1" in line] == [4, 8, 9]
+
+
+def test_a_damaged_summary_is_left_out(copied, capsys):
+    path = Path("results/run/summary.json")
+    path.write_text(path.read_text()[:40])
+    assert command("--finetune", "--resume", "checkpoint/run_last.pth.tar") == 0
+    assert "summary.json is damaged" in capsys.readouterr().err
+    assert summary("run")["finetune_top1"] is not None
+
+
+def test_a_loss_that_is_not_finite_before_any_checkpoint(here, capsys):
+    words = [*DIGITS, "--method", "supervised", "--student-lr", "1000", "--nesterov", "--total-steps", "400"]
+    assert command(*words, "--eval-step", "400", "--log-step", "20", "--weight-decay", "100") == 3
+    assert "is not finite; no checkpoint was written" in capsys.readouterr().err
+
+
+def test_the_record_of_another_run_is_not_continued(copied, capsys):
+    """A checkpoint that was moved beside the results of another run does not extend its curves."""
+    args = json.loads(Path("results/run/args.json").read_text())
+    Path("results/run/args.json").write_text(json.dumps(args | {"run": "another"}))
+    assert (
+        command("--resume", "checkpoint/run_last.pth.tar", "--total-steps", "9", "--finetune-epochs", "0")
+        == 0
+    )
+    assert "is of another run and is replaced" in capsys.readouterr().err
+    assert [line["step"] for line in metrics("run")] == [9]
+
+
+def test_run_from_a_shell_in_an_empty_folder(supervised, here):
+    """The mission's own command."""
+    done = run("--evaluate", "--resume", supervised / "checkpoint/run_best.pth.tar", cwd=here)
+    expected = json.loads((supervised / "results/run/summary.json").read_text())["best_top1"]
+    assert f"top-1 {expected:.2f} %" in done.stdout.splitlines()[-1]
+    assert len(tensors(load(supervised / "checkpoint/run_best.pth.tar"))) > 20
