@@ -576,8 +576,8 @@ def take_places(args, of_command, before):
 
     One that was moved or copied starts new folders in the place where the command is given, as ever.
     """
-    if args.evaluate and "name" not in of_command:
-        args.name = None
+    if args.evaluate and ("name" not in of_command or args.name == before.get("name")):
+        args.name = None  # a recipe names its run, not this evaluation of it
     here = os.path.dirname(os.path.abspath(args.resume))
     if here != os.path.abspath(before.get("save_path", "checkpoint")):
         for name, default in (("save_path", "checkpoint"), ("results_path", "results")):
@@ -1037,6 +1037,9 @@ def main(argv):
     try:
         path, saved = read_checkpoint(raw, runtime)
         args = args or parse_arguments(argv, saved, path)
+        if args.evaluate and args.amp and args.amp_dtype == "fp16" and runtime.kind != "cuda":
+            tell(runtime, f"fp16 needs CUDA: evaluating in float32 on {runtime.kind}")
+            args.amp = False
         runtime.configure(args.amp, args.amp_dtype, args.channels_last, args.sync_bn, args.compile)
         if args.evaluate:
             evaluate_checkpoint(args, runtime, saved)
@@ -1077,9 +1080,21 @@ def read_checkpoint(raw, runtime):
                 print(f"no checkpoint of {name}: starting at step 0", file=sys.stderr)
             return None, None
     saved = runtime.load(path)
-    if not isinstance(saved, dict) or "step" not in saved:
+    if not well_formed(saved):
         raise UserError(f"{path} is not a checkpoint of this program: to start from weights use --weights")
     return path, saved
+
+
+def well_formed(saved):
+    """Whether a file's content has the parts that every checkpoint of this program has, as far as is read."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("step"), int):
+        return False
+    data = saved.get("data", {})
+    needed = {"classes": list, "mean": list, "std": list, "size": int}
+    described = isinstance(data, dict) and all(
+        isinstance(data.get(key), kind) for key, kind in needed.items()
+    )
+    return isinstance(saved.get("args", {}), dict) and (described or "data" not in saved)
 
 
 def start(args, runtime, saved, labels_given):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from augmentation import (
     GREY,
@@ -18,6 +19,7 @@ from augmentation import (
     mixup,
     random_crop,
     random_flip,
+    stretch_tables,
 )
 
 SIZE = 32
@@ -535,3 +537,18 @@ def test_static_views_do_not_wait_for_the_device(crop, images):
         views(batch, targets, batch, generator)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_autocontrast_table_does_not_use_pytorchs_threads():
+    """A thousand small operations on all threads wait for each other where another program has a core."""
+    counted = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            counted.append(function)
+            return function(*arguments, **(keywords or {}))
+
+    stretch_tables.cache_clear()
+    with Counting():
+        stretch_tables()
+    assert len(counted) <= 2

@@ -150,7 +150,7 @@ def test_each_evaluation_keeps_its_own_record(copied):
         assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar") == 0
     assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar", "--name", "mine") == 0
     assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar", "--name", "run") == 0
-    for name in ("run_last", "run_last-2", "mine", "run-2"):
+    for name in ("run_last", "run_last-2", "mine", "run_last-3"):  # the last one by a recipe, say
         assert summary(name)["top1"] == summary("run")["top1"] and summary(name)["name"] == name
     assert everything("results/run") == training
 
@@ -288,6 +288,24 @@ def test_a_device_that_is_not_here_is_left(copied, monkeypatch):
     torch.save(state, "checkpoint/run_last.pth.tar")
     assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar") == 0
     assert summary("run_last")["device"].startswith(("cpu", "cuda"))
+
+
+def test_a_precision_that_is_not_here_is_left(copied, capsys):
+    state = load("checkpoint/run_last.pth.tar")
+    state["args"] |= {"amp_dtype": "fp16"}
+    torch.save(state, "checkpoint/run_last.pth.tar")
+    assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar") == 0
+    assert "evaluating in float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ({"step": "8"}, {"args": [1]}, {"data": None}, {"data": {"classes": ["a"], "size": 8}})
+)
+def test_a_checkpoint_of_another_form(copied, capsys, content):
+    torch.save(load("checkpoint/run_last.pth.tar") | content, "checkpoint/run_last.pth.tar")
+    for words in (("--evaluate",), ("--finetune",), ()):
+        sentence = refused(capsys, *words, "--resume", "checkpoint/run_last.pth.tar")
+        assert "is not a checkpoint of this program" in sentence
 
 
 @pytest.mark.parametrize("arguments", ({"total_steps": "many"}, {"method": "magic"}, {"model": [1]}))
