@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from runtime import UserError, write_atomically
 
-NAMES = ("twomoons", "digits", "cifar10", "cifar100", "svhn", "imagenet", "folder")
+NAMES = ("twomoons", "digits", "cifar10", "cifar100", "svhn", "stl10", "imagenet", "folder")
 
 # Channel mean and standard deviation of the training images / 255, as published for each data set.
 STATISTICS = {
@@ -196,6 +196,7 @@ class _Source(NamedTuple):
     train: ImageSet | None  # None where only the test set was asked for
     test: ImageSet
     notes: tuple = ()
+    unlabeled: ImageSet | None = None  # further images to learn from without their labels
 
 
 # ------------------------------------------------------------------------------------------ load_dataset
@@ -215,6 +216,7 @@ def load_dataset(
     test_fraction=0.2,
     workers=2,
     skip_unreadable=False,
+    svhn_extra=False,
     record=None,
     only_test=False,
 ):
@@ -228,8 +230,8 @@ def load_dataset(
         num_val: further labelled images, held out from the training images for choosing among models;
             a count or a fraction.
         seed: of the split. Points, test sets and the test part of a folder are the same for every seed.
-        resize: pixels, height and width of the images (default: 16 for digits, 32 for CIFAR and SVHN, 224
-            for ImageNet, for a folder the size of its images up to 64, else 224).
+        resize: pixels, height and width of the images (default: 16 for digits, 32 for CIFAR and SVHN, 96 for
+            STL-10, 224 for ImageNet, for a folder the size of its images up to 64, else 224).
         labeled_indices: file of the labelled images, as written by ``write_labeled``.
         unlabeled_path: any tree of images without classes, added to the unlabelled set
             (``unlabeled_mode="add"``) or in its place (``"only"``). Test and validation images in it are
@@ -237,6 +239,7 @@ def load_dataset(
         test_fraction: part of every class that is set aside for testing when a folder has no ``test``.
         workers: threads that read images into memory, or DataLoader processes that decode them.
         skip_unreadable: leave out, with a line on standard error, images that cannot be decoded.
+        svhn_extra: SVHN: its 531,131 ``extra`` images are unlabelled ones, as in the paper.
         record: ``Dataset.record()`` of a run that goes on or is evaluated: classes, statistics, labelled,
             validation and test images are those of the run. Checkpoints of earlier versions recorded no
             images: they are then drawn as those versions drew them.
@@ -265,7 +268,7 @@ def load_dataset(
     elif name == "imagenet":
         source = _imagenet(data_path, resize or 224, workers, skip_unreadable)
     else:
-        source = _torchvision(name, data_path, resize or 32)
+        source = _torchvision(name, data_path, resize, svhn_extra)
     if record and list(source.classes) != list(record["classes"]):
         raise UserError(
             f"the classes of {name} are {_listed(source.classes)}, "
@@ -319,6 +322,8 @@ def load_dataset(
     dataset.unlabeled = train
     if val:
         dataset.unlabeled = train.subset(np.setdiff1d(np.arange(len(train)), val))
+    if source.unlabeled is not None:
+        dataset.unlabeled = dataset.unlabeled.extended(source.unlabeled)
     if unlabeled_path is not None:
         extra = _unlabeled_images(unlabeled_path, dataset, train, workers, skip_unreadable)
         dataset.unlabeled = dataset.unlabeled.extended(extra) if unlabeled_mode == "add" else extra
@@ -592,26 +597,34 @@ def _digits(size):
 # ------------------------------------------------------------------------------------ torchvision's data sets
 
 
-def _torchvision(name, data_path, size):
-    """CIFAR-10, CIFAR-100 or SVHN as torchvision reads, checks and, on first use, downloads them."""
+def _torchvision(name, data_path, size, svhn_extra=False):
+    """CIFAR-10, CIFAR-100, SVHN or STL-10 as torchvision reads, checks and, on first use, downloads them.
+
+    STL-10 brings 100,000 images without labels, SVHN 531,131 easier ones with labels (``svhn_extra``), which
+    are learned from without them.
+    """
     from torchvision import datasets
 
     make, title, archive = {
         "cifar10": (datasets.CIFAR10, "CIFAR-10", "cifar-10-python.tar.gz"),
         "cifar100": (datasets.CIFAR100, "CIFAR-100", "cifar-100-python.tar.gz"),
         "svhn": (datasets.SVHN, "SVHN", "train_32x32.mat and test_32x32.mat"),
+        "stl10": (datasets.STL10, "STL-10", "stl10_binary.tar.gz"),
     }[name]
-
-    def read(train, download):
-        part = {"split": "train" if train else "test"} if name == "svhn" else {"train": train}
-        return make(data_path, download=download, **part)
+    choices = [{"train": True}, {"train": False}]
+    if name in ("svhn", "stl10"):
+        choices = [{"split": "train"}, {"split": "test"}]
+        choices += [{"split": "unlabeled"}] if name == "stl10" else []
+        if svhn_extra:
+            choices += [{"split": "extra"}]
+            archive = "train_32x32.mat, test_32x32.mat and extra_32x32.mat"
 
     try:
         try:
-            parts = [read(train, download=False) for train in (True, False)]
+            parts = [make(data_path, download=False, **choice) for choice in choices]
         except RuntimeError:  # not there, or not with the right checksum
             with _alone(data_path):
-                parts = [read(train, download=True) for train in (True, False)]
+                parts = [make(data_path, download=True, **choice) for choice in choices]
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{title} is not in '{data_path}', or damaged, and could not be downloaded ({_reason(error)}): "
@@ -622,12 +635,15 @@ def _torchvision(name, data_path, size):
     sets = []
     for part in parts:
         images = torch.from_numpy(part.data)
-        images = (images if name == "svhn" else images.permute(0, 3, 1, 2)).contiguous()
-        if size != 32:
+        images = (images.permute(0, 3, 1, 2) if name.startswith("cifar") else images).contiguous()
+        if size not in (None, images.shape[-1]):
             images = torch.cat([_resized(chunk, size) for chunk in images.split(1000)])
-        sets.append(ImageSet(part.labels if name == "svhn" else part.targets, images))
+        sets.append(ImageSet(part.targets if name.startswith("cifar") else part.labels, images))
     classes = [str(k) for k in range(10)] if name == "svhn" else parts[0].classes
-    return _Source(classes, *STATISTICS[name], name != "svhn", size, "pad", *sets)
+    statistics = STATISTICS.get(name) or channel_statistics(sets[0].images)
+    size = sets[0].images.shape[-1]
+    unlabeled = sets[2] if len(sets) > 2 else None
+    return _Source(classes, *statistics, name != "svhn", size, "pad", *sets[:2], unlabeled=unlabeled)
 
 
 def _resized(images, size):

@@ -83,10 +83,13 @@ PATHS = (*PATHS, "teacher_checkpoint", "resume")
 # flags that say what a run is about: it cannot go on with others
 IDENTITY = (
     *("dataset", "num_labeled", "num_val", "seed", "resize", "test_fraction", "method", "model"),
-    *("student_model", "optimizer", "weak_pass", "freeze_body"),
+    *("student_model", "optimizer", "weak_pass", "freeze_body", "svhn_extra"),
 )
 # flags whose change is not worth a line
 INCIDENTAL = (*OF_COMMAND, *PATHS, "name", "device", "workers", "keep", "log_step", "expand_labels")
+
+# the default network of a data set, where it is not WRN-28-2
+MODELS = {"twomoons": "mlp-2-8-8-2", "cifar100": "wrn-28-8", "stl10": "wrn-37-2", "imagenet": "resnet50"}
 
 # flags that only some methods use; the others refuse them
 ONLY_FOR = {
@@ -220,6 +223,11 @@ def build_parser():
         choices=NAMES,
         help="twomoons and digits need no download; folder: your own",
     )
+    group.add_argument(
+        "--svhn-extra",
+        action="store_true",
+        help="SVHN: its 531,131 extra images are unlabelled ones too (the paper's SVHN-1K)",
+    )
     group.add_argument("--data-path", default="data", help="folder of the data set")
     group.add_argument(
         "--num-labeled",
@@ -266,8 +274,8 @@ def build_parser():
         "--resize",
         type=int,
         metavar="PIXELS",
-        help="side of the images (default: digits 16, cifar10, cifar100 and svhn 32, imagenet 224; a folder: "
-        "the one size of its images up to 64, else 224)",
+        help="side of the images (default: digits 16, cifar10, cifar100 and svhn 32, stl10 96, imagenet 224; "
+        "a folder: the one size of its images up to 64, else 224)",
     )
     group.add_argument("--workers", type=int, default=2, help="threads or processes that read images")
     group.add_argument(
@@ -304,7 +312,8 @@ def build_parser():
     group.add_argument(
         "--model",
         help="wrn-DEPTH-WIDTH, mlp-2-8-8-2, convlarge, efficientnet-b0 to -l2, any classifier of torchvision "
-        "such as resnet50 (default: wrn-28-2; two moons: mlp-2-8-8-2)",
+        "such as resnet50 (default: wrn-28-2; two moons mlp-2-8-8-2, cifar100 wrn-28-8, stl10 wrn-37-2, "
+        "imagenet resnet50)",
     )
     group.add_argument("--student-model", metavar="MODEL", help="mpl, pseudo-label: another for the student")
     group.add_argument(
@@ -539,6 +548,7 @@ def parse_arguments(argv, saved=None, path=None):
     if args.method == "supervised" and args.labeled_view == "weak":
         useless |= {"randaug"}
     useless |= {"test_fraction"} if args.dataset != "folder" else set()
+    useless |= {"svhn_extra"} if args.dataset != "svhn" else set()
     if refused := sorted(useless & of_user):
         flags = ", ".join(map(flag, refused))
         how = f"--method {args.method}" + f" --feedback {args.feedback}" * (args.method == "mpl")
@@ -549,7 +559,7 @@ def parse_arguments(argv, saved=None, path=None):
             setattr(args, name, parser.get_default(name))
 
     check_arguments(args, parser, of_command, before)
-    args.model = args.model or ("mlp-2-8-8-2" if args.dataset == "twomoons" else "wrn-28-2")
+    args.model = args.model or MODELS.get(args.dataset, "wrn-28-2")
     for name in PATHS:
         value = getattr(args, name)
         if value is not None:
@@ -679,6 +689,7 @@ def read_data(args, record, labels_given):
         test_fraction=args.test_fraction,
         workers=args.workers,
         skip_unreadable=args.skip_unreadable,
+        svhn_extra=args.svhn_extra,
         record=record,
         only_test=args.evaluate,
     )
@@ -802,8 +813,8 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
 def finetune(args, runtime, dataset, views, network, log, steps_before, run, before, interrupt):
     """Train a copy of ``network`` on the labelled images alone; returns its top-1 accuracy in percent.
 
-    SGD at a constant rate, up to ten evaluations on the way, with a checkpoint each. With ``--num-val`` the
-    one with the best validation accuracy is taken, else the last.
+    Without dropout, as in the published code. SGD at a constant rate, up to ten evaluations on the way, with
+    a checkpoint each. With ``--num-val`` the one with the best validation accuracy is taken, else the last.
 
     Args:
         steps_before: the step of the checkpoint that is finetuned; figures are logged after it.
@@ -813,6 +824,9 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
     """
     network = copy.deepcopy(network).requires_grad_(not args.freeze_body)
     head_of(network).requires_grad_(True)
+    for module in network.modules():
+        if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            module.p = 0.0
     batch_size = min(args.finetune_batch_size, len(dataset.labeled))
     steps = finetune_steps(args, dataset, runtime)
     loader = TrainLoader(dataset, batch_size, 0, args.seed + 1, runtime, args.workers)

@@ -90,7 +90,8 @@ class WideResNet(nn.Module):
 
     (N, 3, H, W) float -> (N, num_classes) float logits. One 3x3 convolution to 16 channels, three
     stages of n blocks with 16K, 32K and 64K channels, the last two of which halve height and width,
-    then batch norm, leaky ReLU, the mean over positions and the classifier.
+    then batch norm, leaky ReLU, the mean over positions and the classifier. A depth of D = 8n + 5 has a
+    fourth stage of 128K channels: WRN-37-2 is the network of USB's tables for STL-10.
 
     `slope` is the leaky ReLU's on negative inputs: 0.2 in the published Meta Pseudo Labels code
     (other implementations take 0.1). `bn_momentum` is the share of the new batch in the running
@@ -100,9 +101,11 @@ class WideResNet(nn.Module):
 
     def __init__(self, depth, width, num_classes, dropout=0.0, slope=0.2, bn_momentum=0.01):
         super().__init__()
-        if depth < 10 or (depth - 4) % 6 != 0:
+        stages = 4 if depth % 8 == 5 else 3
+        if depth < 10 or (depth % 6 != 4 and stages == 3):
             raise ValueError(
-                f"a WideResNet of depth {depth} does not exist: choose 10, 16, 22, 28, ... (6n + 4)"
+                f"a WideResNet of depth {depth} does not exist: choose 10, 16, 22, 28, ... (6n + 4) or, with "
+                "a fourth stage, 13, 21, 29, 37, ... (8n + 5)"
             )
         if width < 1:
             raise ValueError(f"a WideResNet needs a width of at least 1, not {width}")
@@ -110,9 +113,9 @@ class WideResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         blocks = []
         channels = 16
-        for stage in range(3):
+        for stage in range(stages):
             out_channels = 16 * width * 2**stage
-            for index in range((depth - 4) // 6):
+            for index in range((depth - stages - 1) // (2 * stages)):
                 stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(WideResNetBlock(channels, out_channels, stride, slope, bn_momentum))
                 channels = out_channels
@@ -420,7 +423,7 @@ def build_model(
 ):
     """A network by its name: (N, 3, image_size, image_size) float -> (N, num_classes) float logits.
 
-    name         wrn-D-K         WideResNet, depth D = 6n + 4, width K: wrn-28-2, wrn-28-8, wrn-10-1
+    name         wrn-D-K         WideResNet, depth D = 6n + 4 or 8n + 5, width K: wrn-28-2, wrn-37-2
                  mlp-A-B-...-Z   layers of A, B, ... Z units: A inputs, Z = num_classes: mlp-2-8-8-2
                  convlarge       the 13-layer network of the consistency methods
                  efficientnet-b0 ... efficientnet-b7, efficientnet-l2

@@ -109,6 +109,7 @@ def read_dataset(run, state, data_path=None, only_test=True):
         only_test: the test images alone, which needs no labels.
     """
     names = ("num_labeled", "num_val", "seed", "resize", "test_fraction", "workers", "skip_unreadable")
+    names = (*names, "svhn_extra")
     options = {name: run.args[name] for name in names if name in run.args}
     record = state.get("data")
     if record and not options.get("resize"):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data import write_stl10, write_svhn
 
 import main
 from runtime import UserError
@@ -389,3 +390,62 @@ def test_every_recipe_is_one_command_that_takes_flags(name):
     words = text.split("main.py", 1)[1].replace("\\\n", " ").replace('"$@"', "").split()
     args = main.parse_arguments([*words, "--seed", "7", "--total-steps", "123456"])
     assert args.seed == 7 and args.total_steps == 123_456
+
+
+def recipe_words(name):
+    """The flags of a recipe script."""
+    text = (ROOT / name).read_text().split("main.py", 1)[1]
+    return text.replace("\\\n", " ").replace('"$@"', "").split()
+
+
+TINY_RECIPE = (
+    "--total-steps 2 --eval-step 2 --batch-size 2 --mu 2 --warmup-steps 1 --student-wait-steps 0 "
+    "--finetune-epochs 1 --uda-steps 1 --num-labeled 10 --device cpu"
+).split()
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "counts", "unlabelled"),
+    [
+        ("run_stl10.sh", write_stl10, {"train": 20, "test": 5, "unlabeled": 6}, 26),
+        ("run_svhn.sh", write_svhn, {"train": 20, "test": 5, "extra": 6}, 26),
+    ],
+)
+def test_recipes_with_unlabelled_images_of_their_own(
+    name, write, counts, unlabelled, tmp_path, monkeypatch, capsys
+):
+    """From start to end on tiny files of the true format."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, monkeypatch, counts)
+    assert main.run([*recipe_words(name), *TINY_RECIPE, "--data-path", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert f"10 labelled, {unlabelled} unlabelled, 5 test images" in said.err
+    assert said.out.splitlines()[-1].startswith("top-1 ")
+    run_name = recipe_words(name)[1]
+    assert main.run(["--evaluate", "--resume", f"checkpoint/{run_name}_last.pth.tar"]) == 0
+
+
+def test_finetuning_is_without_dropout(unbroken, tmp_path):
+    """A dropout that would drop almost all changes nothing."""
+    folder, _ = unbroken
+    path = folder / "checkpoint" / "run_last.pth.tar"
+    here = ["--finetune", "--resume", path, "--save-path", "checkpoint", "--results-path", "results"]
+    run(*here, "--name", "with", "--student-dropout", "0.99", cwd=tmp_path)
+    run(*here, "--name", "without", "--student-dropout", "0", cwd=tmp_path)
+    a, b = (checkpoint(tmp_path, f"{name}_finetune_last")["avg_state_dict"] for name in ("with", "without"))
+    assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model"),
+    [
+        ("cifar10", "wrn-28-2"),
+        ("cifar100", "wrn-28-8"),
+        ("stl10", "wrn-37-2"),
+        ("imagenet", "resnet50"),
+        ("twomoons", "mlp-2-8-8-2"),
+        ("folder", "wrn-28-2"),
+    ],
+)
+def test_the_default_network_follows_the_data_set(dataset, model):
+    assert main.parse_arguments(["--dataset", dataset]).model == model

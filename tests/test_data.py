@@ -238,17 +238,7 @@ def test_cifar_can_be_enlarged(tmp_path, monkeypatch, offline):
 
 
 def test_svhn_is_read_from_its_mat_files_and_never_flipped(tmp_path, monkeypatch, offline):
-    make = torchvision.datasets.SVHN
-    random = np.random.RandomState(0)
-    parts, entries = {}, {}
-    for part, count in (("train", 30), ("test", 20)):
-        images = random.randint(0, 256, (32, 32, 3, count)).astype(np.uint8)
-        labels = np.arange(count) % 10 + 1  # 1 to 10: the format writes 10 for the digit 0
-        path = tmp_path / f"{part}_32x32.mat"
-        scipy.io.savemat(path, {"X": images, "y": labels[:, None].astype(np.uint8)})
-        parts[part] = images.transpose(3, 2, 0, 1), labels % 10
-        entries[part] = ["http://nowhere", path.name, md5(path)]
-    monkeypatch.setattr(make, "split_list", {**make.split_list, **entries})
+    parts = write_svhn(tmp_path, monkeypatch, {"train": 30, "test": 20})
     dataset = load_dataset("svhn", tmp_path, num_labeled=20)
     for image_set, (images, labels) in ((dataset.unlabeled, parts["train"]), (dataset.test, parts["test"])):
         assert np.array_equal(image_set.images.numpy(), images)
@@ -256,8 +246,81 @@ def test_svhn_is_read_from_its_mat_files_and_never_flipped(tmp_path, monkeypatch
     assert not dataset.flip and dataset.classes[3] == "3"
 
 
+def write_svhn(root, monkeypatch, counts):
+    """SVHN's parts of these counts; returns {part: (images, labels)}."""
+    make, random = torchvision.datasets.SVHN, np.random.RandomState(0)
+    parts, entries = {}, {}
+    for part, count in counts.items():
+        images = random.randint(0, 256, (32, 32, 3, count)).astype(np.uint8)
+        labels = np.arange(count) % 10 + 1
+        path = root / f"{part}_32x32.mat"
+        scipy.io.savemat(path, {"X": images, "y": labels[:, None].astype(np.uint8)})
+        parts[part] = images.transpose(3, 2, 0, 1), labels % 10
+        entries[part] = ["http://nowhere", path.name, md5(path)]
+    monkeypatch.setattr(make, "split_list", {**make.split_list, **entries})
+    return parts
+
+
+def test_svhns_extra_images_are_unlabelled_ones(tmp_path, monkeypatch, offline):
+    """Beside the training images that validation leaves; labels and splits are as without them."""
+    parts = write_svhn(tmp_path, monkeypatch, {"train": 30, "test": 20, "extra": 50})
+    plain = load_dataset("svhn", tmp_path, num_labeled=10, num_val=10)
+    extra = load_dataset("svhn", tmp_path, num_labeled=10, num_val=10, svhn_extra=True)
+    assert (len(plain.unlabeled), len(extra.unlabeled)) == (20, 70)
+    assert np.array_equal(extra.unlabeled.images[20:].numpy(), parts["extra"][0])
+    assert torch.equal(extra.unlabeled.images[:20], plain.unlabeled.images)
+    assert extra.labeled_indices == plain.labeled_indices and torch.equal(
+        extra.test.images, plain.test.images
+    )
+
+
+def write_stl10(root, monkeypatch, counts):
+    """STL-10's binary files of these counts; returns {part: (N, 3, 96, 96) images}."""
+    make, random = torchvision.datasets.STL10, np.random.RandomState(0)
+    folder, parts, sums = root / "stl10_binary", {}, {}
+    folder.mkdir()
+    for part, count in counts.items():
+        images = random.randint(0, 256, (count, 3, 96, 96)).astype(np.uint8)
+        images.transpose(0, 1, 3, 2).tofile(folder / f"{part}_X.bin")  # column by column
+        sums[part] = [[f"{part}_X.bin", md5(folder / f"{part}_X.bin")]]
+        if part != "unlabeled":
+            (np.arange(count) % 10 + 1).astype(np.uint8).tofile(folder / f"{part}_y.bin")
+            sums[part] += [[f"{part}_y.bin", md5(folder / f"{part}_y.bin")]]
+        parts[part] = images
+    (folder / "class_names.txt").write_text("".join(f"class {k}\n" for k in range(10)))
+    monkeypatch.setattr(make, "train_list", sums["train"] + sums["unlabeled"])
+    monkeypatch.setattr(make, "test_list", sums["test"])
+    return parts
+
+
+def test_stl10_brings_its_unlabelled_images(tmp_path, monkeypatch, offline):
+    parts = write_stl10(tmp_path, monkeypatch, {"train": 20, "test": 10, "unlabeled": 30})
+    dataset = load_dataset("stl10", tmp_path, num_labeled=10)
+    assert dataset.size == 96 and dataset.crop == "pad" and dataset.flip
+    assert dataset.classes == [f"class {k}" for k in range(10)]
+    assert np.array_equal(
+        dataset.unlabeled.images.numpy(), np.concatenate([parts["train"], parts["unlabeled"]])
+    )
+    assert dataset.unlabeled.targets.tolist() == [*[k % 10 for k in range(20)], *[-1] * 30]
+    assert np.array_equal(dataset.test.images.numpy(), parts["test"])
+    assert np.array_equal(dataset.labeled.images.numpy(), parts["train"][dataset.labeled_indices])
+    pixels = parts["train"].astype(np.float64) / 255
+    assert dataset.mean == pytest.approx(pixels.mean(axis=(0, 2, 3)))
+    assert load_dataset("stl10", tmp_path, num_labeled=10, resize=48).unlabeled.images.shape[1:] == (
+        3,
+        48,
+        48,
+    )
+
+
 @pytest.mark.parametrize(
-    ("name", "archive"), [("cifar10", "cifar-10-python.tar.gz"), ("cifar100", "cifar-100"), ("svhn", ".mat")]
+    ("name", "archive"),
+    [
+        ("cifar10", "cifar-10-python.tar.gz"),
+        ("cifar100", "cifar-100"),
+        ("svhn", ".mat"),
+        ("stl10", "stl10_binary"),
+    ],
 )
 def test_missing_data_without_network_names_the_choices(tmp_path, offline, name, archive):
     text = refusal(name, tmp_path, num_labeled=40)

@@ -599,3 +599,16 @@ def test_moving_average_continues_exactly(tmp_path):
     run(resumed, resumed_average, range(3, 6))
     assert resumed_average.updates == 6
     assert same_weights(resumed_average.network, average.network.state_dict())
+
+
+def test_a_depth_of_8n_plus_5_has_a_fourth_stage():
+    """WRN-37-2: four blocks in each of four stages, of 32 to 256 channels, three of which halve."""
+    model = build_model("wrn-37-2", 10, image_size=96)
+    assert [block.conv2.out_channels for block in model.blocks] == [32] * 4 + [64] * 4 + [128] * 4 + [256] * 4
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert len(convolutions) == 1 + 2 * 16
+    with torch.no_grad():
+        features = model.blocks(model.conv1(torch.zeros(1, 3, 96, 96)))
+    assert features.shape == (1, 256, 12, 12)
+    with pytest.raises(ValueError, match=r"8n \+ 5"):
+        build_model("wrn-11-1", 10)

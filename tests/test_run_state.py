@@ -674,6 +674,10 @@ def test_lines_between_evaluations(here):
             line
         )
         assert ("top1" in line) == (line["step"] % 5 == 0)
+    assert command(*words, "--name", "each", "--log-step", "1") == 0
+    each = {line["step"]: line["student_loss"] for line in metrics("each")}
+    for line, steps in zip(lines, ((1, 2), (3, 4), (5,), (6,), (7, 8), (9, 10)), strict=True):
+        assert line["student_loss"] == pytest.approx(np.mean([each[step] for step in steps]), rel=1e-5)
     assert lines[0]["student_rate"] == pytest.approx(utils.learning_rate(1, peak=0.05, total_steps=10))
     events = EventAccumulator("results/run")
     events.Reload()
