@@ -586,9 +586,12 @@ class ImageViews:
         return Views(labeled, targets, weak, strong)
 
     def pair(self, images, generator=None):
-        """Weak and strong view of the same images, normalised; the strong one starts from the weak one."""
+        """Weak and strong view of the same images, normalised.
+
+        The strong one starts from the weak one; of large images (crop "none") each has its own flip.
+        """
         weak = self.weak(images, generator)
-        strong = self._strengthen(weak, generator)
+        strong = self._strengthen(weak if self.crop == "pad" else self.weak(images, generator), generator)
         return self._normalize(weak, strong)
 
     def weak(self, images, generator=None):

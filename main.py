@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 import visualize
 from augmentation import ImageViews, PointViews
-from data import NAMES, TrainLoader, batches, load_dataset, write_labeled
+from data import NAMES, STATISTICS, TrainLoader, batches, load_dataset, write_labeled
 from methods import METHODS, Learner, build_network, predictor_state, sgd
 from models import count_flops, count_parameters, head_of
 from runtime import Runtime, UserError
@@ -141,6 +141,8 @@ BOUNDS = {
     **dict.fromkeys(("ema", "threshold", "align"), (0, 1)),
     "temperature": (1e-3, 1e3),
     "feedback_weight": (-1e6, 1e6),
+    "bn_momentum": (0, 1),
+    "bn_eps": (1e-12, 1),
 }
 
 
@@ -323,6 +325,27 @@ def build_parser():
         help="start from torchvision's ImageNet weights, downloaded on first use",
     )
     group.add_argument("--weights", metavar="FILE", help="start from the weights in this file instead")
+    group.add_argument(
+        "--normalize",
+        default="auto",
+        choices=("auto", "imagenet", "dataset"),
+        help="mean and standard deviation of images: auto takes what --pretrained (ImageNet's) or --weights "
+        "expects, else the data set's",
+    )
+    group.add_argument(
+        "--bn-momentum",
+        type=float,
+        metavar="F",
+        help="share of a batch in batch norm's running statistics (default: 0.01, as published; with "
+        "--pretrained or --weights that of the network)",
+    )
+    group.add_argument(
+        "--bn-eps",
+        type=float,
+        metavar="F",
+        help="added to batch norm's variance (default: 1e-3, as published; with --pretrained or --weights "
+        "that of the network)",
+    )
     group.add_argument(
         "--freeze-body",
         action=argparse.BooleanOptionalAction,
@@ -559,6 +582,15 @@ def parse_arguments(argv, saved=None, path=None):
             setattr(args, name, parser.get_default(name))
 
     check_arguments(args, parser, of_command, before)
+    if before.keys() & {"bn_momentum", "bn_eps"} != {"bn_momentum", "bn_eps"}:
+        own = bool(args.pretrained or args.weights)
+        earlier = bool(before)  # earlier versions left the epsilon to the network and set the momentum
+        for name, value in (
+            ("bn_momentum", None if own and not earlier else 0.01),
+            ("bn_eps", None if own or earlier else 1e-3),
+        ):
+            if name not in of_command:
+                setattr(args, name, value)
     args.model = args.model or MODELS.get(args.dataset, "wrn-28-2")
     for name in PATHS:
         value = getattr(args, name)
@@ -693,6 +725,19 @@ def read_data(args, record, labels_given):
         record=record,
         only_test=args.evaluate,
     )
+
+
+def expected_statistics(args):
+    """(mean, std) that the weights expect which a run starts from; None for the data set's own."""
+    if args.normalize == "dataset" or (args.normalize == "auto" and not (args.pretrained or args.weights)):
+        return None
+    if args.weights and args.normalize == "auto":
+        try:
+            data = torch.load(args.weights, map_location="cpu", weights_only=True, mmap=True)["data"]
+            return data["mean"], data["std"]
+        except Exception:  # no checkpoint of this program; a damaged file is named when the network is built
+            pass
+    return STATISTICS["imagenet"]
 
 
 def build_views(args, dataset, runtime):
@@ -1121,6 +1166,8 @@ def start(args, runtime, saved, labels_given):
     with runtime.first_here():
         dataset = read_data(args, saved.get("data"), labels_given)
     check_classes(args, dataset)
+    if not saved and dataset.size:
+        dataset.mean, dataset.std = map(list, expected_statistics(args) or (dataset.mean, dataset.std))
     views = build_views(args, dataset, runtime)
     torch.manual_seed(args.seed)  # the same initial weights in every process
     method = network = None

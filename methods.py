@@ -6,6 +6,7 @@ A method owns its networks, optimisers, schedules, gradient scalers and EMA. ``s
 is asked to ``diagnose`` also measures what is too dear for every step, into ``diagnostics``.
 """
 
+import argparse
 import contextlib
 from typing import NamedTuple
 
@@ -404,8 +405,9 @@ class PseudoLabel(Method):
         state = runtime.load(path)
         weights = predictor_state(state, path)
         # the network that is in the file, whatever --model says of the student
-        model = network_name({"model": args.model} | state.get("args", {}), "student")
-        self.teacher_network = build_network(args, num_classes, image_size, "teacher", model)
+        theirs = argparse.Namespace(**vars(args) | {"bn_eps": None} | state.get("args", {}))
+        model = network_name(vars(theirs), "student")
+        self.teacher_network = build_network(theirs, num_classes, image_size, "teacher", model)
         load_state(self.teacher_network, weights, path)
         runtime.place(self.teacher_network).eval().requires_grad_(False)
 
@@ -574,6 +576,8 @@ def build_network(args, num_classes, image_size, role, model=None):
             pretrained=args.pretrained and not (args.weights or args.resume or model),
             weights=None if args.resume or model else args.weights,
             freeze_body=args.freeze_body,
+            bn_momentum=args.bn_momentum,
+            bn_eps=args.bn_eps,
         )
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -419,7 +419,8 @@ def build_model(
     pretrained=False,
     weights=None,
     freeze_body=False,
-    bn_momentum=0.01,
+    bn_momentum=None,
+    bn_eps=None,
 ):
     """A network by its name: (N, 3, image_size, image_size) float -> (N, num_classes) float logits.
 
@@ -434,7 +435,10 @@ def build_model(
     weights      start from this file instead: a state dict or a checkpoint of this project. Of both, a
                  head for another number of classes is left out.
     freeze_body  only the head learns
-    bn_momentum  share of the new batch in the running statistics, 0.01 as published
+    bn_momentum  share of the new batch in the running statistics of batch norm; the published code's is 0.01
+    bn_eps       added to a batch norm's variance; the published code's is 1e-3. None, for both: those that
+                 the network comes with, published for the networks written here, torchvision's for others,
+                 which is what their weight files rely on
 
     ValueError, one sentence, for a name that is unknown or impossible, images too small for the network,
     and weights that cannot be had or do not fit.
@@ -443,7 +447,7 @@ def build_model(
     if max(map(int, re.findall(r"\d+", name)), default=0) > 2**16:
         raise ValueError(f"{name} is beyond what any machine holds: use numbers up to {2**16}")
     if match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
-        model = WideResNet(int(match[1]), int(match[2]), num_classes, dropout, bn_momentum=bn_momentum)
+        model = WideResNet(int(match[1]), int(match[2]), num_classes, dropout)
     elif re.fullmatch(r"mlp(-\d+){2,}", name):
         sizes = [int(size) for size in name.split("-")[1:]]
         if sizes[-1] != num_classes:
@@ -453,15 +457,13 @@ def build_model(
             )
         model = MLP(sizes, dropout)
     elif name == "convlarge":
-        model = ConvLarge(num_classes, dropout, bn_momentum=bn_momentum)
+        model = ConvLarge(num_classes, dropout)
     elif torchvision_name in [*torchvision.models.list_models(module=torchvision.models), "efficientnet_l2"]:
         model = _torchvision_network(torchvision_name)
         _replace_head(model, num_classes, dropout)
         if image_size <= SMALL_IMAGE:
             _reduce_less(model)
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):  # epsilon stays torchvision's: weight files rely on it
-                module.momentum = bn_momentum
             if getattr(module, "inplace", False):
                 module.inplace = False
     else:
@@ -470,6 +472,9 @@ def build_model(
             "mlp-2-8-8-2), convlarge, efficientnet-b0 to -b7 or -l2, or a classifier of torchvision.models "
             "(such as resnet50)"
         )
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.momentum = norm.momentum if bn_momentum is None else bn_momentum
+        norm.eps = norm.eps if bn_eps is None else bn_eps
     if not isinstance(model, MLP):
         try:
             _run_on_meta(model, (3, image_size, image_size))

@@ -160,7 +160,8 @@ def read_networks(run, dataset, runtime, path, state):
     for title, key in ((TEACHER, "teacher_state_dict"), (STUDENT, "avg_state_dict")):
         if key in state:
             model = network_name(run.args, "student" if title == STUDENT else "teacher")
-            network = build_model(model, dataset.num_classes, image_size=dataset.size)
+            eps = run.args.get("bn_eps")
+            network = build_model(model, dataset.num_classes, image_size=dataset.size, bn_eps=eps)
             load_state(network, state[key], path)
             networks[title] = runtime.place(network).eval()
     return networks

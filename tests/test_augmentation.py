@@ -552,3 +552,12 @@ def test_the_autocontrast_table_does_not_use_pytorchs_threads():
     with Counting():
         stretch_tables()
     assert len(counted) <= 2
+
+
+def test_views_of_large_images_flip_each_by_itself():
+    """Weak and strong view: half of the pairs face the same way, as with two coins."""
+    ramp = torch.arange(40, dtype=torch.uint8).expand(400, 3, 40, 40).contiguous()
+    views = ImageViews(40, MEAN, STD, crop="none", randaug=None)
+    weak, strong = (view[:, 0, 0, 0] < view[:, 0, 0, -1] for view in views.pair(ramp, torch.Generator()))
+    assert 0.4 < (weak == strong).float().mean() < 0.6
+    assert 0.4 < weak.float().mean() < 0.6 and 0.4 < strong.float().mean() < 0.6

@@ -387,15 +387,23 @@ def test_every_recipe_is_one_command_that_takes_flags(name):
     """Every flag of a recipe is known, and what is given behind it overrides it."""
     text = (ROOT / name).read_text()
     assert text.count("main.py") == 1 and text.rstrip().endswith('"$@"')
-    words = text.split("main.py", 1)[1].replace("\\\n", " ").replace('"$@"', "").split()
-    args = main.parse_arguments([*words, "--seed", "7", "--total-steps", "123456"])
+    args = main.parse_arguments([*recipe_words(name), "--seed", "7", "--total-steps", "123456"])
     assert args.seed == 7 and args.total_steps == 123_456
 
 
-def recipe_words(name):
-    """The flags of a recipe script."""
-    text = (ROOT / name).read_text().split("main.py", 1)[1]
-    return text.replace("\\\n", " ").replace('"$@"', "").split()
+def recipe_words(name, **environment):
+    """The flags of a recipe script, as the shell hands them to ``main.py``."""
+    stand_in = 'python() { printf "%s\\n" "$@"; }; torchrun() { python "$@"; }; . "$0"'
+    shell = os.environ | {"GPUS": "8"} | environment
+    told = subprocess.run(["bash", "-c", stand_in, ROOT / name], capture_output=True, text=True, env=shell)
+    words = told.stdout.splitlines()
+    return words[words.index("main.py") + 1 :]
+
+
+def test_imagenet_finetunes_with_the_published_batch():
+    for gpus in (1, 4, 8):
+        args = main.parse_arguments(recipe_words("run_imagenet.sh", GPUS=str(gpus)))
+        assert args.finetune_batch_size * gpus == 512
 
 
 TINY_RECIPE = (

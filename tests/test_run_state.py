@@ -324,6 +324,54 @@ def test_the_teacher_of_pseudo_labels_is_the_network_in_its_file(supervised, her
     assert summary("run")["teacher_top1"] == expected
 
 
+def norms(**args):
+    """(epsilon, momentum) of the batch norms that a command builds for ResNet-18."""
+    arguments = main.parse_arguments(
+        ["--dataset", "folder", "--model", "resnet18", *args.pop("words", ())], **args
+    )
+    network = main.build_network(arguments, 3, 80, "student")
+    return {(m.eps, m.momentum) for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+
+
+def test_batch_norm_is_the_published_one_unless_weights_bring_theirs(here):
+    resnet = main.build_network(main.parse_arguments(["--model", "resnet18"]), 3, 80, "student")
+    torch.save(resnet.state_dict(), "weights.pth")
+    assert norms() == {(1e-3, 0.01)}
+    assert norms(words=["--weights", "weights.pth"]) == {(1e-5, 0.1)}
+    assert norms(words=["--bn-eps", "0.5", "--bn-momentum", "0.25"]) == {(0.5, 0.25)}
+    args = {"model": "resnet18", "dataset": "folder", "pretrained": False, "name": "x"}
+    saved = {"step": 1, "args": args}
+    resumed = {"words": ["--resume", "x.pth.tar"], "saved": saved, "path": "x.pth.tar"}
+    assert norms(**resumed) == {(1e-5, 0.01)}  # as the earlier version that wrote it had them
+    saved["args"] |= {"bn_eps": 1e-3, "bn_momentum": 0.01}
+    assert norms(**resumed) == {(1e-3, 0.01)}
+    saved["args"] |= {"bn_eps": None, "bn_momentum": None, "pretrained": True}
+    assert norms(**resumed) == {(1e-5, 0.1)}
+
+
+def test_images_are_normalised_as_the_weights_expect(here, supervised):
+    photographs(here / "mine", count=24)
+    resnet = main.build_network(main.parse_arguments(["--model", "wrn-10-1"]), 3, 12, "student")
+    torch.save(resnet.state_dict(), "weights.pth")
+    own = load_dataset("folder", here / "mine", num_labeled=6, resize=12).mean
+    theirs = load(supervised / "checkpoint/run_last.pth.tar")["data"]["mean"]
+    imagenet = [0.485, 0.456, 0.406]
+    checkpoint = str(supervised / "checkpoint/run_last.pth.tar")
+    for number, (flags, expected) in enumerate(
+        (
+            ([], own),
+            (["--weights", "weights.pth"], imagenet),
+            (["--weights", checkpoint], theirs),
+            (["--weights", checkpoint, "--normalize", "dataset"], own),
+            (["--normalize", "imagenet"], imagenet),
+        )
+    ):
+        assert command(*FOLDER, "--data-path", "mine", "--name", f"run{number}", *flags) == 0
+        assert load(f"checkpoint/run{number}_last.pth.tar")["data"]["mean"] == pytest.approx(expected)
+    assert command("--evaluate", "--resume", "checkpoint/run1_last.pth.tar") == 0
+    assert summary("run1_last")["top1"] == summary("run1")["top1"]
+
+
 # ---------------------------------------------------------------- what a run is about does not change
 
 
