@@ -53,7 +53,7 @@ def pseudo_labels(logits, kind):
     """The teacher's labels for the student, (N, K) distributions without gradient, from logits (N, K).
 
     ``argmax``: the most probable class, one-hot. ``sample``: one class drawn from the prediction (the
-    paper's ŷ ~ T(x_u)), one-hot. ``soft``: the prediction itself (the published code).
+    paper's ŷ ~ T(x_u)), one-hot. ``soft``: the prediction itself (the published code, of the strong view).
     """
     logits = logits.detach()
     if kind == "soft":

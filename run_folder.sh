@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Transfer to your own images, 3 % of them labelled: a ResNet-18 with ImageNet weights of which only the head
-# learns, AdamW and one cycle, after TransferMPL (published there: 68.22 % on 16 classes of flowers, 13.35 points
-# over labels only). Needs --data-path; with --no-pretrained nothing is downloaded. Time: not measured yet.
+# learns, AdamW and one cycle, as TransferMPL has them (its published figure also takes role-playing, an ensemble and
+# other views). Needs --data-path. Without the download: --no-pretrained --no-freeze-body, or run_folder_small.sh.
+# Time: not measured yet.
 python main.py --dataset folder --num-labeled 0.03 --resize 224 --model resnet18 --pretrained \
     --freeze-body --amp --channels-last --method mpl --total-steps 2000 --eval-step 200 --batch-size 16 --mu 4 \
     --optimizer adamw --schedule one-cycle --teacher-lr 1e-3 --student-lr 1e-3 --weight-decay 1e-2 \
