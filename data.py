@@ -159,8 +159,10 @@ class Dataset:
         Returns:
             dict of plain values and tensors: "name", "classes", "mean", "std", "size", "crop", "path";
             "labeled", "val", "test": for a folder lists of names relative to it, for other data sets int64
-            positions (of the test set: how many); "trained", "tested": for a folder (N,) int64 fingerprints
-            of the images that the networks learn from or are chosen by, and of the test images.
+            positions (of the test set: how many); "labeled_prints", "labeled_targets", "val_prints",
+            "val_targets": for a folder (N,) int64 fingerprints and classes of these images; "trained",
+            "tested": for a folder (N,) int64 fingerprints of the images that the networks learn from or are
+            chosen by, and of the test images.
         """
         content = {
             "name": self.name,
@@ -174,6 +176,8 @@ class Dataset:
         if self.labeled.names is None:
             content |= {"labeled": torch.tensor(self.labeled_indices), "test": len(self.test)}
             return content | {"val": torch.tensor(self.val_indices) if self.val else None}
+        for kind, part in (("labeled", self.labeled), ("val", self.val or self.labeled.subset([]))):
+            content |= {f"{kind}_prints": part.fingerprints, f"{kind}_targets": part.targets}
         learned = [part for part in (self.labeled, self.unlabeled, self.val) if part is not None]
         return content | {
             "labeled": self.labeled.names,
@@ -291,6 +295,13 @@ def load_dataset(
         path=os.path.abspath(data_path) if name not in ("twomoons", "digits") else "",
         notes=list(source.notes),
     )
+    if record and "tested" in record and source.test.fingerprints is not None:
+        before, now = record["tested"], source.test.fingerprints
+        if not torch.equal(before.sort().values, now.sort().values):
+            dataset.notes.append(
+                f"{len(now):,} test images, {int(torch.isin(now, before).sum()):,} of them among the "
+                f"{len(before):,} that the run was measured on"
+            )
     if only_test:
         return dataset
 
@@ -352,25 +363,24 @@ def recorded_images(record, train, path):
                 "same data"
             )
         return positions
-    position = {name: i for i, name in enumerate(train.names)}
-    trained = set(record["trained"].tolist())
+    here = {}
+    for i, key in enumerate(zip(train.fingerprints.tolist(), train.targets.tolist(), strict=True)):
+        here.setdefault(key, []).append(i)
     found = []
     for kind in ("labeled", "val"):
-        names = record[kind] or []
-        gone = [name for name in names if name not in position]
+        names, positions, gone = record[kind] or [], [], []
+        keys = zip(record[f"{kind}_prints"].tolist(), record[f"{kind}_targets"].tolist(), strict=True)
+        for name, key in zip(names, keys, strict=True):
+            same = here.get(key, [])  # copies of one image: the one that is still called so, or any
+            same.sort(key=lambda i: train.names[i] != name, reverse=True)
+            positions.append(same.pop()) if same else gone.append(name)
         if gone:
             raise UserError(
                 f"{len(gone)} of the run's {len(names)} {'labelled' if kind == 'labeled' else 'validation'} "
-                f"images are not among the training images of '{path}', such as {gone[0]}: put them back, or "
-                "give the folder that the run was started with"
+                f"images are not among the training images of '{path}' any more, under this or another name, "
+                f"such as {gone[0]}: put them back, or give the folder that the run was started with"
             )
-        found.append(sorted(position[name] for name in names))
-        for i in found[-1]:
-            if int(train.fingerprints[i]) not in trained:
-                raise UserError(
-                    f"{train.names[i]} in '{path}' is another image than the one of this name that the run "
-                    "was started with: give that folder"
-                )
+        found.append(sorted(positions))
     return found
 
 
@@ -420,9 +430,9 @@ def split_labels(targets, num_labeled, num_val, num_classes, seed, *, classes=No
     targets = np.asarray(targets)
     classes = classes or [str(k) for k in range(num_classes)]
     sizes = np.bincount(targets, minlength=num_classes).tolist()
-    per_val = _per_class(num_val, sizes, "--num-val")
+    per_val = _per_class(num_val, sizes, "--num-val", classes)
     if labeled is None:
-        per_label = _per_class(num_labeled, sizes, "--num-labeled")
+        per_label = _per_class(num_labeled, sizes, "--num-labeled", classes)
         if isinstance(_number(num_labeled, "--num-labeled"), float):  # a fraction makes room for validation
             per_label = [
                 min(n, max(1, size - v)) for n, size, v in zip(per_label, sizes, per_val, strict=True)
@@ -456,7 +466,7 @@ def split_labels(targets, num_labeled, num_val, num_classes, seed, *, classes=No
     return sorted(chosen), sorted(val)
 
 
-def _per_class(number, sizes, flag):
+def _per_class(number, sizes, flag, classes):
     """How many images of each class a count or a fraction means, as a list of int."""
     number = _number(number, flag)
     if isinstance(number, float):
@@ -467,7 +477,7 @@ def _per_class(number, sizes, flag):
     if remainder:
         near = [n for n in (each * len(sizes), (each + 1) * len(sizes)) if n > 0]
         raise UserError(
-            f"{flag} {number} does not divide by the {len(sizes)} classes: use "
+            f"{flag} {number} does not divide by the {len(sizes)} classes ({', '.join(classes[:10])}): use "
             + " or ".join(map(str, near))
             + (", or a fraction of every class such as 0.1" if flag == "--num-labeled" else "")
         )
@@ -776,7 +786,9 @@ def _split_folder(found, root, classes, test_fraction, record, only_test):
         tested = torch.isin(found.fingerprints, record["tested"]).numpy()
         names = set(record["test"])
         named = np.array([name in names for name in found.names], dtype=bool)
-        if only_test and not tested.any() and os.path.abspath(root) != record["path"]:
+        known = torch.isin(torch.cat([record["trained"], record["tested"]]), found.fingerprints)
+        moved = known.float().mean() > 0.5  # the run's folder in another place, not one that shares an image
+        if only_test and not moved and os.path.abspath(root) != record["path"]:
             return [None, found], [f"'{root}' is not the run's folder: all of its images are test images"]
         testing = (tested & named) | (~trained & (tested | testing))
     train, test = found.subset(~testing), found.subset(testing)
@@ -890,13 +902,16 @@ def _class_folders(root, test_name, classes=None, only_test=False):
     lines = []
     if ignored:
         kinds = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common())
-        lines.append(f"{sum(ignored.values())} ignored: {kinds}")
-    for entry in sorted(os.listdir(root)):
-        if entry.lower() in PARTS and entry not in PARTS and os.path.isdir(os.path.join(root, entry)):
-            lines.append(
-                f"the folder '{entry}' in '{root}' is taken for a class: the parts of a data set are found "
-                "by the names train, test and val in small letters"
-            )
+        photographs = ignored.keys() & {".heic", ".heif", ".avif", ".raw", ".cr2", ".nef", ".arw", ".dng"}
+        advice = (
+            " (photographs among them, which cannot be read: convert them to JPEG)" if photographs else ""
+        )
+        lines.append(f"{sum(ignored.values())} ignored: {kinds}{advice}")
+    named = [name for name in known if name.lower() in PARTS and name not in PARTS]
+    how = "the parts of a data set are found by the names train, test and val in small letters"
+    if named and len(named) == len(known):
+        raise UserError(f"the folders of '{root}' are {_listed(named)}: {how}")
+    lines += [f"the folder '{name}' in '{root}' is taken for a class: {how}" for name in named]
     return known, parts, lines
 
 

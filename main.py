@@ -68,7 +68,7 @@ FRESH = {
     "train_seconds": 0.0,
     "trained_images": 0,
 }
-MEASURED = ("top1", "top5", "mean_class_top1", "largest_class_top1", "never_predicted")
+MEASURED = ("top1", "top5", "mean_class_top1", "largest_class_top1", "never_predicted", "test_images")
 POSITION = (*MEASURED, "meters", "loader")
 SUMMARY = (
     *("name", "dataset", "method", "num_labeled", "seed", "steps", *MEASURED, "best_top1", "best_step"),
@@ -86,7 +86,7 @@ IDENTITY = (
     *("student_model", "optimizer", "weak_pass", "freeze_body", "svhn_extra"),
 )
 # flags whose change is not worth a line
-INCIDENTAL = (*OF_COMMAND, *PATHS, "name", "device", "workers", "keep", "log_step", "expand_labels")
+INCIDENTAL = (*OF_COMMAND, "name", "device", "workers", "keep", "log_step", "expand_labels")
 
 # the default network of a data set, where it is not WRN-28-2
 MODELS = {"twomoons": "mlp-2-8-8-2", "cifar100": "wrn-28-8", "stl10": "wrn-37-2", "imagenet": "resnet50"}
@@ -550,6 +550,8 @@ def parse_arguments(argv, saved=None, path=None):
     of_command = given(parser, argv)
     args = parser.parse_args(argv)
     if args.resume == "auto":
+        if args.overwrite:
+            parser.error("--resume auto continues and --overwrite replaces: give one of them")
         of_command -= {"name"} if args.evaluate else set()
         args.resume = path
     before = remembered(saved, parser, args.resume)
@@ -596,7 +598,8 @@ def parse_arguments(argv, saved=None, path=None):
         value = getattr(args, name)
         if value is not None:
             setattr(args, name, os.path.abspath(value))
-    args.name = check_name(default_name(args) if args.name is None else args.name)
+    name = default_name(args) if args.name is None else args.name
+    args.name = check_name(name, trains=not args.evaluate and name != before.get("name"))
     if args.evaluate:
         args.compile = False  # nothing is trained
     elif saved:
@@ -690,7 +693,9 @@ def check_continuation(args, saved, of_command, before):
         was, now = before[name], getattr(args, name)
         if name == "resize" and was is None:
             was = size
-        if name in PATHS or was == now:
+        if name in PATHS and name not in ("data_path", "unlabeled_path"):
+            continue
+        if was == now or (name in PATHS and was and now and os.path.abspath(was) == now):
             continue
         if name in IDENTITY and name not in exempt:
             raise UserError(
@@ -1003,10 +1008,12 @@ def evaluate(runtime, network, image_set, views):
 def measured(test, confusion, classes):
     """What ``evaluate`` has found, for people: the keys of ``MEASURED``.
 
-    "largest_class_top1" is what always naming the largest class of the test set would score, in percent;
-    "never_predicted" names the classes that no image was taken for.
+    "test_images" counts those that could be read. "largest_class_top1" is what always naming the largest
+    class of the test set would score, in percent; "never_predicted" names the classes that no image was
+    taken for.
     """
     found = {name: test.get(name) for name in MEASURED}
+    found["test_images"] = int(confusion.sum())
     found["largest_class_top1"] = 100 * (confusion.sum(dim=1).max() / confusion.sum()).item()
     predicted = confusion.sum(dim=0) > 0
     found["never_predicted"] = [
@@ -1035,7 +1042,10 @@ def result_lines(summary):
     if summary["largest_class_top1"] is not None:
         never = summary["never_predicted"]
         never = f"; never predicted: {', '.join(never[:20])}{', …' * (len(never) > 20)}" if never else ""
-        lines.append(f"always naming the largest class: {summary['largest_class_top1']:.2f} %{never}")
+        images = f"{summary['test_images']:,} test images"
+        lines.append(
+            f"{images}; always naming the largest class: {summary['largest_class_top1']:.2f} %{never}"
+        )
     return [*lines, "  ".join(parts) + f"  ({', '.join(about)}, seed {summary['seed']})"]
 
 
@@ -1058,6 +1068,8 @@ def describe_run(args, runtime, dataset, method, folder, step):
     if args.resume:
         doing = "finetuning" if args.finetune else "continuing"
         lines.append(f"{doing} {args.name} at step {step}, from {args.resume}")
+        if not args.finetune and step == args.total_steps:
+            lines.append(f"--total-steps {step} is reached: nothing is left to train")
     tell(runtime, *lines)
 
 
@@ -1094,7 +1106,7 @@ def main(argv):
     args = None if raw.resume else parse_arguments(argv)
     runtime = Runtime(device_of(raw, argv))
     try:
-        path, saved = read_checkpoint(raw, runtime)
+        path, saved = read_checkpoint(raw, runtime, "dataset" in given(build_parser(), argv))
         args = args or parse_arguments(argv, saved, path)
         if args.evaluate and args.amp and args.amp_dtype == "fp16" and runtime.kind != "cuda":
             tell(runtime, f"fp16 needs CUDA: evaluating in float32 on {runtime.kind}")
@@ -1120,8 +1132,11 @@ def device_of(raw, argv):
         return raw.device
 
 
-def read_checkpoint(raw, runtime):
+def read_checkpoint(raw, runtime, starts):
     """The path of ``--resume`` and what is there; (None, None) without one.
+
+    Args:
+        starts: whether the command says enough to start a run where ``--resume auto`` finds none.
 
     Raises:
         UserError: no such file, a damaged one, or none of this program.
@@ -1130,13 +1145,20 @@ def read_checkpoint(raw, runtime):
         return None, None
     path = raw.resume
     if path == "auto":
-        name = raw.name or default_name(raw)
-        path = os.path.join(raw.save_path, f"{check_name(name)}_last.pth.tar")
-        if not runtime.on_main(lambda: os.path.isfile(path)):
+        name = raw.name or default_name(argparse.Namespace(**vars(raw) | {"resume": None}))
+        paths = [
+            os.path.join(raw.save_path, f"{check_name(name)}_{kind}.pth.tar")
+            for kind in ("last", "finetune_last")
+        ]
+        path = runtime.on_main(lambda: next(filter(os.path.isfile, paths), None))
+        if path is None:
             if raw.evaluate or raw.finetune:
-                raise UserError(f"there is no checkpoint {path} to evaluate or finetune")
-            if runtime.is_main:
-                print(f"no checkpoint of {name}: starting at step 0", file=sys.stderr)
+                raise UserError(f"there is no checkpoint {paths[0]} to evaluate or finetune")
+            if not starts:
+                raise UserError(
+                    f"there is no checkpoint {paths[0]} to go on from, and no --dataset to start a run with"
+                )
+            tell(runtime, f"no checkpoint of {name}: starting at step 0")
             return None, None
     saved = runtime.load(path)
     if not well_formed(saved):
@@ -1214,8 +1236,7 @@ def start(args, runtime, saved, labels_given):
         log.close()
     if runtime.is_main:
         print("\n".join(result_lines(summary)), flush=True)
-        if not args.finetune:
-            draw_pictures(folder, dataset)
+        draw_pictures(folder, dataset)
 
 
 def is_own(args, saved):
@@ -1246,10 +1267,17 @@ def replaces(args, saved):
                     f"--resume auto continues the former, {ways}"
                 )
         return False
-    used = bool(checkpoints_of(args)) or os.path.exists(os.path.join(folder, "args.json"))
-    if used and not args.overwrite:
+    checkpoints = checkpoints_of(args)  # without any, a run that was killed early may start again
+    if not args.overwrite and checkpoints:
         raise UserError(f"{args.name} was trained before: --resume auto continues it, {ways}")
-    return used
+    if not args.overwrite and os.path.exists(os.path.join(folder, "summary.json")):
+        raise UserError(f"there is a record of {args.name} in {folder} already: {ways}")
+    if saved and not args.finetune and saved["step"] == args.total_steps:
+        raise UserError(
+            f"{args.resume} is trained to its end, step {saved['step']}: nothing is left for {args.name} to "
+            "train; give a larger --total-steps, or --finetune"
+        )
+    return bool(checkpoints) or os.path.exists(os.path.join(folder, "args.json"))
 
 
 def finetuned_before(args, runtime, dataset, saved, run, base):
@@ -1314,6 +1342,8 @@ def evaluate_checkpoint(args, runtime, saved):
     load_state(network, predictor_state(saved, args.resume), args.resume)
     runtime.place(network)
     tell(runtime, *dataset.notes)
+    where = f" in {args.data_path}" if dataset.path else ""
+    tell(runtime, f"evaluating {args.resume} on the {len(dataset.test)} test images of {args.dataset}{where}")
     if dataset.size != size:
         tell(runtime, f"evaluating at {dataset.size} pixels; the run was trained at {size}")
     test, confusion = evaluate(runtime, network, dataset.test, build_views(args, dataset, runtime))

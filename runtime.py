@@ -97,7 +97,7 @@ class Runtime:
         if device == "mps" and not self.available(device):
             raise UserError("--device mps, but PyTorch sees no Apple GPU here: use --device cpu or auto")
 
-        self.kind = device
+        self.kind, self.alone = device, alone
         self.host, self.hosts = 0, 1  # of XLA's single program
         self.rank = 0 if alone else int(os.environ.get("RANK", 0))
         self.world_size = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
@@ -139,7 +139,7 @@ class Runtime:
         self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype] if amp else None
         if self.amp_dtype == torch.bfloat16 and not self._has_bf16():
             self.amp_dtype = None
-            if self.is_main:
+            if self.is_main and not self.alone:
                 print(f"this {self.kind} device has no bf16: --amp is left out", file=sys.stderr)
 
     def _join_processes(self):
@@ -458,7 +458,8 @@ class Runtime:
             KeyError,
         ) as error:
             raise UserError(
-                f"{path} is damaged or was not written by this program: nothing could be loaded from it"
+                f"{path} is damaged or was not written by this program: nothing could be loaded from it; "
+                "take another checkpoint of the run"
             ) from error
 
 

@@ -148,8 +148,16 @@ def load_state(module, state, path):
 # ---------------------------------------------------------------- a run's name and files
 
 
-def check_name(name):
-    """Returns the name of a run, which is also that of its files; UserError if it cannot be one."""
+def check_name(name, trains=False):
+    """Returns the name of a run, which is also that of its files; UserError if it cannot be one.
+
+    ``trains``: not the record of an evaluation. Then its checkpoints must not be taken for another run's.
+    """
+    if trains and (match := re.search(r"_(last|best|finetune|step\d+)$", name)):
+        raise UserError(
+            f"'{name}' ends in {match[0]}, as the checkpoints of a run named '{name[: match.start()]}' do: "
+            "choose another --name"
+        )
     if not name or name.startswith(".") or len(os.fsencode(name)) > 200 or set(name) & set("/\\\0\n"):
         raise UserError(
             f"{name!r} cannot be the name of a run: use 1 to 200 letters without path separators, the first "
@@ -373,6 +381,8 @@ class RunLog:
                 self.folder = beside
             elif run_id and self._run_of(beside) == run_id:  # killed before it was put in its place
                 self._move(beside)
+            else:  # of a run that was killed before it replaced this one
+                shutil.rmtree(beside, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             other = self._run_of(self.folder)
             if other not in (None, run_id) and run_id is not None:

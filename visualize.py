@@ -10,12 +10,24 @@ Each prints the path of the file that it wrote. ``main.py`` calls ``finished_run
 What is shown stands in the files of a run or is computed here from its checkpoint and its data.
 """
 
+import os
+import signal
+import sys
+
+
+def interrupted(*_):
+    """Ctrl-C while the program is still being imported: nothing is there to be tidied up."""
+    os.write(2, b"visualize.py: interrupted\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)
+
 import argparse
 import contextlib
 import itertools
 import json
-import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,7 +150,14 @@ def read_checkpoint(run, save_path=None):
         path = run.args["resume"]
     else:
         kind = "finetune_best" if run.args.get("finetune") else "best"
-        path = os.path.join(save_path or run.args["save_path"], f"{run.args['name']}_{kind}.pth.tar")
+        places = [save_path or run.args["save_path"]]
+        if (
+            not save_path and "results_path" in run.args
+        ):  # where it lies beside the results, if both were moved
+            there = os.path.relpath(run.args["save_path"], run.args["results_path"])
+            places.append(os.path.normpath(os.path.join(run.folder.parent, there)))
+        paths = [os.path.join(place, f"{run.args['name']}_{kind}.pth.tar") for place in places]
+        path = next(filter(os.path.isfile, paths), paths[0])
     if not os.path.isfile(path):
         raise UserError(
             f"there is no checkpoint {path} of {run.name}: start this from the folder where the run was "
@@ -915,6 +934,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(sys.argv[1:])
     except UserError as error:

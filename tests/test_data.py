@@ -857,7 +857,9 @@ def test_counts_that_cannot_be_drawn_get_a_sentence():
             split_labels(*args, **kwargs)
         return str(caught.value)
 
-    assert "--num-labeled 7 does not divide by the 3 classes: use 6 or 9" in refused(TARGETS, 7, 0, 3, 0)
+    assert "--num-labeled 7 does not divide by the 3 classes (0, 1, 2): use 6 or 9" in refused(
+        TARGETS, 7, 0, 3, 0
+    )
     assert "use 3, or" in refused(TARGETS, 2, 0, 3, 0)
     assert "--num-val 4 does not divide" in refused(TARGETS, 6, 4, 3, 0)
     text = refused([0, 0, 0, 1, 1, 1, 2], 6, 0, 3, 0, classes=["ant", "bee", "cat"])

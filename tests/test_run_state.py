@@ -434,15 +434,21 @@ def folder_run(here):
 def test_another_folder_is_not_continued(folder_run, here, capsys):
     words = ["--resume", folder_run, "--total-steps", "6"]
     photographs(here / "other", count=24, seed=7)  # the same names, other images
-    assert "is another image" in refused(capsys, *words, "--data-path", "other")
+    assert "6 of the run's 6 labelled" in refused(capsys, *words, "--data-path", "other")
     photographs(here / "classes", classes=("ape", "bee", "cow"))
     assert "class 'ape'" in refused(capsys, *words, "--data-path", "classes")
     shutil.copytree(here / "mine", here / "moved")
     assert command(*words, "--data-path", "moved") == 0
-    labelled = Path("results/mine/labeled.txt").read_text().splitlines()[0]
-    (here / "moved" / labelled).unlink()
-    sentence = refused(capsys, "--resume", folder_run, "--total-steps", "8")
-    assert labelled in sentence and "6 labelled" in sentence
+    assert f"--data-path {here}/mine → {here}/moved" in capsys.readouterr().err
+    names = Path("results/mine/labeled.txt").read_text().splitlines()
+    kept = (here / "moved" / names[1]).read_bytes()
+    (here / "moved" / names[1]).rename((here / "moved" / names[1]).with_name("renamed.png"))
+    assert command("--resume", folder_run, "--total-steps", "8") == 0  # found by its content
+    now = Path("results/mine/labeled.txt").read_text().splitlines()
+    assert kept in [(here / "moved" / name).read_bytes() for name in now] and len(now) == 6
+    (here / "moved" / names[0]).unlink()
+    sentence = refused(capsys, "--resume", folder_run, "--total-steps", "10")
+    assert names[0] in sentence and "1 of the run's 6 labelled" in sentence
 
 
 def test_images_that_were_added_are_said_and_learned_from(folder_run, here, capsys):
@@ -478,6 +484,16 @@ def test_evaluating_on_images_of_the_training_is_refused(folder_run, here, capsy
     shutil.move(here / "new/test", here / "level")  # one level, with a training image, without a test image
     sentence = refused(capsys, "--evaluate", "--resume", folder_run, "--data-path", "level")
     assert "1 of the 10 test images" in sentence and "99.png" in sentence
+    shutil.copy(here / "mine" / record["test"][0], here / "level/dog/tested.png")  # and with one
+    sentence = refused(capsys, "--evaluate", "--resume", folder_run, "--data-path", "level")
+    assert "1 of the 11 test images" in sentence and "99.png" in sentence
+    (here / "level/cat/99.png").unlink()
+    assert command("--evaluate", "--resume", folder_run, "--data-path", "level", "--name", "level") == 0
+    assert summary("level")["test_images"] == 10
+    assert f"on the 10 test images of folder in {here}/level" in capsys.readouterr().err
+    shutil.copytree(here / "mine/cat", here / "one/cat")  # a class of the run's own folder
+    sentence = refused(capsys, "--evaluate", "--resume", folder_run, "--data-path", "one")
+    assert f"{len(learned)} of the 24 test images" in sentence
 
 
 def test_a_new_folder_is_a_test_set_as_a_whole_and_needs_no_labels(folder_run, here, capsys):
@@ -504,6 +520,8 @@ def test_no_test_image_was_ever_a_training_image(folder_run, here, capsys):
     owls = sorted((here / "mine/owl").glob("[01]*.png"))
     for a, b in zip(owls[::2], owls[1::2], strict=True):  # exchanged in pairs
         a.rename(here / "kept"), b.rename(a), (here / "kept").rename(b)
+    assert command("--evaluate", "--resume", folder_run) == 0
+    assert f"among the {len(tested)} that the run was measured on" in capsys.readouterr().err
     seen = load_dataset(
         "folder", here / "mine", num_labeled=None, record=record, resize=12, only_test=True
     ).test
@@ -599,6 +617,54 @@ def test_a_name_that_is_being_trained_is_refused_until_its_process_ends(here, ca
     assert command("--resume", "checkpoint/run_last.pth.tar", *short) == 0
 
 
+@pytest.mark.parametrize("end", ["last", "best", "finetune", "step00000004"])
+def test_names_that_are_those_of_checkpoints(end, here, capsys):
+    """``run_finetune_last.pth.tar`` would be two things."""
+    sentence = refused(capsys, *DIGITS, "--method", "supervised", "--name", f"run_{end}")
+    assert f"ends in _{end}, as the checkpoints of a run named 'run'" in sentence
+
+
+def test_a_name_with_a_record_alone_is_kept(copied, capsys):
+    assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar", "--name", "mine") == 0
+    sentence = refused(capsys, *DIGITS, "--method", "supervised", "--name", "mine")
+    assert "there is a record of mine" in sentence and "--resume auto" not in sentence
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(here, monkeypatch, capsys):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    words = [*DIGITS, "--method", "supervised", "--finetune-epochs", "0", "--resume", "auto"]
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "train_loop", killed)
+        assert command(*words) == 130
+    assert Path("results/run/args.json").exists()
+    assert command(*words) == 0
+    assert summary("run")["steps"] == 8 and not list(Path("results").glob(".*"))
+
+
+def test_resume_auto_of_an_unknown_name_starts_nothing(here, capsys):
+    assert "no --dataset to start a run with" in refused(capsys, "--name", "mistyped", "--resume", "auto")
+
+
+def test_a_finished_run_leaves_nothing_to_train_for_another_name(copied, capsys):
+    words = ["--resume", "checkpoint/run_last.pth.tar"]
+    assert "trained to its end, step 8" in refused(capsys, *words, "--name", "other")
+    assert command(*words) == 0
+    assert "--total-steps 8 is reached: nothing is left to train" in capsys.readouterr().err
+    assert command(*words, "--finetune", "--name", "tuned", "--finetune-lr", "0.1") == 0
+    assert (copied / "results/tuned/confusion.png").exists()
+    assert command("--resume", "auto", "--name", "tuned") == 0  # has been finetuned alone
+    assert summary("tuned")["finetune_top1"] is not None
+
+
+def test_pictures_of_a_moved_run(copied, monkeypatch):
+    args = json.loads(Path("results/run/args.json").read_text())
+    args |= {"save_path": "/gone/checkpoint", "results_path": "/gone/results"}
+    Path("results/run/args.json").write_text(json.dumps(args))
+    visualize.main(["confusion", "results/run"])
+
+
 @pytest.mark.parametrize("name", ["", "..", "a/b", "/tmp/a", ".hidden", "x" * 250, "a\nb"])
 def test_names_that_are_none(name, here, capsys):
     assert "cannot be the name of a run" in refused(capsys, *DIGITS, "--method", "supervised", "--name", name)
@@ -619,6 +685,7 @@ def test_a_folder_run_is_named_after_its_folder(here):
     [
         ("--evaluate --finetune --resume x", "--evaluate and --finetune"),
         ("--unlabeled-mode only", "--unlabeled-path"),
+        ("--overwrite --resume auto", "give one of them"),
         ("--freeze-body", "--pretrained or --weights"),
         ("--num-labeled inf", "inf"),
     ],
@@ -696,9 +763,10 @@ def test_ctrl_c_is_one_line_and_130(place, here, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == "main.py: interrupted"
 
 
-def test_ctrl_c_during_the_import_is_one_line_and_130(here):
+@pytest.mark.parametrize("script", ["main.py", "visualize.py"])
+def test_ctrl_c_during_the_import_is_one_line_and_130(here, script):
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", ROOT / "main.py", "--help"], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-X", "importtime", ROOT / script, "--help"], stderr=subprocess.PIPE, text=True
     )
     for line in process.stderr:  # PyTorch is being imported
         if " torch." in line:
@@ -706,7 +774,7 @@ def test_ctrl_c_during_the_import_is_one_line_and_130(here):
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
     assert process.wait(60) == 130
-    assert "main.py: interrupted" in rest and "Traceback" not in rest
+    assert f"{script}: interrupted" in rest and "Traceback" not in rest
 
 
 def test_lines_between_evaluations(here):
@@ -752,18 +820,20 @@ def test_what_is_said_of_a_folder(here, capsys):
     (here / "mine/owl/notes.txt").write_text("")
     assert command(*FOLDER, "--data-path", "mine") == 0
     said = capsys.readouterr().err
-    assert "13 ignored: .heic 12, .txt 1" in said
+    assert "13 ignored: .heic 12, .txt 1 (photographs among them" in said
     sizes = torch.tensor(load("checkpoint/mine_last.pth.tar")["data"]["labeled"] != []).int()
     assert sizes and "training images of 3 classes: cat: " in said
     assert "the classes are unequal: 'cat' has" in said
     assert f"results go to {here}/results/mine" in said and "12 pixels" in said and "images of 1" in said
 
 
-def test_parts_in_capital_letters_are_warned_of(here, capsys):
+def test_parts_in_capital_letters_are_no_parts(here, capsys):
     photographs(here / "mine/Train"), photographs(here / "mine/Test", seed=1)
-    assert command(*FOLDER[:2], "--data-path", "mine", "--num-labeled", "2", *FOLDER[4:]) == 0
-    said = capsys.readouterr().err
-    assert "the folder 'Train'" in said and "the folder 'Test'" in said and "taken for a class" in said
+    words = [*FOLDER[:2], "--data-path", "mine", "--num-labeled", "3", *FOLDER[4:]]
+    assert "are Test, Train (2): the parts of a data set" in refused(capsys, *words)
+    photographs(here / "mine", classes=["cat"], seed=2)
+    assert command(*words) == 0
+    assert "the folder 'Train' in 'mine'".replace("mine", str(here / "mine")) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [12, 70])
@@ -837,6 +907,7 @@ def test_what_is_measured():
     lines = main.result_lines(summary | {"seed": 0, "selection": "last"})
     assert "mean over classes 40.00 %" in lines[-1] and "top-5" in lines[-1]
     assert "never predicted: 3, 4, 6" in lines[0] and "always naming the largest class" in lines[0]
+    assert lines[0].startswith("500 test images; ")
 
 
 def test_no_top5_with_five_classes_or_fewer(here, capsys):
