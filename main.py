@@ -1122,14 +1122,24 @@ def main(argv):
 
 def device_of(raw, argv):
     """The device of the command, else that of the checkpoint where this machine has it, else ``auto``."""
-    if "device" in given(build_parser(), argv) or raw.resume in (None, "auto"):
+    path = next(filter(os.path.isfile, candidates(raw)), None)
+    if "device" in given(build_parser(), argv) or path is None:
         return raw.device
     try:  # the arguments alone: tensors stay in the file
-        saved = torch.load(raw.resume, map_location="cpu", weights_only=True, mmap=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         device = saved["args"]["device"]
         return device if Runtime.available(device) else "auto"
     except Exception:  # whatever is wrong with the file is said when all of it is read
         return raw.device
+
+
+def candidates(raw):
+    """The files that ``--resume`` may mean, the first that is there; for ``auto`` those of the run's name."""
+    if raw.resume != "auto":
+        return [raw.resume] if raw.resume else []
+    name = raw.name or default_name(argparse.Namespace(**vars(raw) | {"resume": None}))
+    kinds = ("last", "finetune_last")
+    return [os.path.join(raw.save_path, f"{check_name(name)}_{kind}.pth.tar") for kind in kinds]
 
 
 def read_checkpoint(raw, runtime, starts):
@@ -1145,11 +1155,7 @@ def read_checkpoint(raw, runtime, starts):
         return None, None
     path = raw.resume
     if path == "auto":
-        name = raw.name or default_name(argparse.Namespace(**vars(raw) | {"resume": None}))
-        paths = [
-            os.path.join(raw.save_path, f"{check_name(name)}_{kind}.pth.tar")
-            for kind in ("last", "finetune_last")
-        ]
+        paths = candidates(raw)
         path = runtime.on_main(lambda: next(filter(os.path.isfile, paths), None))
         if path is None:
             if raw.evaluate or raw.finetune:
@@ -1158,6 +1164,7 @@ def read_checkpoint(raw, runtime, starts):
                 raise UserError(
                     f"there is no checkpoint {paths[0]} to go on from, and no --dataset to start a run with"
                 )
+            name = os.path.basename(paths[0]).removesuffix("_last.pth.tar")
             tell(runtime, f"no checkpoint of {name}: starting at step 0")
             return None, None
     saved = runtime.load(path)

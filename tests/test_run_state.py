@@ -1012,3 +1012,18 @@ def test_run_from_a_shell_in_an_empty_folder(supervised, here):
     expected = json.loads((supervised / "results/run/summary.json").read_text())["best_top1"]
     assert f"top-1 {expected:.2f} %" in done.stdout.splitlines()[-1]
     assert len(tensors(load(supervised / "checkpoint/run_best.pth.tar"))) > 20
+
+
+@pytest.mark.parametrize("resume", ["checkpoint/run_last.pth.tar", "auto"])
+def test_the_device_is_the_checkpoints(copied, resume):
+    argv = ["--name", "run", "--resume", resume]
+    state = load("checkpoint/run_last.pth.tar")
+    for device, expected in (
+        ("cpu", "cpu"),
+        ("mps", "auto" if not torch.backends.mps.is_available() else "mps"),
+    ):
+        torch.save(state | {"args": state["args"] | {"device": device}}, "checkpoint/run_last.pth.tar")
+        raw = main.build_parser().parse_args(argv)
+        assert main.device_of(raw, argv) == expected
+        given = [*argv, "--device", "xla"]
+        assert main.device_of(main.build_parser().parse_args(given), given) == "xla"
