@@ -425,7 +425,8 @@ def test_recipes_with_unlabelled_images_of_their_own(
     """From start to end on tiny files of the true format."""
     monkeypatch.chdir(tmp_path)
     write(tmp_path, monkeypatch, counts)
-    assert main.run([*recipe_words(name), *TINY_RECIPE, "--data-path", str(tmp_path)]) == 0
+    small = [*TINY_RECIPE, "--resize", "32", "--data-path", str(tmp_path)]
+    assert main.run([*recipe_words(name), *small]) == 0
     said = capsys.readouterr()
     assert f"10 labelled, {unlabelled} unlabelled, 5 test images" in said.err
     assert said.out.splitlines()[-1].startswith("top-1 ")

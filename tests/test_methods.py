@@ -515,9 +515,11 @@ def test_a_preview_leaves_no_trace():
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_a_frozen_body_stays_as_it_is():
+def test_a_frozen_body_stays_as_it_is(tmp_path):
     """Weights and running statistics; the head learns, and its gradient is that of the whole network's."""
-    method = build("--freeze-body", "--model", "resnet18", "--feedback", "exact", "--pseudo-label", "soft")
+    torch.save(build_model("resnet18", 3, image_size=8).state_dict(), tmp_path / "weights.pth")
+    flags = ["--feedback", "exact", "--pseudo-label", "soft", "--weights", tmp_path / "weights.pth"]
+    method = build("--freeze-body", "--model", "resnet18", *flags)
     for learner in method.learners.values():
         assert set(learner.parameters) == {"fc.weight", "fc.bias"}
     before = {role: copy.deepcopy(each.network.state_dict()) for role, each in method.learners.items()}
