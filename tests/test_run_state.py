@@ -163,7 +163,7 @@ def test_a_moved_checkpoint_writes_where_the_command_is_given(supervised, here):
     )
 
 
-def test_finetuning_needs_the_checkpoint_alone(trained, here, monkeypatch):
+def test_finetuning_needs_the_checkpoint_alone(trained, here):
     """Bit for bit what the training run's own finetuning gave."""
     flags = ["--name", "again", "--save-path", here / "c", "--results-path", here / "results"]
     assert command("--finetune", "--resume", trained / "checkpoint/run_last.pth.tar", *flags) == 0
@@ -197,24 +197,21 @@ def test_resume_needs_the_checkpoint_alone(trained, here, tmp_path_factory):
     assert not list(here.iterdir())
 
 
-def interrupt_at(step, words, loader="TrainLoader", number=signal.SIGTERM):
-    """Run ``main.py`` in this process and send it the signal after this many batches; returns the status."""
-    drawn, original = [], getattr(main, loader)
+def interrupt_at(step, words):
+    """Run ``main.py`` in this process and send it SIGTERM after this many batches; returns the status."""
+    drawn = []
 
-    class Interrupting(original):
+    class Interrupting(main.TrainLoader):
         def __next__(self):
             drawn.append(None)
             if len(drawn) == step:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGTERM)
             return super().__next__()
 
-    setattr(main, loader, Interrupting)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            command(*words)
-        return stopped.value.code
-    finally:
-        setattr(main, loader, original)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(main, "TrainLoader", Interrupting)
+        command(*words)
+    return stopped.value.code
 
 
 def test_a_resumed_run_keeps_its_meters(here):
@@ -557,7 +554,6 @@ def test_overwriting_deletes_nothing_before_its_first_checkpoint(copied, monkeyp
         everything(copied),
         [*DIGITS, "--method", "supervised", "--overwrite", "--total-steps", "6"],
     )
-    monkeypatch.setattr(main, "checkpoint_path", main.checkpoint_path)
     drawn = []
 
     class Stopping(main.TrainLoader):
@@ -821,8 +817,7 @@ def test_what_is_said_of_a_folder(here, capsys):
     assert command(*FOLDER, "--data-path", "mine") == 0
     said = capsys.readouterr().err
     assert "13 ignored: .heic 12, .txt 1 (photographs among them" in said
-    sizes = torch.tensor(load("checkpoint/mine_last.pth.tar")["data"]["labeled"] != []).int()
-    assert sizes and "training images of 3 classes: cat: " in said
+    assert "training images of 3 classes: cat: " in said
     assert "the classes are unequal: 'cat' has" in said
     assert f"results go to {here}/results/mine" in said and "12 pixels" in said and "images of 1" in said
 
@@ -833,7 +828,7 @@ def test_parts_in_capital_letters_are_no_parts(here, capsys):
     assert "are Test, Train (2): the parts of a data set" in refused(capsys, *words)
     photographs(here / "mine", classes=["cat"], seed=2)
     assert command(*words) == 0
-    assert "the folder 'Train' in 'mine'".replace("mine", str(here / "mine")) in capsys.readouterr().err
+    assert "the folder 'Train' in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [12, 70])
