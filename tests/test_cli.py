@@ -106,13 +106,11 @@ def test_evaluate_repeats_the_accuracy(unbroken, kind):
 def test_finetune_alone(unbroken, tmp_path):
     folder, _ = unbroken
     path = folder / "checkpoint" / "run_last.pth.tar"
-    (tmp_path / "results" / "alone").mkdir(parents=True)
-    (tmp_path / "results" / "alone" / "summary.json").write_text('{"train_seconds": 12.5, "top1": 1.0}')
     here = ["--save-path", "checkpoint", "--results-path", "results"]
     run(*TINY, "--finetune", "--resume", path, "--name", "alone", *here, cwd=tmp_path)
     summary = json.loads((tmp_path / "results" / "alone" / "summary.json").read_text())
     trained = json.loads((folder / "results" / "run" / "summary.json").read_text())
-    assert (summary["train_seconds"], summary["top1"]) == (12.5, trained["top1"])  # what it measured is new
+    assert summary["top1"] == trained["top1"] and summary["train_seconds"] is None  # what it measured
     alone = checkpoint(tmp_path, "alone_finetune_last")
     before, after = checkpoint(folder, "run_last"), alone["avg_state_dict"]
     assert alone["finetune_step"] > 0

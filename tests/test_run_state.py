@@ -727,7 +727,9 @@ def test_finetuning_otherwise_does_not_replace_the_first(copied, capsys):
     assert everything(copied) == before
     assert command(*words, "--name", "other") == 0
     assert {path: everything(copied)[path] for path in before} == before
+    trained = summary("run")
     assert command(*words, "--overwrite") == 0
+    assert summary("run")["train_seconds"] == trained["train_seconds"] is not None
     assert load("checkpoint/run_finetune_last.pth.tar")["args"]["finetune_lr"] == 0.5
     assert load("checkpoint/run_last.pth.tar")["step"] == 8  # the training is as it was
 
