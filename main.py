@@ -737,11 +737,9 @@ def expected_statistics(args):
     if args.normalize == "dataset" or (args.normalize == "auto" and not (args.pretrained or args.weights)):
         return None
     if args.weights and args.normalize == "auto":
-        try:
-            data = torch.load(args.weights, map_location="cpu", weights_only=True, mmap=True)["data"]
-            return data["mean"], data["std"]
-        except Exception:  # no checkpoint of this program; a damaged file is named when the network is built
-            pass
+        saved = peek(args.weights)
+        if "data" in saved:
+            return saved["data"]["mean"], saved["data"]["std"]
     return STATISTICS["imagenet"]
 
 
@@ -878,7 +876,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
             module.p = 0.0
     batch_size = min(args.finetune_batch_size, len(dataset.labeled))
-    steps = finetune_steps(args, dataset, runtime)
+    steps = max(1, args.finetune_epochs * len(dataset.labeled) // (batch_size * runtime.world_size))
     loader = TrainLoader(dataset, batch_size, 0, args.seed + 1, runtime, args.workers)
     learner = Learner(
         network,
@@ -965,11 +963,6 @@ def save(args, runtime, log, content, kinds):
         for path in checkpoints_of(args).keys() - set(paths):
             os.remove(path)
         log.settle()
-
-
-def finetune_steps(args, dataset, runtime):
-    batch_size = min(args.finetune_batch_size, len(dataset.labeled))
-    return max(1, args.finetune_epochs * len(dataset.labeled) // (batch_size * runtime.world_size))
 
 
 @torch.no_grad()
@@ -1102,11 +1095,11 @@ def train(args, runtime, dataset, views, method, saved, run, log, interrupt):
 
 
 def main(argv):
-    raw = build_parser().parse_args(argv)
+    raw, of_command = build_parser().parse_args(argv), given(build_parser(), argv)
     args = None if raw.resume else parse_arguments(argv)
     runtime = Runtime(device_of(raw, argv))
     try:
-        path, saved = read_checkpoint(raw, runtime, "dataset" in given(build_parser(), argv))
+        path, saved = read_checkpoint(raw, runtime, "dataset" in of_command)
         args = args or parse_arguments(argv, saved, path)
         if args.evaluate and args.amp and args.amp_dtype == "fp16" and runtime.kind != "cuda":
             tell(runtime, f"fp16 needs CUDA: evaluating in float32 on {runtime.kind}")
@@ -1115,7 +1108,7 @@ def main(argv):
         if args.evaluate:
             evaluate_checkpoint(args, runtime, saved)
         else:
-            start(args, runtime, saved, "labeled_indices" in given(build_parser(), argv))
+            start(args, runtime, saved, "labeled_indices" in of_command)
     finally:
         runtime.close()
 
@@ -1125,12 +1118,20 @@ def device_of(raw, argv):
     path = next(filter(os.path.isfile, candidates(raw)), None)
     if "device" in given(build_parser(), argv) or path is None:
         return raw.device
-    try:  # the arguments alone: tensors stay in the file
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        device = saved["args"]["device"]
-        return device if Runtime.available(device) else "auto"
-    except Exception:  # whatever is wrong with the file is said when all of it is read
-        return raw.device
+    device = str(peek(path).get("args", {}).get("device", raw.device))
+    return device if Runtime.available(device) else "auto"
+
+
+def peek(path):
+    """The content of a checkpoint, whose tensors stay in the file; ``{}`` for any other file.
+
+    What is wrong with a file is said where all of it is read.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # torch.load raises many kinds for a file that is not one of its own
+        return {}
+    return content if well_formed(content) else {}
 
 
 def candidates(raw):
@@ -1210,7 +1211,7 @@ def start(args, runtime, saved, labels_given):
             method.load_state_dict(saved, args.resume)
     base = saved["step"] if args.finetune else args.total_steps  # the step that finetuning follows
     run = saved.get("run") if is_own(args, saved) else runtime.on_main(new_run_id)
-    tuned = finetuned_before(args, runtime, dataset, saved, run, base)
+    tuned = finetuned_before(args, runtime, saved, run, base)
     folder = os.path.join(args.results_path, args.name)
     replace = runtime.on_main(lambda: claim(args, saved))
     log = RunLog(
@@ -1267,7 +1268,7 @@ def replaces(args, saved):
     ways = "--overwrite replaces it, another --name keeps it"
     if is_own(args, saved):
         if not args.overwrite and not args.finetune and args.resume != last and os.path.isfile(last):
-            step = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["step"]
+            step = peek(last).get("step", 0)
             if step > saved["step"]:
                 raise UserError(
                     f"{args.name} has come to step {step}, and {args.resume} is of step {saved['step']}: "
@@ -1287,7 +1288,7 @@ def replaces(args, saved):
     return bool(checkpoints) or os.path.exists(os.path.join(folder, "args.json"))
 
 
-def finetuned_before(args, runtime, dataset, saved, run, base):
+def finetuned_before(args, runtime, saved, run, base):
     """What an earlier process has saved of the same finetuning, ``{}`` if nothing.
 
     Raises:

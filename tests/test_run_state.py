@@ -582,6 +582,8 @@ def test_an_earlier_checkpoint_does_not_undo_a_later_one(copied, capsys):
     torch.save(state | {"step": 4}, "checkpoint/run_best.pth.tar")
     sentence = refused(capsys, "--resume", "checkpoint/run_best.pth.tar")
     assert "step 8" in sentence and "step 4" in sentence and "--overwrite" in sentence
+    Path("checkpoint/run_last.pth.tar").write_bytes(b"torn")  # then the earlier one is all that there is
+    assert command("--resume", "checkpoint/run_best.pth.tar", "--finetune-epochs", "0") == 0
 
 
 def test_a_name_that_is_being_trained_is_refused_until_its_process_ends(here, capsys):
