@@ -323,7 +323,7 @@ def decode(args):
 def double_backward(step):
     """What ``feedback.exact`` computes, by differentiating through the step with a graph of its gradient."""
     parameters = {name: before.clone().requires_grad_() for name, before in step.before.items()}
-    logits = feedback.logits_at(step.network, parameters, step.images_u)
+    logits = feedback.student_logits(step, parameters)
     labels = torch.full_like(logits, 1 / logits.shape[1], requires_grad=True)
     loss = soft_cross_entropy(labels, logits).mean()
     gradient = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)

@@ -9,7 +9,9 @@ The teacher is to descend J(θ_T) = CE(y_l, S(x_l; θ_S')), the student's labell
     dot         h = η ⟨∇L_new, ∇CE(ŷ, S(x_u))⟩,     ()       h · CE(ŷ, T(x_u))
     exact       ∂J/∂q = (η/N) · D,                  (N, K)   Σ q · ∂J/∂q
 
-T(x_u) are the logits that the labels were made of: with ``--align`` the aligned ones, the bias a constant.
+In the student's pass on x_u the labelled images stand behind x_u, seen by batch norm alone; exact
+differentiates that pass. T(x_u) are the logits that the labels were made of: with ``--align`` the aligned
+ones, the bias a constant.
 The scalar forms are the REINFORCE estimate of the gradient for a hard label ŷ ~ q (paper, equation 12 and
 appendix A); exact is the gradient of J itself for soft labels. In each of them the labelled losses are
 measured on the same images, normalised by the same rule (their own batch statistics), without dropout, and
@@ -39,8 +41,8 @@ class StudentStep:
     network: nn.Module  # the student after its step, θ_S'
     before: dict  # θ_S, before the step
     gradient: dict  # ∇ CE(q, S(x_u; θ_S)), mean over x_u and over all processes, before clipping
-    images_u: torch.Tensor  # (N, …) the images of the step
-    images_l: torch.Tensor  # (B, …) labelled images
+    images_u: torch.Tensor  # (N, …) the images that the student learned from
+    images_l: torch.Tensor  # (B, …) labelled images, which stood behind them in its pass
     targets: torch.Tensor  # (B,) int64
     rate: float  # η, the student's learning rate in this step
     random_state: dict  # of the runtime, before the student's forward pass: the same dropout again
@@ -138,8 +140,8 @@ def exact(step, mode="auto"):
         mode: ``forward`` (forward-mode differentiation), ``difference`` (central difference) or ``auto``:
             forward where every operation of the network has a forward derivative, else difference.
 
-    Cost: one forward and backward pass on x_l, and on x_u one pass with tangents (about three forward passes)
-    or two forward passes.
+    Cost: one forward and backward pass on x_l, and on x_u and x_l one pass with tangents (about three forward
+    passes) or two forward passes.
     """
     if mode == "auto":
         try:
@@ -154,9 +156,15 @@ def exact(step, mode="auto"):
     return step.runtime.scalar(factor) * derivative
 
 
+def student_logits(step, parameters):
+    """S(x_u; ``parameters``), (N, K), of a pass like the step's own: batch norm sees x_l behind x_u."""
+    pairs = zip(step.images_u.chunk(step.parts), step.images_l.chunk(step.parts), strict=True)
+    logits = [logits_at(step.network, parameters, torch.cat(pair))[: len(pair[0])] for pair in pairs]
+    return full_precision(torch.cat(logits))
+
+
 def _log_probabilities(step, parameters):
-    logits = [logits_at(step.network, parameters, part) for part in step.images_u.chunk(step.parts)]
-    return F.log_softmax(full_precision(torch.cat(logits)), dim=1)
+    return F.log_softmax(student_logits(step, parameters), dim=1)
 
 
 def _product_forward(step, v):

@@ -30,11 +30,11 @@ def soft_cross_entropy(labels, logits, label_smoothing=0.0):
 
 
 def uda_loss(weak_logits, strong_logits, temperature, threshold):
-    """Unsupervised data augmentation: CE(softmax(weak/τ), strong) where the sharpened prediction is confident.
+    """Unsupervised data augmentation: CE(softmax(weak/τ), strong) where the sharpened prediction is sure.
 
     The mean is over all N images, those below the threshold counting as zero. The threshold is compared with
     the largest probability of the sharpened prediction, as in the published code and MPL-pytorch: with ten
-    classes and τ 0.7, 0.6 is a probability of 0.41 to 0.57 before sharpening. No gradient through the weak view.
+    classes and τ 0.7, 0.6 is a probability of 0.41 to 0.57 before sharpening. The weak view has no gradient.
 
     Args:
         weak_logits, strong_logits: (N, K).
@@ -174,7 +174,7 @@ class Learner:
             with contextlib.nullcontext() if last else self.runtime.apart(self.training_network):
                 value, scalars = loss(part)
                 self.scaler.scale(value / len(parts)).backward()
-            rows.append(torch.stack([scalar.detach().float() for scalar in scalars.values()]))
+            rows.append(torch.stack([scalar.detach() for scalar in scalars.values()]))
         self.scaler.unscale_(self.optimizer)
         return dict(zip(scalars, torch.stack(rows).mean(dim=0), strict=True))
 
@@ -485,16 +485,21 @@ class MPL(Method):
 
     def _student_step(self, views, labels, rate):
         """The student learns the labels, a tensor for each part; returns the scalars of its loss and what an
-        estimator must know of the step."""
+        estimator must know of the step.
+
+        Its pass holds the labelled images behind the strong ones, for batch norm alone (published code)."""
         args, student = self.args, self.student
         random_state = self.runtime.rng_state()
 
         def loss(part):
-            images, targets = part
-            loss = soft_cross_entropy(targets, student(images), args.label_smoothing).mean()
+            strong, labeled, targets = part
+            logits = student(torch.cat([strong, labeled]))[: len(strong)]
+            loss = soft_cross_entropy(targets, logits, args.label_smoothing).mean()
             return loss, {"student_loss": loss}
 
-        scalars = student.backward(loss, list(zip(views.strong.chunk(len(labels)), labels, strict=True)))
+        count = len(labels)
+        parts = zip(views.strong.chunk(count), views.labeled.chunk(count), labels, strict=True)
+        scalars = student.backward(loss, list(parts))
         if args.feedback == "none":
             student.update(rate)
             return scalars, None

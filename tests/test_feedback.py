@@ -45,13 +45,15 @@ def problem(num_classes=3, n=6, batch=4, norm=True, dropout=0.0, dtype=torch.flo
 
 
 def take_step(problem, labels, rate, smoothing=0.0, runtime=None):
-    """One plain SGD step of a copy of the student on ``labels``, as a StudentStep."""
+    """One plain SGD step of a copy of the student on ``labels``, as a StudentStep; in its pass the labelled
+    images stand behind the unlabelled ones."""
     runtime = runtime or Runtime("cpu")
     network = copy.deepcopy(problem["network"])
     state = runtime.rng_state()
     k = labels.shape[1]
     targets = labels * (1 - smoothing) + smoothing / k
-    loss = -(targets * F.log_softmax(network(problem["images_u"]), dim=1)).sum(1).mean()
+    logits = network(torch.cat([problem["images_u"], problem["images_l"]]))[: len(labels)]
+    loss = -(targets * F.log_softmax(logits, dim=1)).sum(1).mean()
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     gradient = dict(zip(before, torch.autograd.grad(loss, network.parameters()), strict=True))
     with torch.no_grad():
@@ -84,7 +86,8 @@ def through_the_step(problem, rate, smoothing=0.0, seed=None):
     labels = labels * (1 - smoothing) + smoothing / labels.shape[1]
     if seed is not None:
         torch.manual_seed(seed)
-    log_p = F.log_softmax(forward(parameters, problem["images_u"]), dim=1)
+    both = torch.cat([problem["images_u"], problem["images_l"]])
+    log_p = F.log_softmax(forward(parameters, both)[: len(labels)], dim=1)
     loss = -(labels * log_p).sum(1).mean()
     gradient = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
     after = {name: p - rate * g for (name, p), g in zip(parameters.items(), gradient, strict=True)}

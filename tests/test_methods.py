@@ -57,11 +57,19 @@ def in_double(method):
         learner.network.double()
         if learner.ema:
             learner.ema.network.double()
+    if hasattr(method, "baseline"):
+        method.baseline = method.baseline.double()
     return method
 
 
 def double_views(seed):
     return Views(*(t.double() if t.is_floating_point() else t for t in make_views(seed=seed)))
+
+
+def student_pass(method, views=None):
+    """The student's logits (N, K) in its training pass: the labelled images stand behind the strong ones."""
+    views = views or make_views()
+    return method.student(torch.cat([views.strong, views.labeled]))[: len(views.strong)]
 
 
 def weights(network):
@@ -117,7 +125,7 @@ def test_aligned_predictions_are_the_targets_of_uda():
 def test_aligned_predictions_are_the_pseudo_labels(kind):
     _, scalars = aligned_to_class_1("--pseudo-label", kind, "--label-smoothing", 0)
     assert scalars["pseudo_label_accuracy"] == 1
-    expected = F.cross_entropy(build().student(make_views().strong), torch.ones(8, dtype=torch.long))
+    expected = F.cross_entropy(student_pass(build()), torch.ones(8, dtype=torch.long))
     torch.testing.assert_close(scalars["student_loss"], expected)
 
 
@@ -217,7 +225,8 @@ def test_teacher_without_feedback_is_the_uda_network():
 
 
 def test_student_learns_from_pseudo_labels_alone():
-    """Other labels change the teacher at once, the student only through the teacher, one step later."""
+    """Other classes of the labelled images change the teacher at once, the student only through the teacher,
+    one step later."""
     a, b = build("--feedback", "none"), build("--feedback", "none")
     views = make_views()
     a.step(views, 0)
@@ -290,7 +299,8 @@ def test_the_student_learns_the_labels_of_the_teachers_average():
     with torch.no_grad():
         labels = method.teacher.ema.network(views.weak).argmax(1)
     network = copy.deepcopy(method.student.network)
-    loss = F.cross_entropy(network(views.strong), labels, label_smoothing=0.1)
+    logits = network(torch.cat([views.strong, views.labeled]))[:8]
+    loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
     loss.backward()
     assert not torch.equal(labels, method.teacher.preview(views.weak).argmax(1))
     scalars = method.step(views, 1, labels)
@@ -394,6 +404,162 @@ def test_mpl_pytorch_has_the_reverse_sign_on_labels_of_the_strong_view():
     there, back = weights(plain.teacher.network) - base, weights(flipped.teacher.network) - base
     assert there.norm() > 1e-6
     torch.testing.assert_close(there, -back, rtol=1e-2, atol=1e-6)
+
+
+# ---------------------------------------------------------------- one whole step against a reference
+
+
+def sharpened_uda(weak, strong, temperature, threshold):
+    """Mean over images of mask · CE(softmax(weak/τ), softmax(strong)), image by image."""
+    total = 0.0
+    for w, s in zip(weak.detach(), strong, strict=True):
+        target = torch.exp(w / temperature) / torch.exp(w / temperature).sum()
+        if target.max() >= threshold:
+            total = total - (target * (s - s.exp().sum().log())).sum()
+    return total / len(weak)
+
+
+def smoothed_cross_entropy(labels, logits, smoothing):
+    """Mean CE of logits (N, K) against smoothed distributions (N, K)."""
+    labels = (1 - smoothing) * labels + smoothing / labels.shape[1]
+    return -(labels * (logits - logits.exp().sum(1, keepdim=True).log())).sum(1).mean()
+
+
+def sgd_by_hand(network, gradients, args, rate):
+    """The first step of SGD with Nesterov momentum; batch norm has no weight decay. {name: parameter}"""
+    norms = {id(p) for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()}
+    after = {}
+    for name, p in network.named_parameters():
+        gradient = gradients[name] + (0.0 if id(p) in norms else args.weight_decay) * p.detach()
+        after[name] = p - rate * (1 + args.momentum if args.nesterov else 1) * gradient
+    return after
+
+
+def reference_step(teacher, student, views, args, step, feedback_term):
+    """One step of MPL as the paper's algorithm 1 and the published code say it, in plain PyTorch.
+
+    Copies of teacher and student in training mode are given; their running statistics move. ``feedback_term``
+    is a function of the step's tensors, by name. Returns these tensors, with the teacher's gradient.
+    """
+    labeled, targets, weak, strong = views
+    n, batch, k = len(strong), len(labeled), 3
+    truth = F.one_hot(targets, k).double()
+    at_teacher = teacher(torch.cat([labeled, weak, strong]))
+    t_labeled, t_weak, t_strong = at_teacher[:batch], at_teacher[batch : batch + n], at_teacher[batch + n :]
+    labeling = t_weak if args.pseudo_label_view == "weak" else t_strong
+    soft = F.softmax(labeling, dim=1)
+    labels = soft if args.pseudo_label == "soft" else F.one_hot(soft.argmax(1), k).double()
+
+    # the student's step on the pseudo labels alone; batch norm also sees the labelled images
+    at_student = student(torch.cat([strong, labeled]))
+    student_loss = smoothed_cross_entropy(labels, at_student[:n], args.label_smoothing)
+    names, parameters = zip(*student.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(student_loss, parameters, create_graph=True, retain_graph=True)
+    after = sgd_by_hand(student, dict(zip(names, gradients, strict=True)), args, args.student_lr)
+
+    def labeled_loss(parameters):  # under the same normalisation: the labelled images by themselves
+        buffers = {name: b.clone() for name, b in student.named_buffers()}
+        logits = torch.func.functional_call(student, (parameters, buffers), (labeled,))
+        return smoothed_cross_entropy(truth, logits, 0.0)
+
+    old, new = labeled_loss(dict(zip(names, parameters, strict=True))), labeled_loss(after)
+    weight = args.lambda_u * min(1, (step + 1) / args.uda_steps)
+    loss = smoothed_cross_entropy(truth, t_labeled, args.label_smoothing)
+    uda = sharpened_uda(t_weak, t_strong, args.temperature, args.threshold)
+    found = {"teacher": at_teacher, "student": at_student, "labels": labels, "old": old, "new": new}
+    total = loss + weight * uda + feedback_term(found | {"labeling": labeling, "strong": t_strong})
+    gradient = torch.autograd.grad(total, list(teacher.parameters()))
+    teacher_after = sgd_by_hand(
+        teacher, dict(zip(dict(teacher.named_parameters()), gradient, strict=True)), args, args.teacher_lr
+    )
+    scalars = {"labeled_loss": loss, "uda_loss": uda, "student_loss": student_loss}
+    return found | {"scalars": scalars, "gradient": gradient, "after": (teacher_after, after)}
+
+
+def through_the_students_step(t):
+    """Section 3's J itself: the student's step keeps its graph, and J is differentiated through it."""
+    return t["new"]
+
+
+def published_code_term(t):
+    """(L_new − L_old − moving average) · CE(softmax, detached, against its own logits): zero gradient."""
+    change = (t["new"] - t["old"]).detach()
+    own = F.softmax(t["labeling"].detach(), dim=1)
+    return (change - 0.01 * change) * smoothed_cross_entropy(own, t["labeling"], 0.0)
+
+
+def mpl_pytorch_term(t):
+    """(L_new − L_old) · CE(argmax T(strong), T(strong))."""
+    own = F.one_hot(t["strong"].argmax(1), 3).double()
+    return (t["new"] - t["old"]).detach() * smoothed_cross_entropy(own, t["strong"], 0.0)
+
+
+def paper_term(t):
+    """(L_old − L_new − moving average) · Σ CE(ŷ, T(x_u)): the log likelihood of all labels."""
+    summed = len(t["labels"]) * smoothed_cross_entropy(t["labels"].detach(), t["labeling"], 0.0)
+    return 0.99 * (t["old"] - t["new"]).detach() * summed
+
+
+PLAIN_SGD = ("--momentum", 0, "--weight-decay", 0)  # the step that ``exact`` differentiates
+PUBLISHED = "--feedback taylor --flip-feedback --pseudo-label soft --pseudo-label-view strong".split()
+WHOLE_STEPS = {
+    "exact": ((*PLAIN_SGD, "--feedback", "exact", "--pseudo-label", "soft"), through_the_students_step),
+    "exact, strong view": (
+        (*PLAIN_SGD, "--feedback", "exact", "--pseudo-label", "soft", "--pseudo-label-view", "strong"),
+        through_the_students_step,
+    ),
+    "published code": ((*PUBLISHED, "--feedback-momentum", 0.99), published_code_term),
+    "mpl-pytorch": (
+        ("--feedback", "taylor", "--flip-feedback", "--feedback-view", "strong", "--pseudo-label", "argmax"),
+        mpl_pytorch_term,
+    ),
+    "argmax, sum": (
+        ("--feedback", "taylor", "--feedback-reduction", "sum", "--feedback-momentum", 0.99),
+        paper_term,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE_STEPS)
+def test_one_whole_step_against_the_reference(case):
+    """Logits, losses, the teacher's gradient, weights, running statistics and the average, in float64."""
+    flags, term = WHOLE_STEPS[case]
+    flags = (*flags, "--temperature", 0.7, "--threshold", 0.7, "--warmup-steps", 0, "--schedule", "constant")
+    method = in_double(build(*flags, "--uda-steps", 4, "--lambda-u", 3))
+    views = double_views(1)
+    teacher, student = (copy.deepcopy(each.network).train() for each in (method.teacher, method.student))
+    seen = {"teacher": [], "student": []}
+    for role, logits in seen.items():
+        method.learners[role].network.register_forward_hook(
+            lambda module, inputs, output, logits=logits: logits.append(output.detach())
+        )
+    scalars = method.step(views, 1)
+    reference = reference_step(teacher, student, views, method.args, 1, term)
+
+    def same(ours, theirs):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+    weak = reference["teacher"].detach()[4:12]
+    before_sharpening = (F.softmax(weak, dim=1).amax(1) >= method.args.threshold).double().mean()
+    assert before_sharpening < scalars["uda_mask"] < 1
+    for role in ("teacher", "student"):
+        same(seen[role][0], reference[role].detach())
+    for name, value in reference["scalars"].items():
+        same(scalars[name], value.detach())
+    pairs = zip(method.teacher.network.parameters(), reference["gradient"], strict=True)
+    for ours, theirs in pairs:
+        assert (ours.grad - theirs).norm() <= 1e-10 * theirs.norm()
+    for learner, network, after in zip(
+        (method.teacher, method.student), (teacher, student), reference["after"], strict=True
+    ):
+        for name, value in learner.network.named_parameters():
+            same(value.detach(), after[name].detach())
+        for ours, theirs in zip(learner.network.buffers(), network.buffers(), strict=True):
+            same(ours, theirs)
+    decay = 1 / 10  # the first update of the ramp
+    before = dict(student.named_parameters())
+    for name, value in method.predictor.named_parameters():
+        same(value.detach(), (decay * before[name] + (1 - decay) * reference["after"][1][name]).detach())
 
 
 def test_diagnose_measures_the_cosine_and_changes_nothing():
