@@ -19,6 +19,7 @@ nothing is left behind: running statistics, random state and parameters are as b
 """
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,13 +35,12 @@ from runtime import Runtime
 class StudentStep:
     """One step of the student, with all that an estimator needs to know of it.
 
-    N unlabelled and B labelled images, K classes. ``before`` and ``gradient`` hold the parameters that
-    learn, by name.
+    N unlabelled and B labelled images, K classes. Made before the step; ``remember`` then keeps what an
+    estimator reads of the student as it was, and no more.
     """
 
-    network: nn.Module  # the student after its step, θ_S'
-    before: dict  # θ_S, before the step
-    gradient: dict  # ∇ CE(q, S(x_u; θ_S)), mean over x_u and over all processes, before clipping
+    network: nn.Module  # the student: θ_S before its step, θ_S' when an estimator is called
+    forward: Callable  # the network, compiled where --compile asks for it
     images_u: torch.Tensor  # (N, …) the images that the student learned from
     images_l: torch.Tensor  # (B, …) labelled images, which stood behind them in its pass
     targets: torch.Tensor  # (B,) int64
@@ -49,41 +49,68 @@ class StudentStep:
     runtime: Runtime
     label_smoothing: float = 0.0  # ε: the student learned (1 − ε)·q + ε/K
     parts: int = 1  # the batch was taken in so many parts, each normalised by itself
+    jvp: str = "auto"  # how exact differentiates: forward, difference or auto, see there
+    loss_before: torch.Tensor | None = None  # () CE(y_l, S(x_l; θ_S)), of this process
+    gradient: dict | None = None  # ∇ CE(q, S(x_u; θ_S)) by name, over all processes, before clipping
+    before: dict | None = None  # θ_S, the parameters that learn, by name
+
+    def remember(self, reads):
+        """Keep ``loss_before``, ``gradient`` or ``before``: after the backward pass, before the step."""
+        if reads == "loss_before":
+            with torch.no_grad():
+                self.loss_before = labeled_loss(self)
+        elif reads == "gradient":
+            self.gradient = copies({name: p.grad for name, p in self.parameters.items()})
+        else:
+            self.before = copies(self.parameters)
+
+    @property
+    def parameters(self):
+        """The student's parameters that learn, by name, as they are now."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+
+def copies(tensors):
+    """Detached copies of a dict of tensors, in a few launches for all of them."""
+    with torch.no_grad():
+        return dict(zip(tensors, torch._foreach_mul(list(tensors.values()), 1.0), strict=True))
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def logits_at(network, parameters, images):
-    """Logits (N, K) at other parameters; running statistics are updated in copies and dropped."""
-    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
-    return functional_call(network, (parameters, buffers), (images,))
-
-
 @contextlib.contextmanager
-def _measuring(network):
-    """Context in which only batch norm stays in training mode: batch statistics, but no dropout."""
-    training = {module: module.training for module in network.modules()}
+def without_trace(network, dropout=True):
+    """Context in which passes leave a network as it was: batch norm normalises as before, its running
+    statistics stay. Without ``dropout`` only batch norm stays in training mode."""
+    modules = list(network.modules())
+    training = [module.training for module in modules]
+    norms = [module for module in modules if isinstance(module, _BatchNorm)]
+    tracking = [norm.track_running_stats for norm in norms]
     try:
-        for module in network.modules():
+        for module in modules if not dropout else ():
             module.training = module.training and isinstance(module, _BatchNorm)
+        for norm in norms:
+            norm.track_running_stats = False
         yield
     finally:
-        for module, mode in training.items():
+        for module, mode in zip(modules, training, strict=True):
             module.training = mode
+        for norm, mode in zip(norms, tracking, strict=True):
+            norm.track_running_stats = mode
 
 
-def labeled_loss(step, parameters):
-    """CE(y_l, S(x_l; ``parameters``)), (), of this process's labelled images."""
-    with _measuring(step.network), step.runtime.autocast(scaled=False):
-        logits = [logits_at(step.network, parameters, part) for part in step.images_l.chunk(step.parts)]
-    return F.cross_entropy(full_precision(torch.cat(logits)), step.targets)
+def labeled_loss(step):
+    """CE(y_l, S(x_l)), (), of this process's labelled images and the student as it is now."""
+    with without_trace(step.network, dropout=False), step.runtime.autocast(scaled=False):
+        logits = torch.cat([step.forward(part) for part in step.images_l.chunk(step.parts)])
+    return F.cross_entropy(full_precision(logits), step.targets)
 
 
 def labeled_gradient(step):
     """v = ∇ CE(y_l, S(x_l; θ_S')) by parameter name, averaged over all processes."""
-    after = {name: parameter for name, parameter in step.network.named_parameters() if name in step.before}
-    gradient = torch.autograd.grad(labeled_loss(step, after), list(after.values()))
+    after = step.parameters
+    gradient = torch.autograd.grad(labeled_loss(step), list(after.values()))
     return dict(zip(after, step.runtime.average_(list(gradient)), strict=True))
 
 
@@ -102,8 +129,7 @@ def taylor(step):
     The difference is of the step that was really taken, with momentum, weight decay and clipping: to first
     order in η, and for a plain step, it is ``dot`` (paper, appendix A). Cost: two forward passes on x_l.
     """
-    after = {name: parameter for name, parameter in step.network.named_parameters() if name in step.before}
-    losses = torch.stack([labeled_loss(step, step.before), labeled_loss(step, after)])
+    losses = torch.stack([step.loss_before, labeled_loss(step)])
     old, new = step.runtime.average_([losses])[0]
     return old - new
 
@@ -122,7 +148,7 @@ def dot(step):
 # ---------------------------------------------------------------- exact form
 
 
-def exact(step, mode="auto"):
+def exact(step):
     """∂J/∂q, the gradient of the student's labelled loss in its pseudo labels, (N, K).
 
     The gradient of CE(q, S(x_u)) is linear in q, so that differentiating J through the plain step −η∇CE
@@ -136,22 +162,24 @@ def exact(step, mode="auto"):
     images in this process's part of a batch: averaging the teacher's gradient over parts and processes gives
     the rest.
 
-    Args:
-        mode: ``forward`` (forward-mode differentiation), ``difference`` (central difference) or ``auto``:
-            forward where every operation of the network has a forward derivative, else difference.
+    ``step.jvp`` is ``forward`` (forward-mode differentiation), ``difference`` (central difference) or
+    ``auto``: forward where every operation of the network has a forward derivative, else difference.
 
     Cost: one forward and backward pass on x_l, and on x_u and x_l one pass with tangents (about three forward
     passes) or two forward passes.
     """
-    if mode == "auto":
-        try:
-            return exact(step, "forward")
-        except NotImplementedError:  # torch: "Trying to use forward AD with … that does not support it"
-            return exact(step, "difference")
     v = labeled_gradient(step)
-    product = {"forward": _product_forward, "difference": _product_difference}[mode]
-    with step.runtime.replay(step.random_state):
-        derivative = product(step, v)
+    with step.runtime.replay(step.random_state), without_trace(step.network):
+        try:
+            if step.jvp == "difference":
+                derivative = _product_difference(step, v)
+            else:
+                derivative = _product_forward(step, v)
+        except NotImplementedError:  # torch: "Trying to use forward AD with … that does not support it"
+            if step.jvp == "forward":
+                raise
+            step.runtime.set_rng_state(step.random_state)
+            derivative = _product_difference(step, v)
     factor = (1 - step.label_smoothing) * step.rate / (len(step.images_u) // step.parts)
     return step.runtime.scalar(factor) * derivative
 
@@ -159,7 +187,7 @@ def exact(step, mode="auto"):
 def student_logits(step, parameters):
     """S(x_u; ``parameters``), (N, K), of a pass like the step's own: batch norm sees x_l behind x_u."""
     pairs = zip(step.images_u.chunk(step.parts), step.images_l.chunk(step.parts), strict=True)
-    logits = [logits_at(step.network, parameters, torch.cat(pair))[: len(pair[0])] for pair in pairs]
+    logits = [functional_call(step.network, parameters, (torch.cat(pair),))[: len(pair[0])] for pair in pairs]
     return full_precision(torch.cat(logits))
 
 
@@ -193,6 +221,7 @@ def _product_difference(step, v):
 
 
 ESTIMATORS = {"taylor": taylor, "dot": dot, "exact": exact}
+READS = {"taylor": "loss_before", "dot": "gradient", "exact": "before"}  # for StudentStep.remember
 
 
 # ---------------------------------------------------------------- the teacher's side

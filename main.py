@@ -755,6 +755,7 @@ def build_views(args, dataset, runtime):
         randaug=tuple(args.randaug),
         labeled_view=args.labeled_view,
         static=runtime.static,
+        compile=runtime.compile,
     )
 
 

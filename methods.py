@@ -126,11 +126,13 @@ class Learner:
 
     def __init__(self, network, runtime, *, optimizer, rate, grad_clip=0.0, ema=None):
         self.network = runtime.place(network)
+        self.forward = runtime.compile(self.network)  # for passes of this process alone
         self.training_network = runtime.parallel(self.network)
         self.runtime, self.rate, self.grad_clip = runtime, rate, grad_clip
         self.optimizer = optimizer(self.network)
         self.scaler = runtime.grad_scaler()
         self.ema = ModelEMA(self.network, ema) if ema is not None else None
+        self.ema_network = runtime.compile(self.ema.network) if self.ema else None
 
     @property
     def parameters(self):
@@ -147,15 +149,14 @@ class Learner:
     def average(self, images):
         """Logits (N, K) of the moving average, in evaluation mode, float32 (float64 where the network is)."""
         with self.runtime.autocast():
-            return feedback.full_precision(self.ema.network(images))
+            return feedback.full_precision(self.ema_network(images))
 
     @torch.no_grad()
     def preview(self, images):
         """The logits of a call that is still to come; running statistics are left as they are."""
         training_mode(self.network)
-        with self.runtime.autocast():
-            logits = feedback.logits_at(self.network, dict(self.network.named_parameters()), images)
-        return feedback.full_precision(logits)
+        with feedback.without_trace(self.network), self.runtime.autocast():
+            return feedback.full_precision(self.forward(images))
 
     def backward(self, loss, parts):
         """Gradients of the mean loss, averaged over processes and unscaled, into the parameters' ``grad``.
@@ -447,10 +448,10 @@ class MPL(Method):
     def _step(self, views, step, truth, diagnose):
         args = self.args
         parts = parts_of(views, truth, args.accumulate)
-        random_state = self.runtime.rng_state()
         # One part keeps its graph until the teacher's step; several pass through the teacher again then, with
         # the same dropout, so that one graph is in memory at a time.
         kept = len(parts) == 1
+        random_state = None if kept else self.runtime.rng_state()
         logits = [teacher_logits(self.teacher, part.views, args.weak_pass, graph=kept) for part in parts]
         labels = [pseudo_labels(self._labeling(each), args.pseudo_label) for each in logits]
         scalars, student_step = self._student_step(views, labels, self.student.rate(step))
@@ -489,7 +490,7 @@ class MPL(Method):
 
         Its pass holds the labelled images behind the strong ones, for batch norm alone (published code)."""
         args, student = self.args, self.student
-        random_state = self.runtime.rng_state()
+        random_state = self.runtime.rng_state() if args.feedback == "exact" else None
 
         def loss(part):
             strong, labeled, targets = part
@@ -503,13 +504,9 @@ class MPL(Method):
         if args.feedback == "none":
             student.update(rate)
             return scalars, None
-        before = {name: p.detach().clone() for name, p in student.parameters.items()}
-        gradient = {name: p.grad.clone() for name, p in student.parameters.items()}
-        student.update(rate)
-        return scalars, feedback.StudentStep(
+        student_step = feedback.StudentStep(
             network=student.network,
-            before=before,
-            gradient=gradient,
+            forward=student.forward,
             images_u=views.strong,
             images_l=views.labeled,
             targets=views.targets,
@@ -517,16 +514,17 @@ class MPL(Method):
             random_state=random_state,
             runtime=self.runtime,
             label_smoothing=args.label_smoothing,
-            parts=len(labels),
+            parts=count,
+            jvp=args.feedback_jvp,
         )
+        student_step.remember(feedback.READS[args.feedback])
+        student.update(rate)
+        return scalars, student_step
 
     def _feedback(self, student_step, labels):
         """The value of the feedback, with baseline and sign, and how much the student improved, ()."""
         args = self.args
-        if args.feedback == "exact":
-            value = feedback.exact(student_step, args.feedback_jvp)
-        else:
-            value = feedback.ESTIMATORS[args.feedback](student_step)
+        value = feedback.ESTIMATORS[args.feedback](student_step)
         if self.student.scaler.is_enabled():  # a step that the fp16 scaler skipped has no feedback
             value = torch.where(torch.isfinite(value), value, 0.0)
         improvement = value if value.ndim == 0 else -(value * labels).sum() / args.accumulate

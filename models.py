@@ -570,7 +570,10 @@ class ModelEMA:
         copied = [(a, b) for a, b in pairs if not a.is_floating_point()]
         if averaged:
             a, b = zip(*averaged, strict=True)
-            torch._foreach_lerp_(a, b, [1.0 - decay] * len(a))  # a + (1 - decay) * (b - a)
+            # a + (1 - decay) · (b - a) in three launches; lerp takes one for each tensor where decay is one
+            change = torch._foreach_sub(b, a)
+            torch._foreach_mul_(change, 1.0 - decay)
+            torch._foreach_add_(a, change)
         if copied:
             a, b = zip(*copied, strict=True)
             torch._foreach_copy_(a, b)

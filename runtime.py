@@ -134,8 +134,11 @@ class Runtime:
         self.channels_last = channels_last
         self.sync_bn = sync_bn
         self.compiled = compiled
-        if compiled:  # dropout draws the same with and without: the feedback repeats the student's pass
+        if compiled:
+            # dropout draws the same with and without: the feedback repeats the student's pass
             torch._inductor.config.fallback_random = True
+            # the gradient behind a leaky ReLU reads six tensors; by default it is written out from five on
+            torch._inductor.config.realize_reads_threshold = 8
         self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype] if amp else None
         if self.amp_dtype == torch.bfloat16 and not self._has_bf16():
             self.amp_dtype = None
@@ -224,7 +227,11 @@ class Runtime:
             devices = [self.device] if self.kind == "cuda" else None
             # Running statistics are each process's own until they are averaged for evaluation.
             training = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
-        return torch.compile(training, dynamic=False) if self.compiled else training
+        return self.compile(training)
+
+    def compile(self, function):
+        """The function or network, through ``torch.compile`` where that was asked for; shapes are static."""
+        return torch.compile(function, dynamic=False) if self.compiled else function
 
     def uncompiled(self):
         """Context in which nothing is compiled: a compiled graph can be passed backward only once."""
@@ -511,11 +518,12 @@ class SyncBatchNorm(_BatchNorm):
         moments = _MeanOverProcesses.apply(torch.stack((offset, var + offset.square())))
         offset = moments[0]
         mean, var = shift + offset, moments[1] - offset.square()
-        with torch.no_grad():
-            count = values.numel() // values.shape[1] * dist.get_world_size()
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(var.detach() * count / max(1, count - 1), self.momentum)
-            self.num_batches_tracked.add_(1)
+        if self.track_running_stats:
+            with torch.no_grad():
+                count = values.numel() // values.shape[1] * dist.get_world_size()
+                self.running_mean.lerp_(mean.detach(), self.momentum)
+                self.running_var.lerp_(var.detach() * count / max(1, count - 1), self.momentum)
+                self.num_batches_tracked.add_(1)
         shape = [1, -1, *[1] * (images.ndim - 2)]
         scale = self.weight * torch.rsqrt(var + self.eps)
         return (values * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(images.dtype)

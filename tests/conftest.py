@@ -1,7 +1,16 @@
 """What all tests share."""
 
+import os
+import shutil
+import sysconfig
+
 import pytest
 import torch
+
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))),
+    reason="torch.compile needs a C++ compiler and Python's headers",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,11 @@
 """Augmentation against Pillow, pixel by pixel, and its distribution, determinism and errors."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
+from conftest import needs_compiler
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -242,6 +245,16 @@ def test_static_views_are_one_graph_without_breaks(images):
     compiled = torch.compile(views.pair, backend="eager", fullgraph=True)(images[:8])
     assert all(torch.equal(a, b) for a, b in zip(expected, compiled, strict=True))
     torch.compiler.reset()
+
+
+@needs_compiler
+def test_compiled_views_are_the_same(images):
+    """Without vector instructions, for which Inductor's C++ of torch 2.9 does not compile here."""
+    compile = functools.partial(torch.compile, options={"cpp.simdlen": 0})
+    plain, compiled = (ImageViews(SIZE, MEAN, STD, static=True, compile=c) for c in (None, compile))
+    pairs = [view.pair(images, torch.Generator().manual_seed(3)) for view in (plain, compiled)]
+    assert compiled.randaug._layer is not plain.randaug._layer
+    assert torch.equal(pairs[0][0], pairs[1][0]) and torch.equal(pairs[0][1], pairs[1][1])
 
 
 def test_the_input_is_left_alone(images):

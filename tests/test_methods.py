@@ -1,14 +1,12 @@
 """The training steps: losses against their formulas, methods against each other."""
 
 import copy
-import os
-import shutil
-import sysconfig
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_compiler
 
 import main
 from augmentation import Views
@@ -27,7 +25,6 @@ from models import build_model
 from runtime import Runtime
 
 torch.set_num_threads(1)
-can_compile = shutil.which("g++") and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
 FLAGS = (
     "--dataset digits --model wrn-10-1 --batch-size 4 --mu 2 --nesterov --teacher-lr 0.1 --student-lr 0.1 "
     "--total-steps 100 --uda-steps 10 --label-smoothing 0.1 --lambda-u 2 --threshold 0.05"
@@ -718,9 +715,39 @@ def test_adamw_decays_no_batch_norm():
     assert not torch.equal(weights(method.predictor), before)
 
 
-@pytest.mark.skipif(not can_compile, reason="torch.compile needs a C++ compiler and Python's headers")
+class Traced(Runtime):
+    """Networks pass through torch.compile's tracing, but not its code generation."""
+
+    def compile(self, function):
+        return torch.compile(function, backend="eager", dynamic=False)
+
+
 @pytest.mark.parametrize(
-    "flags", ["--feedback exact", "--feedback exact --pseudo-label-view strong --weak-pass ema"]
+    ("method", "flags"),
+    [
+        ("supervised", ""),
+        ("uda", "--weak-pass ema"),
+        ("mpl", "--feedback taylor --accumulate 2"),
+        ("mpl", "--feedback dot --pseudo-label sample"),
+        ("mpl", "--feedback exact --pseudo-label-view strong --weak-pass apart"),
+        ("mpl", "--feedback exact --pseudo-label-view strong --weak-pass ema"),
+    ],
+)
+def test_every_graph_is_whole_and_made_in_the_first_step(method, flags):
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    each = build(*flags.split(), "--teacher-dropout", 0.3, method=method, runtime=Traced("cpu"))
+    graphs = []
+    for step in range(3):
+        each.step(make_views(step), step)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[-1] and not counters["graph_break"]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "flags", ["--feedback taylor", "--feedback exact --pseudo-label-view strong --weak-pass ema"]
 )
 def test_compiled_steps_are_the_steps(flags):
     """Dropout included: the exact feedback repeats the student's pass without the compiler."""
@@ -733,5 +760,6 @@ def test_compiled_steps_are_the_steps(flags):
             method.step(double_views(step), step + 5, diagnose=step == 1)
         return weights(method.student.network), weights(method.teacher.network)
 
+    torch.compiler.reset()
     for compiled, plain in zip(train(True), train(False), strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-8, atol=1e-10)
