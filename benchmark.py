@@ -6,6 +6,7 @@
     python benchmark.py data                             # what a training step spends outside its networks
     python benchmark.py decode                           # photographs from disk, against torchvision
     python benchmark.py step                             # what each feedback, and the weak pass, costs
+    python benchmark.py step --plain                     # a whole step against one as public code writes it
     python benchmark.py profile                          # a step's phases, kernels, bytes and FLOP
     python benchmark.py scale                            # two processes against one with two threads
 
@@ -17,6 +18,7 @@ On a machine with a GPU, before and after a change of the step:
     python benchmark.py profile $recipe --repeats 20 --compile --json profile_compiled.json
     python benchmark.py profile $recipe --repeats 20 --compile $ema --json profile_ema.json
     python benchmark.py step $recipe --repeats 20
+    python benchmark.py step --plain $recipe --compile $ema --repeats 5 --steps 20
 
 A figure alone says as much about the machine as about the code. So a comparison measures both ways
 alternately, in one run, and prints the ratio of the medians, and a profile measures beside the step what the
@@ -25,6 +27,7 @@ machine can do. Commands that take steps understand main.py's flags, too: ``--fe
 
 import argparse
 import contextlib
+import copy
 import functools
 import itertools
 import json
@@ -44,6 +47,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -821,6 +825,8 @@ def step_worker(args, flags, estimators, whole, pipe):
 
 def step(args):
     """Seconds and peak memory of one MPL step with each form of the feedback, as ratios to none."""
+    if args.plain:
+        return step_plain(args)
     estimators = {"double backward": {"dot": double_backward}}
     pipes = {
         name: started(step_worker, args, flags, estimators.get(name, {}), False)
@@ -844,6 +850,154 @@ def step(args):
     for name in FEEDBACKS:
         ratio, more = seconds[name] / seconds["none"], memory[name] / memory["none"]
         print(f"{name:<24}{1000 * seconds[name]:>12.1f}{ratio:>8.2f}{memory[name]:>12.0f}{more:>8.2f}")
+
+
+# --------------------------------------------------------------------- step --plain: as public code writes it
+
+
+class PlainImages(torch.utils.data.Dataset):
+    """Random images whose views are made one by one from Pillow images, as data sets usually do.
+
+    One item: a labelled image in its weak view (3, H, W), its class, and the weak and the strong views of
+    ``mu`` unlabelled images, (mu, 3, H, W) each.
+    """
+
+    def __init__(self, length, mu, size):
+        self.length, self.mu = length, mu
+        self.images = np.random.default_rng(0).integers(256, size=(1000, size, size, 3), dtype=np.uint8)
+        crop = [
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomCrop(size, padding=size // 8, fill=GREY),
+        ]
+        to_tensor = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+        cutout = transforms.RandomErasing(p=1, scale=(0.25, 0.25), ratio=(1, 1))
+        self.weak = transforms.Compose([*crop, *to_tensor])
+        self.strong = transforms.Compose([*crop, transforms.RandAugment(2, 16), *to_tensor, cutout])
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, item):
+        first = item * (1 + self.mu)
+        numbers = [number % len(self.images) for number in range(first, first + 1 + self.mu)]
+        labeled, *unlabeled = [Image.fromarray(self.images[number]) for number in numbers]
+        weak = torch.stack([self.weak(image) for image in unlabeled])
+        strong = torch.stack([self.strong(image) for image in unlabeled])
+        return self.weak(labeled), numbers[0] % 10, weak, strong
+
+
+class PlainStep:
+    """A step of Meta Pseudo Labels as public PyTorch code writes it, with the flags of ``args``.
+
+    float32, contiguous. Hard pseudo labels from the weak views, the labelled images inside the student's
+    batch, feedback (L_new − L_old) · CE(argmax T(strong), T(strong)), a moving average updated parameter by
+    parameter, and every loss read in every step.
+    """
+
+    def __init__(self, args, size, device):
+        self.args, self.device = args, device
+        self.teacher, self.student = (
+            build_model(args.model, 10, image_size=size).to(device) for _ in range(2)
+        )
+        self.average = copy.deepcopy(self.student)
+        self.teacher_optimizer, self.student_optimizer = (
+            torch.optim.SGD(
+                network.parameters(), rate, args.momentum, nesterov=True, weight_decay=args.weight_decay
+            )
+            for network, rate in ((self.teacher, args.teacher_lr), (self.student, args.student_lr))
+        )
+
+    def __call__(self, labeled, targets, weak, strong):
+        """As a loader gives them: (B, 3, H, W), (B,), (B, mu, 3, H, W) twice. → {name: float}"""
+        args, smoothing = self.args, self.args.label_smoothing
+        labeled, targets = labeled.to(self.device), targets.to(self.device)
+        weak, strong = weak.flatten(0, 1).to(self.device), strong.flatten(0, 1).to(self.device)
+
+        logits = self.teacher(torch.cat([labeled, weak, strong]))
+        logits_l, logits_w, logits_s = logits.split([len(labeled), len(weak), len(strong)])
+        labeled_loss = F.cross_entropy(logits_l, targets, label_smoothing=smoothing)
+        sharpened = torch.softmax(logits_w.detach() / args.temperature, dim=1)
+        confidence, labels = sharpened.max(dim=1)
+        confident = (confidence >= args.threshold).float()
+        uda_loss = (confident * F.cross_entropy(logits_s, sharpened, reduction="none")).mean()
+
+        student_logits = self.student(torch.cat([labeled, strong]))
+        old_loss = F.cross_entropy(student_logits[: len(labeled)].detach(), targets)
+        student_loss = F.cross_entropy(student_logits[len(labeled) :], labels, label_smoothing=smoothing)
+        self.student_optimizer.zero_grad()
+        student_loss.backward()
+        self.student_optimizer.step()
+
+        with torch.no_grad():
+            new_loss = F.cross_entropy(self.student(labeled), targets)
+        feedback_loss = (new_loss - old_loss) * F.cross_entropy(logits_s, logits_s.argmax(dim=1))
+        teacher_loss = labeled_loss + args.lambda_u * uda_loss + feedback_loss
+        self.teacher_optimizer.zero_grad()
+        teacher_loss.backward()
+        self.teacher_optimizer.step()
+
+        with torch.no_grad():
+            for averaged, parameter in zip(self.average.parameters(), self.student.parameters(), strict=True):
+                averaged.mul_(args.ema).add_(parameter, alpha=1 - args.ema)
+            for averaged, buffer in zip(self.average.buffers(), self.student.buffers(), strict=True):
+                averaged.copy_(buffer)
+        return {
+            "labeled_loss": labeled_loss.item(),
+            "uda_loss": uda_loss.item(),
+            "student_loss": student_loss.item(),
+            "old_loss": old_loss.item(),
+            "new_loss": new_loss.item(),
+            "feedback_loss": feedback_loss.item(),
+            "teacher_loss": teacher_loss.item(),
+        }
+
+
+def step_plain(args):
+    """Images per second of whole steps, from images in memory on, here and as public code writes them.
+
+    What the runtime sets for all of PyTorch (TF32, cuDNN's search) serves both.
+    """
+    torch.set_num_threads(args.threads)
+    loader, views, method, runtime = training_step(args)
+    plain = PlainStep(method.args, args.size, runtime.device)
+    workers = processor_cores()
+    ahead = 2 * workers  # batches that the workers make before they are asked for: PyTorch's default
+    length = (1 + args.steps + ahead) * args.batch_size
+    plain_loader = torch.utils.data.DataLoader(
+        PlainImages(length, args.mu, args.size),
+        args.batch_size,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=True,
+    )
+    numbers = itertools.count()
+
+    def here():
+        for number in itertools.islice(numbers, args.steps):
+            batch = next(loader)
+            drawn = views(batch.images_l, batch.targets, batch.images_u, loader.generator)
+            method.step(drawn, number, batch.targets_u)
+        runtime.wait()
+
+    def reference():
+        batches = iter(plain_loader)
+        plain(*next(batches))  # the workers have begun
+
+        def steps():
+            for batch in itertools.islice(batches, args.steps):
+                plain(*batch)
+            runtime.wait()
+
+        seconds = seconds_of(steps)
+        for _ in batches:  # what was made ahead: the workers rest while the other way is measured
+            pass
+        return seconds
+
+    seconds = medians([functools.partial(seconds_of, here), reference], args.repeats)
+    images = args.steps * args.batch_size * (1 + args.mu)
+    print(f"{describe_step(args, runtime)}; the plain step: {workers} worker(s)")
+    print("ms per step: {:.1f} here, {:.1f} plain".format(*(1000 * each / args.steps for each in seconds)))
+    print_ratios("images/s; reference: a plain step", [("whole step", *(images / each for each in seconds))])
 
 
 # ----------------------------------------------------------------------------------- scale: several processes
@@ -959,6 +1113,8 @@ def main(argv=None):
 
     command = add_command("step", "cost of each form of the feedback and of the weak pass, against none")
     add_step_arguments(command, batch_size=8, repeats=5)
+    command.add_argument("--plain", action="store_true", help="instead: a step as public code writes it")
+    command.add_argument("--steps", type=int, default=5, help="with --plain: steps per measurement")
     command.set_defaults(run=step)
 
     command = add_command("profile", "one step taken apart")

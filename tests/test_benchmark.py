@@ -1,6 +1,7 @@
-"""What the measurements count, and the commands end to end."""
+"""What the measurements count, the plain step against its formulas, and the commands end to end."""
 
 import argparse
+import copy
 import functools
 import json
 import os
@@ -10,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from benchmark import PHASES, WatchedStep, Work, busy_and_gaps, kernels, limit
+from benchmark import PHASES, PlainImages, PlainStep, WatchedStep, Work, busy_and_gaps, kernels, limit
 from models import build_model, count_flops
 
 torch.set_num_threads(1)
@@ -256,6 +258,85 @@ def test_profile(tmp_path, capsys):
 def test_data(capsys):
     benchmark.main(["data", *TINY])
     assert "outside the networks" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the plain step
+
+
+def plain_batch(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labeled = torch.randn(4, 3, 8, 8, generator=generator)
+    weak, strong = (torch.randn(4, 2, 3, 8, 8, generator=generator) for _ in range(2))
+    return labeled, torch.arange(4), weak, strong
+
+
+def plain_step(**values):
+    options = dict(model="wrn-10-1", momentum=0.9, weight_decay=5e-4, teacher_lr=0.05, student_lr=0.05)
+    losses = dict(label_smoothing=0.1, temperature=0.5, threshold=0.2, lambda_u=2.0, ema=0.9)
+    return PlainStep(argparse.Namespace(**options | losses | values), 8, torch.device("cpu"))
+
+
+def test_plain_step_is_its_formulas():
+    plain = plain_step()
+    teacher, student, average = (copy.deepcopy(n) for n in (plain.teacher, plain.student, plain.average))
+    labeled, targets, weak, strong = plain_batch()
+    scalars = plain(labeled, targets, weak, strong)
+    assert all(isinstance(value, float) for value in scalars.values())
+    weak, strong = weak.flatten(0, 1), strong.flatten(0, 1)
+
+    logits_l, logits_w, logits_s = teacher(torch.cat([labeled, weak, strong])).split([4, 8, 8])
+    logits = student(torch.cat([labeled, strong]))
+    old = F.cross_entropy(logits[:4], targets)
+    student_loss = F.cross_entropy(logits[4:], logits_w.argmax(1), label_smoothing=0.1)
+    optimizer = torch.optim.SGD(student.parameters(), 0.05, 0.9, nesterov=True, weight_decay=5e-4)
+    student_loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        new = F.cross_entropy(student(labeled), targets)
+    feedback = (new - old).detach() * F.cross_entropy(logits_s, logits_s.argmax(1))
+    sharp = F.softmax(logits_w.detach() / 0.5, dim=1)
+    uda = ((sharp.amax(1) >= 0.2) * -(sharp * F.log_softmax(logits_s, 1)).sum(1)).mean()
+    loss = F.cross_entropy(logits_l, targets, label_smoothing=0.1) + 2 * uda + feedback
+    optimizer = torch.optim.SGD(teacher.parameters(), 0.05, 0.9, nesterov=True, weight_decay=5e-4)
+    loss.backward()
+    optimizer.step()
+
+    expected = dict(old_loss=old, new_loss=new, student_loss=student_loss, feedback_loss=feedback)
+    expected |= dict(uda_loss=uda, teacher_loss=loss)
+    for name, value in expected.items():
+        assert scalars[name] == pytest.approx(value.item(), rel=1e-4), name
+    assert scalars["feedback_loss"] != 0
+    for ours, theirs in ((plain.student, student), (plain.teacher, teacher)):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    for p, before, after in zip(
+        plain.average.parameters(), average.parameters(), plain.student.parameters(), strict=True
+    ):
+        torch.testing.assert_close(p, 0.9 * before + 0.1 * after)
+
+
+def test_plain_step_learns():
+    plain = plain_step(label_smoothing=0.0)
+    losses = [plain(*plain_batch())["labeled_loss"] for _ in range(25)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_plain_images():
+    images = PlainImages(length=3, mu=2, size=8)
+    labeled, target, weak, strong = images[1]
+    assert labeled.shape == (3, 8, 8) and weak.shape == strong.shape == (2, 3, 8, 8) and target == 3
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (benchmark.MEAN, benchmark.STD))
+    levels = (255 * (labeled * std + mean)).round().to(torch.uint8)
+    colours = {tuple(pixel) for pixel in levels.flatten(1).T.tolist()}
+    assert colours <= {tuple(pixel) for pixel in images.images[3].reshape(-1, 3).tolist()} | {(128,) * 3}
+    assert ((strong == 0).all(dim=1).sum(dim=(1, 2)) >= 16).all()  # the cutout: a quarter of the image
+    assert not (weak == 0).all(dim=1).any()
+
+
+def test_step_against_the_plain_one(capsys):
+    benchmark.main(["step", "--plain", *TINY, "--repeats", "1", "--steps", "1", "--feedback", "none"])
+    line = capsys.readouterr().out.splitlines()[-1].split()
+    assert line[:2] == ["whole", "step"] and all(float(rate.replace(",", "")) > 0 for rate in line[2:])
 
 
 # ---------------------------------------------------------------- the command line
