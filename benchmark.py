@@ -8,6 +8,7 @@
     python benchmark.py step                             # what each feedback, and the weak pass, costs
     python benchmark.py step --plain                     # a whole step against one as public code writes it
     python benchmark.py profile                          # a step's phases, kernels, bytes and FLOP
+    python benchmark.py cost --picture cost.png          # time and memory over batch, μ, width and depth
     python benchmark.py scale                            # two processes against one with two threads
 
 On a machine with a GPU, before and after a change of the step:
@@ -19,6 +20,7 @@ On a machine with a GPU, before and after a change of the step:
     python benchmark.py profile $recipe --repeats 20 --compile $ema --json profile_ema.json
     python benchmark.py step $recipe --repeats 20
     python benchmark.py step --plain $recipe --compile $ema --repeats 5 --steps 20
+    python benchmark.py cost $recipe --repeats 10 --batches 32 64 128 256 --json cost.json --picture cost.png
 
 A figure alone says as much about the machine as about the code. So a comparison measures both ways
 alternately, in one run, and prints the ratio of the medians, and a profile measures beside the step what the
@@ -58,6 +60,7 @@ from torchvision.transforms import functional
 
 import feedback
 import main as training
+import visualize
 from augmentation import GREY, OPERATIONS, ImageViews
 from data import Dataset, ImageSet, TrainLoader, read_crop
 from methods import METHODS, soft_cross_entropy
@@ -1000,6 +1003,127 @@ def step_plain(args):
     print_ratios("images/s; reference: a plain step", [("whole step", *(images / each for each in seconds))])
 
 
+# --------------------------------------------------------------------- cost: over batch, μ, width and depth
+
+VARIED = {
+    "batch": "labelled images",
+    "mu": "unlabelled per labelled image",
+    "width": "K of WRN-D-K",
+    "depth": "D of WRN-D-K",
+}
+
+
+def cost_points(args):
+    """{what varies: {its value: the command line with it}}, the rest as in ``args``."""
+    network = re.fullmatch(r"wrn-(\d+)-(\d+)", args.model)
+    if not network:
+        raise UserError(f"cost varies depth D and width K of --model wrn-D-K: {args.model} has none")
+    depth, width = map(int, network.groups())
+
+    def changed(**values):
+        return argparse.Namespace(**vars(args) | values)
+
+    return {
+        "batch": {value: changed(batch_size=value) for value in args.batches},
+        "mu": {value: changed(mu=value) for value in args.mus},
+        "width": {value: changed(model=f"wrn-{depth}-{value}") for value in args.widths},
+        "depth": {value: changed(model=f"wrn-{value}-{width}") for value in args.depths},
+    }
+
+
+def cost_of_step(args):
+    """Median seconds of whole steps in a fresh process, and the MiB that they added at their peak."""
+    pipe = started(step_worker, args, (), {}, True)
+    answers = []
+    for _ in range(args.repeats + 1):
+        pipe.send("step")
+        answers.append(answer(pipe))
+    pipe.send("end")
+    return statistics.median(seconds for seconds, _, _ in answers[1:]), answers[-1][2]
+
+
+def fitted(x, y):
+    """Least squares y = a + b·x: a, b and the largest residual relative to y."""
+    slope, offset = np.polyfit(x, y, 1)
+    residual = np.abs(offset + slope * np.array(x) - y) / np.abs(y)
+    return {"a": float(offset), "b": float(slope), "largest_residual": float(residual.max())}
+
+
+def cost(args):
+    """How time and memory of a step grow with batch, μ, width and depth of the network."""
+    points = cost_points(args)
+    if any(len(values) < 2 for values in points.values()):
+        raise UserError("a line needs two different values of each of batch, μ, width and depth")
+    if args.picture and not args.picture.endswith(".png"):
+        raise UserError(f"the picture is a PNG, but {args.picture} does not end in .png")
+    measured = {}  # the point that all lines share is measured once
+    for point in itertools.chain(*(values.values() for values in points.values())):
+        key = (point.batch_size, point.mu, point.model)
+        if key not in measured:
+            measured[key] = cost_of_step(point)
+            seconds, memory = measured[key]
+            size = f"batch {point.batch_size}, mu {point.mu}, {point.model}"
+            print(f"{size}: {1000 * seconds:.1f} ms, {memory:.0f} MiB", flush=True)
+    runtime = Runtime(args.device, args.amp, channels_last=args.channels_last, compiled=args.compile)
+    report = {"step": describe_step(args, runtime), "torch": torch.__version__}
+    for name, values in points.items():
+        seconds, memory = zip(
+            *(measured[point.batch_size, point.mu, point.model] for point in values.values()), strict=True
+        )
+        x = list(values)
+        report[name] = {"values": x, "seconds": seconds, "mebibytes": memory}
+        report[name] |= {"fit_seconds": fitted(x, seconds), "fit_mebibytes": fitted(x, memory)}
+    print_cost(report)
+    write_json(args.json, report)
+    if args.picture:
+        print(draw_cost(args.picture, report))
+
+
+def print_cost(report):
+    print(f"\n{report['step']}; whole steps, what varies excepted")
+    print(f"{'varied':<10}{'value':>8}{'ms/step':>12}{'MiB':>10}")
+    for name in VARIED:
+        row = report[name]
+        for value, seconds, memory in zip(row["values"], row["seconds"], row["mebibytes"], strict=True):
+            print(f"{name:<10}{value:>8}{1000 * seconds:>12.1f}{memory:>10.0f}")
+    print("\nleast squares, a + b · value, and the largest residual relative to what was measured")
+    for name in VARIED:
+        for unit, factor, key in (("ms", 1000, "fit_seconds"), ("MiB", 1, "fit_mebibytes")):
+            fit = report[name][key]
+            print(
+                f"{name:<10}{unit:>4} = {factor * fit['a']:>10.2f} + {factor * fit['b']:>10.3f} · {name:<8}"
+                f"{100 * fit['largest_residual']:>6.1f} %"
+            )
+
+
+def draw_cost(path, report):
+    """Four panels: time (left axis, circles, full line) and memory (right axis, triangles, dashed line).
+
+    Memory's axis leaves more room above, so that the two lines do not hide each other.
+    """
+    figure = visualize.new_figure(6.5)
+    figure.suptitle(report["step"], fontsize=9)
+    for axes, (name, unit) in zip(figure.subplots(2, 2).flat, VARIED.items(), strict=True):
+        row = report[name]
+        ends = np.array([min(row["values"]), max(row["values"])])
+        for side, key, factor, room, label, colour, marker, style in (
+            (axes, "seconds", 1000, 1.1, "time per step in ms", visualize.BLUE, "o", "-"),
+            (axes.twinx(), "mebibytes", 1, 1.5, "peak memory in MiB", visualize.VERMILION, "^", "--"),
+        ):
+            fit, y = row[f"fit_{key}"], factor * np.array(row[key])
+            side.plot(row["values"], y, marker, color=colour, markersize=7)
+            side.plot(ends, factor * (fit["a"] + fit["b"] * ends), style, color=colour, linewidth=1.5)
+            side.set_ylabel(label, color=colour, fontsize=11)
+            side.tick_params(axis="y", colors=colour, labelsize=10)
+            side.set_ylim(0, room * y.max())
+            side.spines["top"].set_visible(False)
+        axes.set_xticks(row["values"])
+        axes.tick_params(axis="x", labelsize=10)
+        axes.set_xlabel(f"{'μ' if name == 'mu' else name} ({unit})", fontsize=11)
+        axes.grid(True, axis="y", color="#E6E6E6", linewidth=0.7)
+    return visualize.save(figure, path)
+
+
 # ----------------------------------------------------------------------------------- scale: several processes
 
 
@@ -1121,6 +1245,18 @@ def main(argv=None):
     add_step_arguments(command, batch_size=32, repeats=5)
     command.add_argument("--json", metavar="FILE", help="write the figures there, too")
     command.set_defaults(run=profile)
+
+    command = add_command("cost", "time and memory of a step over batch, μ, width and depth")
+    add_step_arguments(command, batch_size=32, repeats=5)
+    command.add_argument(
+        "--batches", type=int, nargs="+", default=[8, 16, 32, 64], help="values of --batch-size"
+    )
+    command.add_argument("--mus", type=int, nargs="+", default=[1, 3, 5, 7], help="values of --mu")
+    command.add_argument("--widths", type=int, nargs="+", default=[1, 2, 3, 4], help="K of WRN-D-K")
+    command.add_argument("--depths", type=int, nargs="+", default=[10, 16, 22, 28], help="D of WRN-D-K")
+    command.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    command.add_argument("--picture", metavar="FILE.png", help="draw them")
+    command.set_defaults(run=cost)
 
     args, flags = parser.parse_known_args(argv)
     if flags and not vars(args).get("takes_flags"):

@@ -9,15 +9,17 @@ import shutil
 import sysconfig
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
-from benchmark import PHASES, PlainImages, PlainStep, WatchedStep, Work, busy_and_gaps, kernels, limit
+from benchmark import PHASES, PlainImages, PlainStep, WatchedStep, Work, busy_and_gaps, fitted, kernels, limit
 from models import build_model, count_flops
 
 torch.set_num_threads(1)
@@ -339,6 +341,50 @@ def test_step_against_the_plain_one(capsys):
     assert line[:2] == ["whole", "step"] and all(float(rate.replace(",", "")) > 0 for rate in line[2:])
 
 
+# ---------------------------------------------------------------- cost
+
+
+def test_fit():
+    fit = fitted([1, 2, 3], [12.0, 14.0, 16.0])
+    assert fit["a"] == pytest.approx(10) and fit["b"] == pytest.approx(2)
+    assert fit["largest_residual"] < 1e-9
+    assert fitted([0, 1, 2], [2.0, 5.0, 2.0])["largest_residual"] == pytest.approx(1 / 2)  # the line: 3
+
+
+def made_up_cost(args):
+    """Seconds and MiB of a step, linear in all that is varied."""
+    depth, width = map(int, args.model.split("-")[1:])
+    size = args.batch_size + 10 * args.mu + 100 * depth + 1000 * width
+    return 1e-3 * size, 2.0 * size
+
+
+def test_cost_draws_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "cost_of_step", made_up_cost)
+    values = "--batches 2 4 8 --mus 1 2 --widths 1 2 --depths 10 16 22".split()
+    files = ["--json", str(tmp_path / "cost.json"), "--picture", str(tmp_path / "cost.png")]
+    benchmark.main(["cost", *TINY, *values, *files])
+    report = json.loads((tmp_path / "cost.json").read_text())
+    assert report["depth"]["values"] == [10, 16, 22]
+    for name, slope in (("batch", 1), ("mu", 10), ("width", 1000), ("depth", 100)):
+        seconds, memory = report[name]["fit_seconds"], report[name]["fit_mebibytes"]
+        assert seconds["b"] == pytest.approx(1e-3 * slope) and memory["b"] == pytest.approx(2 * slope)
+        assert seconds["largest_residual"] < 1e-6
+    at_base = [
+        report[name]["seconds"][report[name]["values"].index(x)] for name, x in (("batch", 4), ("mu", 2))
+    ]
+    assert at_base == [pytest.approx(2.024)] * 2
+    picture = np.asarray(Image.open(tmp_path / "cost.png").convert("RGB"))
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):  # time and memory
+        assert (picture == colour).all(axis=2).sum() > 1000
+    assert "MiB" in capsys.readouterr().out
+
+
+def test_cost_of_a_step():
+    """In a process of its own: the first seconds there are those of a real step, its memory its own."""
+    seconds, memory = benchmark.cost_of_step(arguments(repeats=1))
+    assert seconds > 0 and 5 < memory < 1000
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -347,6 +393,9 @@ def test_step_against_the_plain_one(capsys):
     [
         (["decode", "--feedback", "dot"], "unrecognized arguments: --feedback dot"),
         (["profile", "--no-such-flag"], "--no-such-flag"),
+        (["cost", "--model", "resnet50"], "resnet50"),
+        (["cost", "--mus", "7"], "two different values"),
+        (["cost", "--picture", "cost.jpg"], "does not end in .png"),
     ],
 )
 def test_wrong_words(words, said, capsys):
