@@ -44,7 +44,6 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
@@ -64,6 +63,7 @@ import main as training
 import visualize
 from augmentation import GREY, OPERATIONS, ImageViews
 from data import Dataset, ImageSet, TrainLoader, read_crop
+from learner import without_trace
 from methods import METHODS, soft_cross_entropy
 from models import build_model, count_flops, count_parameters
 from runtime import Runtime, UserError, write_atomically
@@ -327,7 +327,6 @@ class WatchedStep:
         self.number = 0
         self.running = ["rest"]  # the phases that are not over, the innermost one last
         self.read = self.readings = None
-        self.labeled_loss = self._marked("feedback", feedback.labeled_loss)
         if self.method.args.method == "mpl":
             self.method._feedback = self._marked("feedback", self.method._feedback)
         for role, learner in self.method.learners.items():
@@ -336,11 +335,12 @@ class WatchedStep:
     def _mark(self, role, learner):
         forward = f"{role} forward"
         learner.training_network = self._marked(forward, learner.training_network)
-        learner.preview = self._marked(forward, learner.preview)
-        learner.average = self._marked(forward, learner.average)
+        learner.forward_only = self._marked(forward, learner.forward_only)
+        learner.ema_forward = self._marked(forward, learner.ema_forward)
+        learner.measure = self._marked("feedback", learner.measure)  # taylor's first, before the update
         learner.update = self._marked("optimisers and EMA", learner.update)
         backward = self._marked(f"{role} backward", learner.backward)
-        learner.backward = lambda loss, parts: backward(self._marked("labels and losses", loss), parts)
+        learner.backward = lambda loss, batches: backward(self._marked("labels and losses", loss), batches)
 
     def _marked(self, phase, function):
         def call(*args, **kwargs):
@@ -369,9 +369,7 @@ class WatchedStep:
             batch = next(self.loader)
         with self.phase("views"):
             views = self.views(batch.images_l, batch.targets, batch.images_u, self.loader.generator)
-        # an estimator may measure the student's labelled loss before the step, outside of the feedback
-        measured = mock.patch.object(feedback, "labeled_loss", self.labeled_loss)
-        with self.phase("labels and losses"), measured:
+        with self.phase("labels and losses"):
             scalars = self.method.step(views, self.number, batch.targets_u)
         with self.phase("metering"):
             self.meters.update(scalars, self.number)
@@ -753,15 +751,14 @@ def decode(args):
 def double_backward(step):
     """What ``feedback.exact`` computes, by differentiating through the step with a graph of its gradient."""
     parameters = {name: before.clone().requires_grad_() for name, before in step.before.items()}
-    with feedback.without_trace(step.network):
-        logits = feedback.student_logits(step, parameters)
+    logits = feedback.student_logits(step, parameters)
     labels = torch.full_like(logits, 1 / logits.shape[1], requires_grad=True)
     loss = soft_cross_entropy(labels, logits).mean()
     gradient = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
     after = {name: p - step.rate * g for (name, p), g in zip(parameters.items(), gradient, strict=True)}
-    with feedback.without_trace(step.network, dropout=False):
-        logits = functional_call(step.network, after, (step.images_l,))
-    return torch.autograd.grad(F.cross_entropy(logits.float(), step.targets), labels)[0]
+    with without_trace(step.student.network, dropout=False):
+        logits = functional_call(step.student.network, after, (step.images_l,))
+    return torch.autograd.grad(F.cross_entropy(logits, step.targets), labels)[0]
 
 
 FEEDBACKS = {
@@ -805,7 +802,8 @@ def step_worker(args, flags, estimators, whole, pipe):
     torch.set_num_threads(args.threads)
     before = resident_peak()
     loader, views, method, runtime = training_step(args, flags)
-    feedback.ESTIMATORS.update(estimators)
+    for name, value in estimators.items():
+        feedback.ESTIMATORS[name] = feedback.ESTIMATORS[name]._replace(value=value)
 
     def draw():
         batch = next(loader)

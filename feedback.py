@@ -11,44 +11,37 @@ The teacher is to descend J(θ_T) = CE(y_l, S(x_l; θ_S')), the student's labell
 
 In the student's pass on x_u the labelled images stand behind x_u, seen by batch norm alone; exact
 differentiates that pass. T(x_u) are the logits that the labels were made of: with ``--align`` the aligned
-ones, the bias a constant.
-The scalar forms are the REINFORCE estimate of the gradient for a hard label ŷ ~ q (paper, equation 12 and
-appendix A); exact is the gradient of J itself for soft labels. In each of them the labelled losses are
-measured on the same images, normalised by the same rule (their own batch statistics), without dropout, and
-nothing is left behind: running statistics, random state and parameters are as before.
+ones, the bias a constant. The scalar forms are the REINFORCE estimate of the gradient for a hard label ŷ ~ q
+(paper, equation 12 and appendix A); exact is the gradient of J itself for soft labels. In each of them the
+labelled losses are measured on the same images, normalised by the same rule (their own batch statistics),
+without dropout, and nothing is left behind: running statistics, random state and parameters are as before.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.func import functional_call, jvp
-from torch.nn.modules.batchnorm import _BatchNorm
-
-from runtime import Runtime
+from torch.func import jvp
 
 
 @dataclass
 class StudentStep:
     """One step of the student, with all that an estimator needs to know of it.
 
-    N unlabelled and B labelled images, K classes. Made before the step; ``remember`` then keeps what an
-    estimator reads of the student as it was, and no more.
+    N unlabelled and B labelled images, K classes. Made before the step; ``remember`` keeps what an estimator
+    reads of the student as it was, and no more; the estimator is called after the step.
     """
 
-    network: nn.Module  # the student: θ_S before its step, θ_S' when an estimator is called
-    forward: Callable  # the network, compiled where --compile asks for it
+    student: object  # the Learner: at θ_S before its step, at θ_S' when an estimator is called
     images_u: torch.Tensor  # (N, …) the images that the student learned from
     images_l: torch.Tensor  # (B, …) labelled images, which stood behind them in its pass
     targets: torch.Tensor  # (B,) int64
     rate: float  # η, the student's learning rate in this step
-    random_state: dict  # of the runtime, before the student's forward pass: the same dropout again
-    runtime: Runtime
+    random_state: dict | None  # of the runtime, before the student's pass: exact draws the same dropout again
     label_smoothing: float = 0.0  # ε: the student learned (1 − ε)·q + ε/K
-    parts: int = 1  # the batch was taken in so many parts, each normalised by itself
+    micro_batches: int = 1  # the batch was taken in so many parts, each normalised by itself
     jvp: str = "auto"  # how exact differentiates: forward, difference or auto, see there
     loss_before: torch.Tensor | None = None  # () CE(y_l, S(x_l; θ_S)), of this process
     gradient: dict | None = None  # ∇ CE(q, S(x_u; θ_S)) by name, over all processes, before clipping
@@ -56,18 +49,14 @@ class StudentStep:
 
     def remember(self, reads):
         """Keep ``loss_before``, ``gradient`` or ``before``: after the backward pass, before the step."""
+        parameters = self.student.parameters
         if reads == "loss_before":
             with torch.no_grad():
                 self.loss_before = labeled_loss(self)
         elif reads == "gradient":
-            self.gradient = copies({name: p.grad for name, p in self.parameters.items()})
+            self.gradient = copies({name: p.grad for name, p in parameters.items()})
         else:
-            self.before = copies(self.parameters)
-
-    @property
-    def parameters(self):
-        """The student's parameters that learn, by name, as they are now."""
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+            self.before = copies(parameters)
 
 
 def copies(tensors):
@@ -79,44 +68,17 @@ def copies(tensors):
 # ---------------------------------------------------------------- measuring
 
 
-@contextlib.contextmanager
-def without_trace(network, dropout=True):
-    """Context in which passes leave a network as it was: batch norm normalises as before, its running
-    statistics stay. Without ``dropout`` only batch norm stays in training mode."""
-    modules = list(network.modules())
-    training = [module.training for module in modules]
-    norms = [module for module in modules if isinstance(module, _BatchNorm)]
-    tracking = [norm.track_running_stats for norm in norms]
-    try:
-        for module in modules if not dropout else ():
-            module.training = module.training and isinstance(module, _BatchNorm)
-        for norm in norms:
-            norm.track_running_stats = False
-        yield
-    finally:
-        for module, mode in zip(modules, training, strict=True):
-            module.training = mode
-        for norm, mode in zip(norms, tracking, strict=True):
-            norm.track_running_stats = mode
-
-
 def labeled_loss(step):
     """CE(y_l, S(x_l)), (), of this process's labelled images and the student as it is now."""
-    with without_trace(step.network, dropout=False), step.runtime.autocast(scaled=False):
-        logits = torch.cat([step.forward(part) for part in step.images_l.chunk(step.parts)])
-    return F.cross_entropy(full_precision(logits), step.targets)
+    logits = [step.student.measure(part) for part in step.images_l.chunk(step.micro_batches)]
+    return F.cross_entropy(torch.cat(logits), step.targets)
 
 
 def labeled_gradient(step):
     """v = ∇ CE(y_l, S(x_l; θ_S')) by parameter name, averaged over all processes."""
-    after = step.parameters
+    after = step.student.parameters
     gradient = torch.autograd.grad(labeled_loss(step), list(after.values()))
-    return dict(zip(after, step.runtime.average_(list(gradient)), strict=True))
-
-
-def full_precision(logits):
-    """Losses are computed in float32, or in float64 where the network is."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return dict(zip(after, step.student.runtime.all_reduce_mean(list(gradient)), strict=True))
 
 
 # ---------------------------------------------------------------- scalar forms
@@ -130,7 +92,7 @@ def taylor(step):
     order in η, and for a plain step, it is ``dot`` (paper, appendix A). Cost: two forward passes on x_l.
     """
     losses = torch.stack([step.loss_before, labeled_loss(step)])
-    old, new = step.runtime.average_([losses])[0]
+    old, new = step.student.runtime.all_reduce_mean([losses])[0]
     return old - new
 
 
@@ -142,7 +104,7 @@ def dot(step):
     """
     v = labeled_gradient(step)
     product = torch.stack([(v[name] * step.gradient[name]).sum() for name in v]).sum()
-    return step.runtime.scalar(step.rate) * product
+    return step.student.runtime.scalar(step.rate) * product
 
 
 # ---------------------------------------------------------------- exact form
@@ -159,8 +121,8 @@ def exact(step):
     times 1 − ε_smoothing where the student's labels were smoothed.
 
     Momentum, weight decay and clipping are not part of the step that is differentiated. N is the number of
-    images in this process's part of a batch: averaging the teacher's gradient over parts and processes gives
-    the rest.
+    images in this process's micro-batch: averaging the teacher's gradient over micro-batches and processes
+    gives the rest.
 
     ``step.jvp`` is ``forward`` (forward-mode differentiation), ``difference`` (central difference) or
     ``auto``: forward where every operation of the network has a forward derivative, else difference.
@@ -168,45 +130,43 @@ def exact(step):
     Cost: one forward and backward pass on x_l, and on x_u and x_l one pass with tangents (about three forward
     passes) or two forward passes.
     """
+    runtime = step.student.runtime
     v = labeled_gradient(step)
-    with step.runtime.replay(step.random_state), without_trace(step.network):
+    with runtime.replay(step.random_state):
         try:
-            if step.jvp == "difference":
-                derivative = _product_difference(step, v)
-            else:
-                derivative = _product_forward(step, v)
+            derivative = (_by_difference if step.jvp == "difference" else _forward_mode)(step, v)
         except NotImplementedError:  # torch: "Trying to use forward AD with … that does not support it"
             if step.jvp == "forward":
                 raise
-            step.runtime.set_rng_state(step.random_state)
-            derivative = _product_difference(step, v)
-    factor = (1 - step.label_smoothing) * step.rate / (len(step.images_u) // step.parts)
-    return step.runtime.scalar(factor) * derivative
+            runtime.set_rng_state(step.random_state)
+            derivative = _by_difference(step, v)
+    factor = (1 - step.label_smoothing) * step.rate / (len(step.images_u) // step.micro_batches)
+    return runtime.scalar(factor) * derivative
 
 
 def student_logits(step, parameters):
     """S(x_u; ``parameters``), (N, K), of a pass like the step's own: batch norm sees x_l behind x_u."""
-    pairs = zip(step.images_u.chunk(step.parts), step.images_l.chunk(step.parts), strict=True)
-    logits = [functional_call(step.network, parameters, (torch.cat(pair),))[: len(pair[0])] for pair in pairs]
-    return full_precision(torch.cat(logits))
+    pairs = zip(*(images.chunk(step.micro_batches) for images in (step.images_u, step.images_l)), strict=True)
+    return torch.cat([step.student.logits_at(parameters, torch.cat(pair))[: len(pair[0])] for pair in pairs])
 
 
 def _log_probabilities(step, parameters):
     return F.log_softmax(student_logits(step, parameters), dim=1)
 
 
-def _product_forward(step, v):
+def _forward_mode(step, v):
     """D by forward mode, (N, K). Not under autocast, where batch norm's tangents lose their dtype."""
     return jvp(lambda parameters: _log_probabilities(step, parameters), (step.before,), (v,))[1]
 
 
 @torch.no_grad()
-def _product_difference(step, v):
+def _by_difference(step, v):
     """D by central difference, (N, K): ‖v‖ · (log S(θ + ε v̂) − log S(θ − ε v̂)) / 2ε, v̂ = v/‖v‖.
 
     ε is the cube root of the machine precision, where rounding and curvature weigh about the same
     (float32: 0.005, float64: 6e-6). Outside autocast: a difference of bf16 values would be rounding.
     """
+    runtime = step.student.runtime
     norm = torch.stack([tensor.square().sum() for tensor in v.values()]).sum().sqrt()
     epsilon = torch.finfo(norm.dtype).eps ** (1 / 3)
     scale = epsilon / norm.clamp_min(torch.finfo(norm.dtype).tiny)
@@ -214,14 +174,10 @@ def _product_difference(step, v):
     def at(sign):
         moved = {name: before + sign * scale * v[name] for name, before in step.before.items()}
         # both passes draw the same dropout masks
-        with step.runtime.replay(step.runtime.rng_state()), step.runtime.full_float32():
+        with runtime.replay(runtime.rng_state()), runtime.full_float32():
             return _log_probabilities(step, moved)
 
     return (at(+1) - at(-1)) * (norm / (2 * epsilon))
-
-
-ESTIMATORS = {"taylor": taylor, "dot": dot, "exact": exact}
-READS = {"taylor": "loss_before", "dot": "gradient", "exact": "before"}  # for StudentStep.remember
 
 
 # ---------------------------------------------------------------- the teacher's side
@@ -237,10 +193,27 @@ def feedback_term(value, logits, labels, *, reduction="sum", shares=1):
         reduction: of the scalar forms' cross-entropies over images. ``sum`` is the log likelihood of all
             labels together and makes the term an unbiased estimate of ∇J; ``mean`` is smaller by the number
             of images and what the published code does. ``exact`` needs no choice.
-        shares: the parts and processes over which the teacher's gradient is averaged, N images in each.
+        shares: the micro-batches and processes over which the teacher's gradient is averaged, N images each.
     """
-    log_q = F.log_softmax(full_precision(logits), dim=1)
+    log_q = F.log_softmax(logits, dim=1)
     if value.ndim == 2:
         return (log_q.exp() * value).sum()
     cross_entropy = -(labels * log_q).sum(dim=1)
     return value * (cross_entropy.mean() if reduction == "mean" else shares * cross_entropy.sum())
+
+
+class Estimator(NamedTuple):
+    """One way to estimate the feedback: a row of ``ESTIMATORS``."""
+
+    value: Callable  # of the StudentStep after the step
+    reads: str  # what StudentStep.remember must keep for it
+    flags: tuple  # of the command line, that it uses
+
+
+COMMON = ("feedback_weight", "flip_feedback")
+SCALAR = (*COMMON, "feedback_reduction", "feedback_view", "feedback_momentum")
+ESTIMATORS = {
+    "taylor": Estimator(taylor, "loss_before", SCALAR),
+    "dot": Estimator(dot, "gradient", SCALAR),
+    "exact": Estimator(exact, "before", (*COMMON, "feedback_jvp")),
+}

@@ -33,7 +33,8 @@ import torch.nn.functional as F
 import visualize
 from augmentation import ImageViews, PointViews
 from data import NAMES, STATISTICS, TrainLoader, batches, load_dataset, write_labeled
-from methods import METHODS, Learner, build_network, predictor_state, sgd
+from learner import Learner, sgd
+from methods import METHODS, build_network, predictor_state
 from models import count_flops, count_parameters, head_of
 from runtime import Runtime, UserError
 from utils import (
@@ -823,7 +824,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
 
         if evaluating:
             record |= {name: value.item() for name, value in method.diagnostics.items()}
-            method.agree()
+            method.sync_statistics()
             test, confusion = evaluate(runtime, method.predictor, dataset.test, views)
             record |= test
             if dataset.val is not None:
@@ -849,7 +850,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
             meters.read()
             if step + 1 > counted:
                 count()
-            method.agree()
+            method.sync_statistics()
             checkpoint("last")
             progress.line(
                 f"stopped after step {step + 1}; go on with --resume {checkpoint_path(args, 'last')}"
@@ -929,7 +930,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
         progress.step()
 
         if (step + 1) % max(50, steps // 10) == 0 or step + 1 == steps:
-            learner.agree()
+            learner.sync_statistics()
             record = {"finetune_loss": meters.read()["finetune_loss"]}
             test, _ = evaluate(runtime, network, dataset.test, views)
             record["finetune_top1"] = test["top1"]
@@ -946,7 +947,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
 
         if number := interrupt.stops(runtime):
             meters.read()
-            learner.agree()
+            learner.sync_statistics()
             checkpoint("finetune_last")
             path = checkpoint_path(args, "finetune_last")
             progress.line(f"stopped after step {step + 1} of finetuning; go on with --resume {path}")
@@ -989,8 +990,8 @@ def evaluate(runtime, network, image_set, views):
         confusion.index_add_(0, targets * num_classes + ranked[:, 0], mask)
         total += (torch.stack([among, losses, torch.ones_like(losses)]) * mask).sum(dim=1)
         runtime.finish_step()
-    top5, loss, count = runtime.sum_(total).tolist()
-    confusion = runtime.sum_(confusion).view(num_classes, num_classes).cpu().double()
+    top5, loss, count = runtime.all_reduce_sum(total).tolist()
+    confusion = runtime.all_reduce_sum(confusion).view(num_classes, num_classes).cpu().double()
     sizes = confusion.sum(dim=1)
     right = (confusion.diagonal() / sizes)[sizes > 0]
     figures = {"top1": 100 * confusion.diagonal().sum().item() / count}
@@ -1194,7 +1195,7 @@ def start(args, runtime, saved, labels_given):
     """
     saved = saved or {}
     runtime.on_main(lambda: replaces(args, saved))
-    with runtime.first_here():
+    with runtime.local_main_first():
         dataset = read_data(args, saved.get("data"), labels_given)
     check_classes(args, dataset)
     if not saved and dataset.size:
@@ -1343,7 +1344,7 @@ def evaluate_checkpoint(args, runtime, saved):
     """``--evaluate``: measure the predictor of a checkpoint on the test images; needs no labels."""
     record = saved.get("data")
     runtime.on_main(lambda: make_folder(args.results_path))
-    with runtime.first_here():
+    with runtime.local_main_first():
         dataset = read_data(args, record, labels_given=False)
     check_classes(args, dataset)
     size = record["size"] if record else dataset.size

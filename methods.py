@@ -1,9 +1,10 @@
 """The training step of each method: supervised, uda, pseudo-label, mpl.
 
-A method owns its networks, optimisers, schedules, gradient scalers and EMA. ``step`` takes one step on the
-``Views`` of one batch and returns a dict of scalar tensors for the meters, without waiting for the device;
-``predictor`` is the network that is evaluated; ``state_dict`` holds all that continuing needs. A step that
-is asked to ``diagnose`` also measures what is too dear for every step, into ``diagnostics``.
+A method owns its networks with what trains them (``learner.py``). ``step`` takes one step on the ``Views`` of
+one batch and returns a dict of scalar tensors for the meters, without waiting for the device. ``predictor``
+is the network that is evaluated, ``state_dict`` all that continuing needs, ``flags`` those of the command
+line that not every method uses. A step that is asked to ``diagnose`` also measures what is too expensive for
+every step, into ``diagnostics``.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import torch.nn.functional as F
 
 import feedback
 from augmentation import Views
-from models import ModelEMA, build_model
+from learner import Learner, parameter_groups, sgd
+from models import build_model
 from runtime import UserError
 from utils import learning_rate, load_state, network_name, ramp_up
 
@@ -63,13 +65,13 @@ def pseudo_labels(logits, kind):
     return F.one_hot(logits.argmax(dim=1), logits.shape[1]).to(logits.dtype)
 
 
-def agreement(labels, truth):
+def pseudo_label_accuracy(labels, truth):
     """Share of pseudo labels (N, K) whose class is the true one, of the images whose truth (N,) is known."""
     known = truth >= 0
     return ((labels.argmax(dim=1) == truth) & known).sum() / known.sum().clamp_min(1)
 
 
-class Alignment:
+class DistributionAlignment:
     """Distribution alignment: a bias per class that makes the mean prediction on the weak views uniform.
 
     Consistency alone never gives back a cluster that few labels left to its neighbour. The bias, added to the
@@ -94,10 +96,11 @@ class Alignment:
         return logits + self.bias if self.rate else logits
 
     @torch.no_grad()
-    def update(self, parts):
-        """After a step, with the weak views' logits (N, K) of each part of its batch; all processes agree."""
+    def update(self, weak_logits):
+        """After a step, with the weak views' logits (N, K) of each micro-batch; the same in all processes."""
         if self.rate:
-            (mean,) = self.runtime.average_([F.softmax(self(torch.cat(parts)), dim=1).mean(dim=0)])
+            prediction = F.softmax(self(torch.cat(weak_logits)), dim=1)
+            (mean,) = self.runtime.all_reduce_mean([prediction.mean(dim=0)])
             self.bias -= self.rate * (mean.clamp_min(1e-6) * len(mean)).log()
             self.bias -= self.bias.mean()  # an offset common to all classes says nothing, and would grow
 
@@ -109,181 +112,27 @@ class Alignment:
             self.bias.copy_(state["align_bias"])
 
 
-# ---------------------------------------------------------------- one network and what trains it
+# ---------------------------------------------------------------- micro-batches
 
 
-class Learner:
-    """A network with its optimiser, learning-rate schedule, gradient scaler and, if asked for, EMA.
-
-    Args:
-        network: moved to the device.
-        runtime: where to run.
-        optimizer: a function of the network on the device that returns its optimiser.
-        rate: the learning rate as a function of the step.
-        grad_clip: bound of the gradient's norm, 0 for none.
-        ema: decay of the moving average, or None for no average.
-    """
-
-    def __init__(self, network, runtime, *, optimizer, rate, grad_clip=0.0, ema=None):
-        self.network = runtime.place(network)
-        self.forward = runtime.compile(self.network)  # for passes of this process alone
-        self.training_network = runtime.parallel(self.network)
-        self.runtime, self.rate, self.grad_clip = runtime, rate, grad_clip
-        self.optimizer = optimizer(self.network)
-        self.scaler = runtime.grad_scaler()
-        self.ema = ModelEMA(self.network, ema) if ema is not None else None
-        self.ema_network = runtime.compile(self.ema.network) if self.ema else None
-
-    @property
-    def parameters(self):
-        """The parameters that learn, by name."""
-        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
-
-    def __call__(self, images):
-        """Logits (N, K) in training mode, float32 (float64 where the network is)."""
-        training_mode(self.network)
-        with self.runtime.autocast():
-            return feedback.full_precision(self.training_network(images))
-
-    @torch.no_grad()
-    def average(self, images):
-        """Logits (N, K) of the moving average, in evaluation mode, float32 (float64 where the network is)."""
-        with self.runtime.autocast():
-            return feedback.full_precision(self.ema_network(images))
-
-    @torch.no_grad()
-    def preview(self, images):
-        """The logits of a call that is still to come; running statistics are left as they are."""
-        training_mode(self.network)
-        with feedback.without_trace(self.network), self.runtime.autocast():
-            return feedback.full_precision(self.forward(images))
-
-    def backward(self, loss, parts):
-        """Gradients of the mean loss, averaged over processes and unscaled, into the parameters' ``grad``.
-
-        Args:
-            loss: function of one part of a batch that returns its loss and a dict of scalars.
-            parts: of the batch; only one of them has its graph in memory at a time.
-
-        Returns:
-            the means of the scalars, detached.
-        """
-        self.optimizer.zero_grad(set_to_none=True)
-        rows = []
-        for number, part in enumerate(parts, 1):
-            last = number == len(parts)
-            with contextlib.nullcontext() if last else self.runtime.apart(self.training_network):
-                value, scalars = loss(part)
-                self.scaler.scale(value / len(parts)).backward()
-            rows.append(torch.stack([scalar.detach() for scalar in scalars.values()]))
-        self.scaler.unscale_(self.optimizer)
-        return dict(zip(scalars, torch.stack(rows).mean(dim=0), strict=True))
-
-    def update(self, rate):
-        """One optimiser step at ``rate`` on the gradients of ``backward``, then the EMA."""
-        if self.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.ema:
-            self.ema.update(self.network)
-
-    def learn(self, loss, parts, step):
-        """One step of the network alone; as ``backward``."""
-        scalars = self.backward(loss, parts)
-        self.update(self.rate(step))
-        return scalars
-
-    def agree(self):
-        """Make the running statistics, which each process keeps of its own batches, the same on all: their
-        mean. Moving averages are linear, so that it does not matter how often this is done, unless a network
-        that uses them labels: that one agrees after every step."""
-        networks = [self.network] + ([self.ema.network] if self.ema else [])
-        buffers = [buffer for network in networks for buffer in network.buffers()]
-        self.runtime.average_([buffer for buffer in buffers if buffer.is_floating_point()])
-
-    def state_dict(self, role):
-        """Under the keys of MPL-pytorch: ``ROLE_state_dict``, ``ROLE_optimizer``, ``ROLE_scaler``, and
-        ``avg_state_dict`` for the student's moving average (``teacher_avg_state_dict`` for the teacher's)."""
-        state = {
-            f"{role}_state_dict": self.network.state_dict(),
-            f"{role}_optimizer": self.optimizer.state_dict(),
-            f"{role}_scaler": self.scaler.state_dict(),
-        }
-        if self.ema:
-            average = average_key(role)
-            state[f"{average}_state_dict"] = self.ema.network.state_dict()
-            state[f"{average}_updates"] = self.ema.updates
-        return state
-
-    def load_state_dict(self, state, role, path):
-        try:
-            load_state(self.network, state[f"{role}_state_dict"], path)
-            self.optimizer.load_state_dict(state[f"{role}_optimizer"])
-            if state[f"{role}_scaler"]:  # empty where the precision was another, without a scaler
-                self.scaler.load_state_dict(state[f"{role}_scaler"])
-            if self.ema:
-                average = average_key(role)
-                load_state(self.ema.network, state[f"{average}_state_dict"], path)
-                self.ema.updates.copy_(state[f"{average}_updates"])
-        except KeyError as error:
-            raise UserError(
-                f"{path} has no {error}: it was not written by this --method and --weak-pass"
-            ) from error
-        except ValueError as error:  # torch: groups of other parameters
-            raise UserError(f"the optimiser in {path} is of another network or --freeze-body") from error
-
-
-def average_key(role):
-    """What the keys of a role's moving average start with in a checkpoint."""
-    return "avg" if role == "student" else f"{role}_avg"
-
-
-def batch_norms(network):
-    return [m for m in network.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-
-
-def training_mode(network):
-    """Training mode, but for batch norm that does not learn: a frozen body keeps its running statistics."""
-    network.train()
-    for norm in batch_norms(network):
-        if not norm.weight.requires_grad:
-            norm.eval()
-
-
-def parameter_groups(network, weight_decay):
-    """The parameters that learn, without weight decay on batch norm."""
-    plain = {id(p) for norm in batch_norms(network) for p in norm.parameters()}
-    learning = [p for p in network.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in learning if id(p) not in plain], "weight_decay": weight_decay},
-        {"params": [p for p in learning if id(p) in plain], "weight_decay": 0.0},
-    ]
-
-
-def sgd(network, rate, momentum, nesterov, weight_decay):
-    groups = parameter_groups(network, weight_decay)
-    return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov and momentum > 0)
-
-
-class Part(NamedTuple):
+class MicroBatch(NamedTuple):
     """An equal part of a batch: views, and the true classes (N,) of its unlabelled images where known."""
 
     views: Views
     truth: torch.Tensor | None
 
 
-def parts_of(views, truth, count):
-    """The batch in ``count`` equal parts. ValueError where its images do not divide."""
-    if any(len(tensor) % count for tensor in views if tensor is not None):
-        raise ValueError(f"a batch of {[len(t) for t in views if t is not None]} has no {count} equal parts")
+def micro_batches(views, truth, count):
+    """The batch in ``count`` equal parts; the command line has seen that its images divide."""
     pieces = [[None] * count if tensor is None else tensor.chunk(count) for tensor in (*views, truth)]
-    return [Part(Views(*piece[:-1]), piece[-1]) for piece in zip(*pieces, strict=True)]
+    return [MicroBatch(Views(*piece[:-1]), piece[-1]) for piece in zip(*pieces, strict=True)]
 
 
 # ---------------------------------------------------------------- methods
+
+
+UDA_FLAGS = ("mu", "threshold", "temperature", "lambda_u", "uda_steps", "align", "weak_pass")
+LABEL_FLAGS = ("pseudo_label", "pseudo_label_view", "student_model")
 
 
 class Method:
@@ -296,14 +145,14 @@ class Method:
         runtime: where to run.
     """
 
+    flags = ()  # of those that not every method uses
     teacher_network = None  # where there is one, to be evaluated beside the student
 
     def __init__(self, args, num_classes, image_size, runtime):
         self.args, self.runtime = args, runtime
         self.diagnostics = {}  # scalars of the last step that was asked to ``diagnose``
-        self.num_classes, self.image_size = num_classes, image_size
-        wait_steps = args.student_wait_steps if args.method == "mpl" else 0
         network = build_network(args, num_classes, image_size, "student")
+        wait_steps = args.student_wait_steps if "student_wait_steps" in self.flags else 0
         self.student = self.learner(network, args.student_lr, wait_steps, ema=args.ema)
         self.learners = {"student": self.student}
 
@@ -335,10 +184,10 @@ class Method:
         """The network that is evaluated: the EMA of the student."""
         return self.student.ema.network
 
-    def agree(self):
+    def sync_statistics(self):
         """The same running statistics in all processes: before an evaluation or a checkpoint."""
         for learner in self.learners.values():
-            learner.agree()
+            learner.sync_statistics()
 
     def state_dict(self):
         state = {}
@@ -356,36 +205,39 @@ class Supervised(Method):
     """Cross-entropy on the labelled images alone."""
 
     def step(self, views, step, truth=None, diagnose=False):
-        return self.student.learn(self._loss, parts_of(views, truth, self.args.accumulate), step)
+        args = self.args
 
-    def _loss(self, part):
-        logits = self.student(part.views.labeled)
-        smoothing = self.args.label_smoothing
-        loss = F.cross_entropy(logits, part.views.targets, label_smoothing=smoothing)
-        return loss, {"labeled_loss": loss}
+        def loss(batch):
+            logits = self.student(batch.views.labeled)
+            loss = F.cross_entropy(logits, batch.views.targets, label_smoothing=args.label_smoothing)
+            return loss, {"labeled_loss": loss}
+
+        return self.student.learn(loss, micro_batches(views, truth, args.accumulate), step)
 
 
 class UDA(Method):
     """Unsupervised Data Augmentation (Xie et al. 2020): one network, consistent under augmentation."""
 
+    flags = UDA_FLAGS
+
     def __init__(self, args, num_classes, image_size, runtime):
         super().__init__(args, num_classes, image_size, runtime)
-        self.align = Alignment(args.align, num_classes, runtime)
+        self.align = DistributionAlignment(args.align, num_classes, runtime)
 
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args
         weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
         weak_logits = []
 
-        def loss(part):
-            logits = teacher_logits(self.student, part.views, args.weak_pass)
-            weak_logits.append(logits[1])
-            loss, scalars = supervised_and_uda_loss(logits, part.views.targets, weight, self.align, args)
-            return loss, scalars | known_truth(self.align(logits[1]), part.truth)
+        def loss(batch):
+            logits = teacher_logits(self.student, batch.views, args.weak_pass)
+            weak_logits.append(logits.weak)
+            loss, scalars = supervised_and_uda_loss(logits, batch.views.targets, weight, self.align, args)
+            return loss, scalars | known_accuracy(self.align(logits.weak), batch.truth)
 
-        scalars = self.student.learn(loss, parts_of(views, truth, args.accumulate), step)
+        scalars = self.student.learn(loss, micro_batches(views, truth, args.accumulate), step)
         if args.weak_pass == "ema":
-            self.student.agree()
+            self.student.sync_statistics()
         self.align.update(weak_logits)
         return scalars
 
@@ -400,6 +252,8 @@ class UDA(Method):
 class PseudoLabel(Method):
     """A fixed teacher, from ``--teacher-checkpoint``, labels; the student learns from these labels alone."""
 
+    flags = ("mu", *LABEL_FLAGS, "teacher_checkpoint")
+
     def __init__(self, args, num_classes, image_size, runtime):
         super().__init__(args, num_classes, image_size, runtime)
         path = args.teacher_checkpoint
@@ -411,17 +265,20 @@ class PseudoLabel(Method):
         self.teacher_network = build_network(theirs, num_classes, image_size, "teacher", model)
         load_state(self.teacher_network, weights, path)
         runtime.place(self.teacher_network).eval().requires_grad_(False)
+        self.compiled_teacher = runtime.compile(self.teacher_network)
 
     def step(self, views, step, truth=None, diagnose=False):
-        return self.student.learn(self._loss, parts_of(views, truth, self.args.accumulate), step)
+        args = self.args
 
-    def _loss(self, part):
-        args, views = self.args, part.views
-        with torch.no_grad(), self.runtime.autocast():
-            view = views.weak if args.pseudo_label_view == "weak" else views.strong
-            labels = pseudo_labels(self.teacher_network(view).float(), args.pseudo_label)
-        loss = soft_cross_entropy(labels, self.student(views.strong), args.label_smoothing).mean()
-        return loss, {"student_loss": loss} | known_truth(labels, part.truth)
+        def loss(batch):
+            with torch.no_grad(), self.runtime.autocast():
+                view = batch.views.weak if args.pseudo_label_view == "weak" else batch.views.strong
+                labels = pseudo_labels(self.compiled_teacher(view).float(), args.pseudo_label)
+            logits = self.student(batch.views.strong)
+            loss = soft_cross_entropy(labels, logits, args.label_smoothing).mean()
+            return loss, {"student_loss": loss} | known_accuracy(labels, batch.truth)
+
+        return self.student.learn(loss, micro_batches(views, truth, args.accumulate), step)
 
 
 class MPL(Method):
@@ -432,99 +289,92 @@ class MPL(Method):
     labelled loss answered to its step.
     """
 
+    flags = (*UDA_FLAGS, *LABEL_FLAGS, "teacher_lr", "teacher_dropout", "student_wait_steps", "feedback")
+
     def __init__(self, args, num_classes, image_size, runtime):
         super().__init__(args, num_classes, image_size, runtime)
         network = build_network(args, num_classes, image_size, "teacher")
-        labels_by_average = args.weak_pass == "ema"
-        self.teacher = self.learner(network, args.teacher_lr, ema=args.ema if labels_by_average else None)
+        labels_by_ema = args.weak_pass == "ema"
+        self.teacher = self.learner(network, args.teacher_lr, ema=args.ema if labels_by_ema else None)
         self.learners = {"teacher": self.teacher, "student": self.student}
-        self.align = Alignment(args.align, num_classes, runtime)
+        self.align = DistributionAlignment(args.align, num_classes, runtime)
+        self.estimator = feedback.ESTIMATORS.get(args.feedback)  # None for --feedback none
         self.baseline = torch.zeros((), device=runtime.device)  # moving average of a scalar feedback
 
     def step(self, views, step, truth=None, diagnose=False):
-        with self.runtime.uncompiled() if diagnose else contextlib.nullcontext():
-            return self._step(views, step, truth, diagnose)
+        """Algorithm 1 of the paper. The student descends CE(ŷ, S(x_u)), the teacher
 
-    def _step(self, views, step, truth, diagnose):
-        args = self.args
-        parts = parts_of(views, truth, args.accumulate)
-        # One part keeps its graph until the teacher's step; several pass through the teacher again then, with
-        # the same dropout, so that one graph is in memory at a time.
-        kept = len(parts) == 1
-        random_state = None if kept else self.runtime.rng_state()
-        logits = [teacher_logits(self.teacher, part.views, args.weak_pass, graph=kept) for part in parts]
-        labels = [pseudo_labels(self._labeling(each), args.pseudo_label) for each in logits]
-        scalars, student_step = self._student_step(views, labels, self.student.rate(step))
-        values = [None] * len(parts)
-        if student_step is not None:
+            CE(y_l, T(x_l)) + λ(t) · mean over x_u of mask · CE(softmax(T(weak)/τ), T(strong)) + feedback,
+
+        where the feedback is h · CE(ŷ, T(x_u)) (taylor, dot) or Σ softmax(T(x_u)) · ∂J/∂q (exact), see
+        ``feedback.py``. The batch may be taken in micro-batches, one after the other (``--accumulate``).
+        """
+        args, teacher, student = self.args, self.teacher, self.student
+        batches = micro_batches(views, truth, args.accumulate)
+
+        # 1. The teacher labels the unlabelled images.
+        teacher_pass = TeacherPass(teacher, batches, args.weak_pass, eager=diagnose)
+        labels = [pseudo_labels(self._labeling(each), args.pseudo_label) for each in teacher_pass.logits]
+
+        # 2. The student takes a step on these labels alone. In its pass the labelled images stand behind the
+        #    strong ones, so that batch norm sees both (published code); they have no part in the loss.
+        student_step = feedback.StudentStep(
+            student=student,
+            images_u=views.strong,
+            images_l=views.labeled,
+            targets=views.targets,
+            rate=student.rate(step),
+            random_state=self.runtime.rng_state() if args.feedback == "exact" else None,
+            label_smoothing=args.label_smoothing,
+            micro_batches=len(batches),
+            jvp=args.feedback_jvp,
+        )
+
+        def student_loss(k):
+            strong, labeled = batches[k].views.strong, batches[k].views.labeled
+            logits = student(torch.cat([strong, labeled]))[: len(strong)]
+            loss = soft_cross_entropy(labels[k], logits, args.label_smoothing).mean()
+            return loss, {"student_loss": loss}
+
+        scalars = student.backward(student_loss, range(len(batches)))
+        if self.estimator:
+            student_step.remember(self.estimator.reads)
+        student.update(student_step.rate)
+
+        # 3. The feedback: how did that step change the student's loss on the labelled images?
+        values = [None] * len(batches)
+        if self.estimator:
             value, scalars["feedback"] = self._feedback(student_step, torch.cat(labels))
-            values = value.chunk(len(parts)) if value.ndim == 2 else [value] * len(parts)
+            values = value.chunk(len(batches)) if value.ndim == 2 else [value] * len(batches)
+
+        # 4. The teacher takes its step: labels, consistency and feedback.
         weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
 
-        def loss(k):
-            of_part = logits[k] if kept else teacher_logits(self.teacher, parts[k].views, args.weak_pass)
-            targets = parts[k].views.targets
-            loss, figures = supervised_and_uda_loss(of_part, targets, weight, self.align, args)
-            if values[k] is not None:
-                term = args.feedback_weight * self._feedback_term(values[k], of_part, labels[k])
+        def teacher_loss(k):
+            logits, targets = teacher_pass.with_graph(k), batches[k].views.targets
+            loss, figures = supervised_and_uda_loss(logits, targets, weight, self.align, args)
+            if self.estimator:
+                term = args.feedback_weight * self._feedback_term(values[k], logits, labels[k])
                 if diagnose and k == 0:
                     self.diagnostics = {"feedback_cosine": self._cosine(term, loss)}
                 loss = loss + term
-            return loss, figures | known_truth(labels[k], parts[k].truth)
+            return loss, figures | known_accuracy(labels[k], batches[k].truth)
 
-        with contextlib.nullcontext() if kept else self.runtime.replay(random_state):
-            scalars = self.teacher.learn(loss, range(len(parts)), step) | scalars
+        with teacher_pass.replay():
+            scalars = teacher.learn(teacher_loss, range(len(batches)), step) | scalars
         if args.weak_pass == "ema":
-            self.teacher.agree()
-        self.align.update([weak for _, weak, _ in logits])
+            teacher.sync_statistics()
+        self.align.update([logits.weak for logits in teacher_pass.logits])
         return scalars
 
     def _labeling(self, logits):
         """The logits that the pseudo labels are made of."""
-        _, weak, strong = logits
-        return self.align(weak if self.args.pseudo_label_view == "weak" else strong)
-
-    def _student_step(self, views, labels, rate):
-        """The student learns the labels, a tensor for each part; returns the scalars of its loss and what an
-        estimator must know of the step.
-
-        Its pass holds the labelled images behind the strong ones, for batch norm alone (published code)."""
-        args, student = self.args, self.student
-        random_state = self.runtime.rng_state() if args.feedback == "exact" else None
-
-        def loss(part):
-            strong, labeled, targets = part
-            logits = student(torch.cat([strong, labeled]))[: len(strong)]
-            loss = soft_cross_entropy(targets, logits, args.label_smoothing).mean()
-            return loss, {"student_loss": loss}
-
-        count = len(labels)
-        parts = zip(views.strong.chunk(count), views.labeled.chunk(count), labels, strict=True)
-        scalars = student.backward(loss, list(parts))
-        if args.feedback == "none":
-            student.update(rate)
-            return scalars, None
-        student_step = feedback.StudentStep(
-            network=student.network,
-            forward=student.forward,
-            images_u=views.strong,
-            images_l=views.labeled,
-            targets=views.targets,
-            rate=rate,
-            random_state=random_state,
-            runtime=self.runtime,
-            label_smoothing=args.label_smoothing,
-            parts=count,
-            jvp=args.feedback_jvp,
-        )
-        student_step.remember(feedback.READS[args.feedback])
-        student.update(rate)
-        return scalars, student_step
+        return self.align(logits.weak if self.args.pseudo_label_view == "weak" else logits.strong)
 
     def _feedback(self, student_step, labels):
         """The value of the feedback, with baseline and sign, and how much the student improved, ()."""
         args = self.args
-        value = feedback.ESTIMATORS[args.feedback](student_step)
+        value = self.estimator.value(student_step)
         if self.student.scaler.is_enabled():  # a step that the fp16 scaler skipped has no feedback
             value = torch.where(torch.isfinite(value), value, 0.0)
         improvement = value if value.ndim == 0 else -(value * labels).sum() / args.accumulate
@@ -534,9 +384,10 @@ class MPL(Method):
         return -value if args.flip_feedback else value, improvement
 
     def _feedback_term(self, value, logits, labels):
+        """The feedback's term of the teacher's loss, ()."""
         args, labeling = self.args, self._labeling(logits)
-        if args.feedback_view == "strong":  # MPL-pytorch: not the labels that the student learned
-            labeling = self.align(logits[2])
+        if args.feedback_view == "strong" and value.ndim == 0:  # MPL-pytorch: not what the student learned
+            labeling = self.align(logits.strong)
             labels = pseudo_labels(labeling, args.pseudo_label)
         shares = self.runtime.world_size * args.accumulate
         return feedback.feedback_term(
@@ -547,8 +398,8 @@ class MPL(Method):
         """Cosine between the teacher's gradients of the feedback and of the rest of its loss, ()."""
         parameters = list(self.teacher.parameters.values())
         gradients = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (term, rest)]
-        flat = [torch.cat([g.reshape(-1) for g in self.runtime.average_(list(each))]) for each in gradients]
-        return F.cosine_similarity(*flat, dim=0)
+        means = [self.runtime.all_reduce_mean(list(each)) for each in gradients]
+        return F.cosine_similarity(*(torch.cat([g.reshape(-1) for g in each]) for each in means), dim=0)
 
     @property
     def teacher_network(self):
@@ -561,6 +412,85 @@ class MPL(Method):
         super().load_state_dict(state, path)
         self.align.load_state_dict(state)
         self.baseline.copy_(state["feedback_baseline"])
+
+
+# ---------------------------------------------------------------- a teacher's passes and loss
+
+
+class Logits(NamedTuple):
+    """What a teacher says of a batch, (B, K), (N, K) and (N, K)."""
+
+    labeled: torch.Tensor
+    weak: torch.Tensor
+    strong: torch.Tensor
+
+
+def teacher_logits(learner, views, weak_pass="joint", graph=True):
+    """Logits of the labelled, weak and strong images of a batch.
+
+    With ``weak_pass`` joint they come from one pass, so that batch norm sees all of them (published code);
+    apart, the weak images pass by themselves and without gradient, which saves their backward pass; ema, they
+    pass without gradient through the moving average of the weights (Mean Teacher, Tarvainen and Valpola,
+    NeurIPS 2017; with the average of batch norm's running statistics, EMAN, Cai et al., CVPR 2021). Without
+    ``graph`` nothing is kept for a backward pass, and running statistics stay as they are.
+    """
+    forward = learner if graph else learner.forward_only
+    if weak_pass == "joint":
+        images = torch.cat([views.labeled, views.weak, views.strong])
+        return Logits(*forward(images).split([len(views.labeled), len(views.weak), len(views.strong)]))
+    if weak_pass == "ema":
+        weak = learner.ema_forward(views.weak)
+    else:
+        with torch.no_grad():
+            weak = forward(views.weak)
+    sizes = [len(views.labeled), len(views.strong)]
+    labeled, strong = forward(torch.cat([views.labeled, views.strong])).split(sizes)
+    return Logits(labeled, weak, strong)
+
+
+class TeacherPass:
+    """The teacher's logits of each micro-batch, which label before the teacher's own step is taken.
+
+    One micro-batch keeps its graph until that step. Several pass through the teacher once more then, with the
+    same dropout, so that one graph is in memory at a time.
+
+    Args:
+        eager: not compiled, so that gradients can be taken through the graph more than once.
+    """
+
+    def __init__(self, learner, batches, weak_pass, eager=False):
+        self.learner, self.batches, self.weak_pass, self.eager = learner, batches, weak_pass, eager
+        self.kept = len(batches) == 1
+        self.random_state = None if self.kept else learner.runtime.rng_state()
+        self.logits = [self._logits(batch, graph=self.kept) for batch in batches]
+
+    def _logits(self, batch, graph):
+        with self.learner.runtime.uncompiled() if self.eager else contextlib.nullcontext():
+            return teacher_logits(self.learner, batch.views, self.weak_pass, graph)
+
+    def with_graph(self, k):
+        """The logits of micro-batch k, with what a backward pass needs."""
+        return self.logits[k] if self.kept else self._logits(self.batches[k], graph=True)
+
+    def replay(self):
+        """Context of the second passes."""
+        return contextlib.nullcontext() if self.kept else self.learner.runtime.replay(self.random_state)
+
+
+def supervised_and_uda_loss(logits, targets, weight, align, args):
+    """A teacher's loss without feedback, (): CE on labels + weight · UDA (targets aligned), its scalars."""
+    labeled_loss = F.cross_entropy(logits.labeled, targets, label_smoothing=args.label_smoothing)
+    consistency, mask = uda_loss(align(logits.weak), logits.strong, args.temperature, args.threshold)
+    scalars = {"labeled_loss": labeled_loss, "uda_loss": consistency, "uda_mask": mask}
+    return labeled_loss + weight * consistency, scalars
+
+
+def known_accuracy(labels, truth):
+    """The meter of pseudo-label accuracy, where the data set knows the truth."""
+    return {} if truth is None else {"pseudo_label_accuracy": pseudo_label_accuracy(labels, truth)}
+
+
+# ---------------------------------------------------------------- networks
 
 
 def build_network(args, num_classes, image_size, role, model=None):
@@ -584,40 +514,6 @@ def build_network(args, num_classes, image_size, role, model=None):
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def teacher_logits(learner, views, weak_pass="joint", graph=True):
-    """Logits of the labelled, weak and strong images of a batch.
-
-    With ``weak_pass`` joint they come from one pass, so that batch norm sees all of them (published code);
-    apart, the weak images pass by themselves and without gradient, which saves their backward pass; ema, they
-    pass without gradient through the moving average of the weights (Mean Teacher, Tarvainen and Valpola,
-    NeurIPS 2017; with the average of batch norm's running statistics, EMAN, Cai et al., CVPR 2021). Without
-    ``graph`` nothing is kept for a backward pass, and running statistics stay as they are.
-    """
-    forward = learner if graph else learner.preview
-    if weak_pass != "joint":
-        with torch.no_grad():
-            weak = learner.average(views.weak) if weak_pass == "ema" else forward(views.weak)
-        sizes = [len(views.labeled), len(views.strong)]
-        labeled, strong = forward(torch.cat([views.labeled, views.strong])).split(sizes)
-        return labeled, weak, strong
-    images = torch.cat([views.labeled, views.weak, views.strong])
-    return forward(images).split([len(views.labeled), len(views.weak), len(views.strong)])
-
-
-def supervised_and_uda_loss(logits, targets, weight, align, args):
-    """A teacher's loss without feedback, (): CE on labels + weight · UDA (targets aligned), its scalars."""
-    labeled, weak, strong = logits
-    labeled_loss = F.cross_entropy(labeled, targets, label_smoothing=args.label_smoothing)
-    consistency, mask = uda_loss(align(weak), strong, args.temperature, args.threshold)
-    scalars = {"labeled_loss": labeled_loss, "uda_loss": consistency, "uda_mask": mask}
-    return labeled_loss + weight * consistency, scalars
-
-
-def known_truth(labels, truth):
-    """The meter of pseudo-label accuracy, where the data set knows the truth."""
-    return {} if truth is None else {"pseudo_label_accuracy": agreement(labels, truth)}
 
 
 def predictor_state(state, path):

@@ -237,7 +237,7 @@ class Runtime:
         """Context in which nothing is compiled: a compiled graph can be passed backward only once."""
         return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
 
-    def apart(self, network):
+    def no_sync(self, network):
         """Context in which the backward pass through what ``parallel`` returned adds up this process's
         gradients and averages nothing: for all parts of a batch but the last."""
         return network.no_sync() if self.world_size > 1 else contextlib.nullcontext()
@@ -307,7 +307,7 @@ class Runtime:
 
     # processes
 
-    def average_(self, tensors):
+    def all_reduce_mean(self, tensors):
         """Replace each tensor of the list, in place, by its mean over all processes; returns the list."""
         if self.world_size > 1 and tensors:
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -317,19 +317,19 @@ class Runtime:
                 tensor.copy_(part.view_as(tensor))
         return tensors
 
-    def sum_(self, tensor):
+    def all_reduce_sum(self, tensor):
         """Replace the tensor, in place, by its sum over all processes; returns it."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def max_(self, tensor):
+    def all_reduce_max(self, tensor):
         """Replace the tensor, in place, by its largest value over all processes; returns it."""
         if self.world_size > 1:
             dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor
 
-    def largest(self, number):
+    def all_reduce_max_int(self, number):
         """The largest of the whole numbers that all processes call this with, a () tensor. Reading it waits
         for the others."""
         device = "cpu" if self.kind == "xla" else self.device
@@ -339,7 +339,7 @@ class Runtime:
         return tensor
 
     @contextlib.contextmanager
-    def first_here(self):
+    def local_main_first(self):
         """Context that one process of each machine goes through before the others: to download, say."""
         first = int(os.environ.get("LOCAL_RANK", 0)) == 0
         if not first:

@@ -103,13 +103,13 @@ class Meters:
         """
         if self.names is None:
             return {}
-        bad = self.runtime.max_(self.bad.clone()).tolist()
+        bad = self.runtime.all_reduce_max(self.bad.clone()).tolist()
         if any(bad):
             first = min(count for count in bad if count)
             terms = ", ".join(name for name, count in zip(self.names, bad, strict=True) if count == first)
             raise NonFiniteError(f"step {self.first_step + int(first) - 1}: {terms} is not finite")
         deviation = (self.squares / (self.count - 1).clamp_min(1)).sqrt()
-        means, stds = self.runtime.average_([self.mean.clone(), deviation])
+        means, stds = self.runtime.all_reduce_mean([self.mean.clone(), deviation])
         stds = {f"{name}_std": std for name, std in zip(self.names, stds.tolist(), strict=True)}
         return dict(zip(self.names, means.tolist(), strict=True)) | stds
 
@@ -268,7 +268,7 @@ class Interrupt:
         if runtime.processes == 1:
             return self.signal
         answer = int(self.asked) if self.asked is not None else 0
-        self.asked = runtime.largest(self.signal)
+        self.asked = runtime.all_reduce_max_int(self.signal)
         return answer
 
     def __exit__(self, *exception):

@@ -89,8 +89,8 @@ def run(folder):
             values = method.step(views, step, diagnose=True)
             scalars.append({key: value.detach() for key, value in (values | method.diagnostics).items()})
             if name.endswith("often"):
-                method.agree()
-        method.agree()
+                method.sync_statistics()
+        method.sync_statistics()
         networks = {role: learner.network.state_dict() for role, learner in method.learners.items()}
         networks["average"] = method.predictor.state_dict()
         results[name] = {"networks": networks, "scalars": scalars}

@@ -9,7 +9,8 @@ from torch import nn
 from torch.func import functional_call
 
 import feedback
-from feedback import ESTIMATORS, READS, StudentStep, dot, exact, feedback_term, taylor
+from feedback import ESTIMATORS, StudentStep, dot, exact, feedback_term, taylor
+from learner import Learner
 from models import build_model
 from runtime import Runtime
 
@@ -48,28 +49,28 @@ def take_step(problem, labels, rate, smoothing=0.0, runtime=None, jvp="auto"):
     """One plain SGD step of a copy of the student on ``labels``, as a StudentStep that remembers all; in its
     pass the labelled images stand behind the unlabelled ones."""
     runtime = runtime or Runtime("cpu")
-    network = copy.deepcopy(problem["network"])
-    step = StudentStep(
-        network,
-        network,
-        problem["images_u"],
-        problem["images_l"],
-        problem["targets"],
-        rate,
-        runtime.rng_state(),
+    student = Learner(
+        copy.deepcopy(problem["network"]),
         runtime,
-        smoothing,
-        jvp=jvp,
+        optimizer=lambda network: torch.optim.SGD(network.parameters()),
+        rate=lambda step: rate,
     )
-    targets = labels * (1 - smoothing) + smoothing / labels.shape[1]
-    logits = network(torch.cat([problem["images_u"], problem["images_l"]]))[: len(labels)]
-    (-(targets * F.log_softmax(logits, dim=1)).sum(1).mean()).backward()
-    for reads in READS.values():
-        step.remember(reads)
-    with torch.no_grad():
-        for p in network.parameters():
-            p -= rate * p.grad
-            p.grad = None
+    names = ("images_u", "images_l", "targets")
+    step = StudentStep(
+        student, *(problem[name] for name in names), rate, runtime.rng_state(), smoothing, jvp=jvp
+    )
+
+    def loss(images):
+        log_p = F.log_softmax(student(images)[: len(labels)], dim=1)
+        targets = labels * (1 - smoothing) + smoothing / labels.shape[1]
+        loss = -(targets * log_p).sum(1).mean()
+        return loss, {"loss": loss}
+
+    student.backward(loss, [torch.cat([problem["images_u"], problem["images_l"]])])
+    for estimator in ESTIMATORS.values():
+        step.remember(estimator.reads)
+    student.update(rate)
+    student.optimizer.zero_grad()
     return step
 
 
@@ -185,26 +186,26 @@ def test_exact_falls_back_where_forward_mode_is_missing():
 def test_nothing_is_left_behind(name):
     p = problem(dropout=0.5)
     step = take_step(p, F.softmax(p["logits"].detach(), dim=1), 0.3)
-    state = {key: tensor.clone() for key, tensor in step.network.state_dict().items()}
-    modes = [module.training for module in step.network.modules()]
+    state = {key: tensor.clone() for key, tensor in step.student.network.state_dict().items()}
+    modes = [module.training for module in step.student.network.modules()]
     random_state = torch.get_rng_state()
-    ESTIMATORS[name](step)
-    for key, tensor in step.network.state_dict().items():
+    ESTIMATORS[name].value(step)
+    for key, tensor in step.student.network.state_dict().items():
         assert torch.equal(tensor, state[key]), key
-    assert [module.training for module in step.network.modules()] == modes
+    assert [module.training for module in step.student.network.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert all(parameter.grad is None for parameter in step.network.parameters())
+    assert all(parameter.grad is None for parameter in step.student.network.parameters())
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_autocast_is_near_full_precision(name):
     p = problem(dtype=torch.float32, n=16, batch=16)
     labels = F.softmax(p["logits"].detach(), dim=1)
-    full = ESTIMATORS[name](take_step(p, labels, 2.0))
+    full = ESTIMATORS[name].value(take_step(p, labels, 2.0))
     mixed_runtime = Runtime("cpu", amp=True)
     if mixed_runtime.amp_dtype is None:
         pytest.skip("no bf16 on this device")
-    mixed = ESTIMATORS[name](take_step(p, labels, 2.0, runtime=mixed_runtime))
+    mixed = ESTIMATORS[name].value(take_step(p, labels, 2.0, runtime=mixed_runtime))
     assert mixed.dtype == torch.float32
     assert relative_error(mixed, full) < 0.1
 
@@ -270,7 +271,7 @@ def test_sign(name, taught):
     """Descending the term raises the probability of the class that helps; flipped, it lowers it."""
     p = helpful_problem()
     labels = F.one_hot(torch.tensor([taught]), 2).double()
-    value = ESTIMATORS[name](take_step(p, labels, 0.5))
+    value = ESTIMATORS[name].value(take_step(p, labels, 0.5))
 
     def probability_after(value):
         logits = p["logits"].detach() - 0.5 * gradient_of(value, p, labels)

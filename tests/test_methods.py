@@ -11,12 +11,13 @@ from conftest import needs_compiler
 import main
 from augmentation import Views
 from feedback import ESTIMATORS
+from learner import sgd
 from methods import (
     METHODS,
-    Alignment,
-    agreement,
+    DistributionAlignment,
+    Logits,
+    pseudo_label_accuracy,
     pseudo_labels,
-    sgd,
     soft_cross_entropy,
     teacher_logits,
     uda_loss,
@@ -82,7 +83,7 @@ def test_soft_cross_entropy_against_torch():
 def test_alignment_against_sinkhorn():
     """On one batch its bias converges to that of Sinkhorn's algorithm: rows sum to 1, columns to N / K."""
     logits = 3 * torch.randn(12, 4) + torch.tensor([3.0, 1.0, 0.0, -2.0])
-    align = Alignment(0.2, 4, Runtime("cpu"))
+    align = DistributionAlignment(0.2, 4, Runtime("cpu"))
     for _ in range(300):
         align.update(logits.chunk(3))
     plan = logits.exp()
@@ -96,7 +97,7 @@ def test_rate_1_is_one_iteration_of_sinkhorn():
     logits = torch.randn(12, 4)
     prediction = F.softmax(logits, dim=1)
     iterated = F.normalize(prediction / prediction.sum(dim=0), p=1, dim=1)
-    moved = {rate: Alignment(rate, 4, Runtime("cpu")) for rate in (0.2, 1)}
+    moved = {rate: DistributionAlignment(rate, 4, Runtime("cpu")) for rate in (0.2, 1)}
     for align in moved.values():
         align.update([logits])
     torch.testing.assert_close(F.softmax(moved[1](logits), dim=1), iterated)
@@ -179,10 +180,10 @@ def test_pseudo_labels():
     assert ((drawn.mean(0) - expected).abs() < 4 * error).all()
 
 
-def test_agreement_leaves_out_what_is_not_known():
+def test_pseudo_label_accuracy_leaves_out_what_is_not_known():
     labels = F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float()
-    assert agreement(labels, torch.tensor([0, 2, -1, -1])).item() == 0.5
-    assert agreement(labels, torch.tensor([-1, -1, -1, -1])).item() == 0.0
+    assert pseudo_label_accuracy(labels, torch.tensor([0, 2, -1, -1])).item() == 0.5
+    assert pseudo_label_accuracy(labels, torch.tensor([-1, -1, -1, -1])).item() == 0.0
 
 
 def test_no_weight_decay_on_batch_norm():
@@ -299,7 +300,7 @@ def test_the_student_learns_the_labels_of_the_teachers_average():
     logits = network(torch.cat([views.strong, views.labeled]))[:8]
     loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
     loss.backward()
-    assert not torch.equal(labels, method.teacher.preview(views.weak).argmax(1))
+    assert not torch.equal(labels, method.teacher.forward_only(views.weak).argmax(1))
     scalars = method.step(views, 1, labels)
     assert scalars["pseudo_label_accuracy"] == 1
     for ours, p in zip(method.student.network.parameters(), network.parameters(), strict=True):
@@ -310,7 +311,7 @@ def test_the_average_labels_in_full_precision():
     method = build("--weak-pass", "ema", method="uda", runtime=Runtime("cpu", amp=True))
     if method.runtime.amp_dtype is None:
         pytest.skip("no bf16 on this device")
-    logits = method.student.average(make_views().weak)
+    logits = method.student.ema_forward(make_views().weak)
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, method.predictor(make_views().weak))  # but passes in half
 
@@ -324,7 +325,7 @@ def test_the_teacher_without_a_joint_pass_is_the_uda_network(accumulate, weak_pa
     mpl.teacher.network.load_state_dict(uda.student.network.state_dict())
     if weak_pass == "ema":
         mpl.teacher.ema.network.load_state_dict(uda.predictor.state_dict())
-    labeler = mpl.teacher.average if weak_pass == "ema" else mpl.teacher.preview
+    labeler = mpl.teacher.ema_forward if weak_pass == "ema" else mpl.teacher.forward_only
     for step in range(2):
         halves = make_views(step).weak.chunk(accumulate)
         labels = torch.cat([labeler(half) for half in halves]).argmax(1)
@@ -392,7 +393,9 @@ def test_mpl_pytorch_has_the_reverse_sign_on_labels_of_the_strong_view():
     own = F.cross_entropy(logits, logits.argmax(1))
     student_labels = F.one_hot(torch.zeros(8, dtype=torch.int64), 3).float()
     value = -h  # what --flip-feedback makes of L_old − L_new
-    torch.testing.assert_close(method._feedback_term(value, (None, None, logits), student_labels), -h * own)
+    torch.testing.assert_close(
+        method._feedback_term(value, Logits(None, None, logits), student_labels), -h * own
+    )
     plain, flipped = build("--feedback-view", "strong"), build(*flags)
     without = build("--feedback", "none")
     for each in (plain, flipped, without):
@@ -665,17 +668,17 @@ def test_parts_see_the_same_dropout_twice():
     """A teacher with dropout labels in a first pass what it learns in the second."""
     method = build("--accumulate", 2, "--teacher-dropout", 0.5, "--feedback", "none")
     torch.manual_seed(2)
-    parts = [method.teacher.preview(half) for half in make_views().strong.chunk(2)]
+    parts = [method.teacher.forward_only(half) for half in make_views().strong.chunk(2)]
     torch.manual_seed(2)
     again = [method.teacher(half) for half in make_views().strong.chunk(2)]
     for one, other in zip(parts, again, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_a_preview_leaves_no_trace():
+def test_a_forward_pass_alone_leaves_no_trace():
     method = build()
     before = {name: value.clone() for name, value in method.teacher.network.state_dict().items()}
-    method.teacher.preview(make_views().strong)
+    method.teacher.forward_only(make_views().strong)
     after = method.teacher.network.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 

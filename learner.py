@@ -1,0 +1,214 @@
+"""A network with what trains it: forward passes, gradients in micro-batches, optimiser, schedule, EMA."""
+
+import contextlib
+
+import torch
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from models import ModelEMA
+from runtime import UserError
+from utils import load_state
+
+
+class Learner:
+    """A network with its optimiser, learning-rate schedule, gradient scaler and, if asked for, EMA.
+
+    Args:
+        network: moved to the device.
+        runtime: where to run.
+        optimizer: a function of the network on the device that returns its optimiser.
+        rate: the learning rate as a function of the step.
+        grad_clip: bound of the gradient's norm, 0 for none.
+        ema: decay of the moving average, or None for no average.
+    """
+
+    def __init__(self, network, runtime, *, optimizer, rate, grad_clip=0.0, ema=None):
+        self.network = runtime.place(network)
+        self.compiled = runtime.compile(self.network)  # for passes without gradient, or of this process alone
+        self.training_network = runtime.parallel(self.network)
+        self.runtime, self.rate, self.grad_clip = runtime, rate, grad_clip
+        self.optimizer = optimizer(self.network)
+        self.scaler = runtime.grad_scaler()
+        self.ema = ModelEMA(self.network, ema) if ema is not None else None
+        self.compiled_ema = runtime.compile(self.ema.network) if self.ema else None
+
+    @property
+    def parameters(self):
+        """The parameters that learn, by name."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    # forward passes: (N, …) images → (N, K) logits, float32 (float64 where the network is)
+
+    def __call__(self, images):
+        """Logits in training mode, with a graph for ``backward``; running statistics move."""
+        training_mode(self.network)
+        with self.runtime.autocast():
+            return full_precision(self.training_network(images))
+
+    @torch.no_grad()
+    def forward_only(self, images):
+        """The logits of a call that is still to come: no graph, and running statistics stay."""
+        training_mode(self.network)
+        with without_trace(self.network), self.runtime.autocast():
+            return full_precision(self.compiled(images))
+
+    @torch.no_grad()
+    def ema_forward(self, images):
+        """Logits of the moving average, in evaluation mode, without a graph."""
+        with self.runtime.autocast():
+            return full_precision(self.compiled_ema(images))
+
+    def measure(self, images):
+        """Logits normalised by the batch's own statistics, without dropout; nothing moves. With a graph where
+        gradients are enabled; those that no scaler protects are not computed in fp16."""
+        training_mode(self.network)
+        with without_trace(self.network, dropout=False), self.runtime.autocast(scaled=False):
+            return full_precision(self.compiled(images))
+
+    def logits_at(self, parameters, images):
+        """Logits in training mode at other parameters, by name; running statistics stay. In full precision,
+        not compiled: for derivatives in the parameters."""
+        training_mode(self.network)
+        with without_trace(self.network):
+            return full_precision(functional_call(self.network, parameters, (images,)))
+
+    # a step
+
+    def backward(self, loss, batches):
+        """Gradients of the mean loss, averaged over processes and unscaled, into the parameters' ``grad``.
+
+        Args:
+            loss: function of a micro-batch that returns its loss and a dict of scalars.
+            batches: the micro-batches; only one of them has its graph in memory at a time.
+
+        Returns:
+            the means of the scalars, detached.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        rows = []
+        for number, batch in enumerate(batches, 1):
+            last = number == len(batches)
+            with contextlib.nullcontext() if last else self.runtime.no_sync(self.training_network):
+                value, scalars = loss(batch)
+                self.scaler.scale(value / len(batches)).backward()
+            rows.append(torch.stack([scalar.detach() for scalar in scalars.values()]))
+        self.scaler.unscale_(self.optimizer)
+        return dict(zip(scalars, torch.stack(rows).mean(dim=0), strict=True))
+
+    def update(self, rate):
+        """One optimiser step at ``rate`` on the gradients of ``backward``, then the EMA."""
+        if self.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema:
+            self.ema.update(self.network)
+
+    def learn(self, loss, batches, step):
+        """``backward``, then ``update`` at the rate of the step; returns the means of the scalars."""
+        scalars = self.backward(loss, batches)
+        self.update(self.rate(step))
+        return scalars
+
+    def sync_statistics(self):
+        """Make the running statistics, which each process keeps of its own batches, the same on all: their
+        mean. Moving averages are linear, so that it does not matter how often this is done, unless a network
+        that uses them labels: that one is synchronised after every step."""
+        networks = [self.network] + ([self.ema.network] if self.ema else [])
+        buffers = [buffer for network in networks for buffer in network.buffers()]
+        self.runtime.all_reduce_mean([buffer for buffer in buffers if buffer.is_floating_point()])
+
+    # saving
+
+    def state_dict(self, role):
+        """Under the keys of MPL-pytorch: ``ROLE_state_dict``, ``ROLE_optimizer``, ``ROLE_scaler``, and
+        ``avg_state_dict`` for the student's moving average (``teacher_avg_state_dict`` for the teacher's)."""
+        state = {
+            f"{role}_state_dict": self.network.state_dict(),
+            f"{role}_optimizer": self.optimizer.state_dict(),
+            f"{role}_scaler": self.scaler.state_dict(),
+        }
+        if self.ema:
+            state[f"{ema_key(role)}_state_dict"] = self.ema.network.state_dict()
+            state[f"{ema_key(role)}_updates"] = self.ema.updates
+        return state
+
+    def load_state_dict(self, state, role, path):
+        """Continue from ``state_dict(role)``; UserError, which names ``path``, where it does not fit."""
+        try:
+            load_state(self.network, state[f"{role}_state_dict"], path)
+            self.optimizer.load_state_dict(state[f"{role}_optimizer"])
+            if state[f"{role}_scaler"]:  # empty where the precision was another, without a scaler
+                self.scaler.load_state_dict(state[f"{role}_scaler"])
+            if self.ema:
+                load_state(self.ema.network, state[f"{ema_key(role)}_state_dict"], path)
+                self.ema.updates.copy_(state[f"{ema_key(role)}_updates"])
+        except KeyError as error:
+            raise UserError(
+                f"{path} has no {error}: it was not written by this --method and --weak-pass"
+            ) from error
+        except ValueError as error:  # torch: groups of other parameters
+            raise UserError(f"the optimiser in {path} is of another network or --freeze-body") from error
+
+
+def ema_key(role):
+    """What the keys of a role's moving average start with in a checkpoint."""
+    return "avg" if role == "student" else f"{role}_avg"
+
+
+# ---------------------------------------------------------------- networks in training
+
+
+def full_precision(logits):
+    """Losses are computed in float32, or in float64 where the network is."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def batch_norms(network):
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
+
+
+def training_mode(network):
+    """Training mode, but for batch norm that does not learn: a frozen body keeps its running statistics."""
+    network.train()
+    for norm in batch_norms(network):
+        if not norm.weight.requires_grad:
+            norm.eval()
+
+
+@contextlib.contextmanager
+def without_trace(network, dropout=True):
+    """Context in which passes leave a network as it was: batch norm normalises as before, its running
+    statistics stay. Without ``dropout`` only batch norm stays in training mode."""
+    modules, norms = list(network.modules()), batch_norms(network)
+    training = [module.training for module in modules]
+    tracking = [norm.track_running_stats for norm in norms]
+    try:
+        for module in modules if not dropout else ():
+            module.training = module.training and isinstance(module, _BatchNorm)
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode
+        for norm, mode in zip(norms, tracking, strict=True):
+            norm.track_running_stats = mode
+
+
+def parameter_groups(network, weight_decay):
+    """The parameters that learn, without weight decay on batch norm."""
+    plain = {id(p) for norm in batch_norms(network) for p in norm.parameters()}
+    learning = [p for p in network.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in learning if id(p) not in plain], "weight_decay": weight_decay},
+        {"params": [p for p in learning if id(p) in plain], "weight_decay": 0.0},
+    ]
+
+
+def sgd(network, rate, momentum, nesterov, weight_decay):
+    groups = parameter_groups(network, weight_decay)
+    return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov and momentum > 0)
