@@ -5,19 +5,20 @@ uint8 images go in, normalised float32 views come out:
     views = ImageViews(32, mean, std)            # CIFAR; ImageNet: ImageViews(224, mean, std, crop="none")
     labeled, targets, weak, strong = views(images_l, targets, images_u, generator)
 
-Each image draws its own operations, but no operation is evaluated image by image. A grey level that depends
-on the old level alone is one lookup table per image and channel; colour, contrast and sharpness are one blend
-with a degenerate image; everything that moves pixels is one map of source positions; a cutout is one mask.
+Each image draws its own operations, but no operation is evaluated image by image: there are only lookup
+tables of grey levels, blends of two images, maps of source positions and masks. An operation of RandAugment
+is one row of TABLE, which says what it is made of.
 
 Every pixel is the one that Pillow computes (rounding included), with the arguments of the code published
 with *Meta Pseudo Labels* (Pham et al., CVPR 2021), which follows *RandAugment* (Cubuk et al., 2020).
 
-All randomness comes from the ``torch.Generator`` that is handed in, of the device or the host (None: torch's
-default one), so that a seed fixes the views and restoring its state continues them.
+All random numbers come from the ``torch.Generator`` that is passed in, on the device or on the host (None:
+torch's default one), so that a seed fixes the views and a restored state continues them.
 """
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -26,29 +27,6 @@ import torch
 import torch.nn.functional as F
 
 GREY = 128  # the level of pixels that come from outside the image, and of cutouts
-
-OPERATIONS = (
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Rotate",
-    "Posterize",
-    "Solarize",
-    "Color",
-    "Contrast",
-    "Brightness",
-    "Sharpness",
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-    "Cutout",
-)
-FIXED_TABLES = ("Invert", "Posterize", "Solarize", "Brightness")
-BLENDS = ("Color", "Contrast", "Sharpness")
-WARPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
-UNCHANGED = len(OPERATIONS)  # the drawn "operation" of an image that a layer leaves as it is
-NUMBER = {name: index for index, name in enumerate(OPERATIONS)}
 
 
 class Views(NamedTuple):
@@ -65,23 +43,10 @@ class Views(NamedTuple):
     strong: torch.Tensor | None
 
 
-class Draws(NamedTuple):
-    """The random choices of L RandAugment layers for N images.
-
-    operation: (L, N) int64, index into OPERATIONS, or UNCHANGED. negative: (L, N) bool, the sign of a
-    rotation, shear or translation. centre: (L, N, 2) int64, row and column of the middle of a cutout, in
-    pixels.
-    """
-
-    operation: torch.Tensor
-    negative: torch.Tensor
-    centre: torch.Tensor
-
-
 @contextlib.contextmanager
 def one_thread(images):
     """Context in which a CPU computes with one thread: the operations on a batch of ``images`` are too small
-    to be shared out (two threads took 1.2 to 1.8 times as long as one)."""
+    to be split safely (two threads took 0.7 times as long as one on one machine, 1.8 times on another)."""
     threads = torch.get_num_threads()
     if images.device.type != "cpu" or threads == 1:
         yield
@@ -133,14 +98,14 @@ def stretch_tables():
     return torch.from_numpy(tables).flatten(0, 1)
 
 
-def autocontrast_tables(images, stretch):
+def autocontrast_tables(images, _, stretch):
     """(N, C, 256) uint8: the darkest level of each channel becomes 0 and the brightest 255."""
     channels = images.flatten(2)
     row = channels.amin(2).long() * 256 + channels.amax(2)
     return stretch.index_select(0, row.flatten()).view(*row.shape, 256)
 
 
-def equalize_tables(images):
+def equalize_tables(images, *_):
     """(N, C, 256) uint8: levels spread so that each is used about equally often (Pillow's integer rule)."""
     n, channels, height, width = images.shape
     levels = images.flatten(2).long()
@@ -155,37 +120,27 @@ def equalize_tables(images):
     return torch.where(step > 0, tables, identity).to(torch.uint8)
 
 
-def fixed_tables(magnitude):
-    """The operations that map each level to the same level in every image: {name: (256,) uint8}.
+def posterized(levels, bits):
+    """Keep the highest bits: none makes the image black, and 8 or more leave it as it is."""
+    return levels & ~(255 >> min(bits, 8))
 
-    Posterize keeps int(4 · m) bits: none makes the image black, and 8 or more leave it as it is. The
-    threshold of Solarize is int(256 · m) modulo 256, as the published cast to uint8 makes it.
-    """
-    m = magnitude / 10
-    level = torch.arange(256)
-    keep = 255 & ~(255 >> min(int(4 * m), 8))
-    inverted = 255 - level
-    tables = {
-        "Invert": inverted,
-        "Posterize": level & keep,
-        "Solarize": torch.where(level < int(256 * m) % 256, level, inverted),
-        "Brightness": blend(torch.zeros(256), level.float(), blend_factor(magnitude)),
-    }
-    return {name: table.to(torch.uint8) for name, table in tables.items()}
+
+def solarized(levels, threshold):
+    return torch.where(levels < threshold, levels, 255 - levels)
+
+
+def brightened(levels, factor):
+    return blend(torch.zeros(256), levels.float(), factor)
 
 
 # ---------------------------------------------------------- colour, contrast, sharpness: blends of two images
 
 
-def blend_factor(magnitude):
-    """1 is the image itself, 0 the degenerate image, above 1 leads away from it."""
-    return 1.8 * magnitude / 10 + 0.1
-
-
 def blend(degenerate, levels, factor):
-    """Pillow's blend: degenerate + factor · (image − degenerate), cut to 0…255 and rounded down.
+    """Pillow's blend: degenerate + factor · (image − degenerate), clipped to 0…255 and rounded down.
 
-    degenerate, levels: float32 grey levels that broadcast to (N, C, H, W). Returns uint8.
+    A factor of 1 is the image itself, 0 the degenerate image, and above 1 leads away from it. degenerate,
+    levels: float32 grey levels that broadcast to (N, C, H, W). Returns uint8.
     """
     blended = (levels - degenerate).mul_(factor).add_(degenerate).clamp_(0, 255)
     return blended.short().to(torch.uint8)  # four times faster on a CPU than from float32 directly
@@ -258,24 +213,12 @@ def affine_source(matrix, height, width):
     return torch.where(inside, y * width + x, height * width).flatten()
 
 
-def warp_matrix(name, argument, height, width):
-    """The affine matrix of a geometric operation, in pixels from the top-left corner.
-
-    argument: degrees for Rotate (counter-clockwise, about the middle of the image), pixels of shift per row
-    or column for ShearX and ShearY (about the top-left corner, as published), pixels for TranslateX and
-    TranslateY.
-    """
-    if name == "Rotate":
-        angle = -math.radians(argument)
-        cos, sin = math.cos(angle), math.sin(angle)
-        x, y = width / 2, height / 2
-        return cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y
-    return {
-        "ShearX": (1, argument, 0, 0, 1, 0),
-        "ShearY": (1, 0, 0, argument, 1, 0),
-        "TranslateX": (1, 0, argument, 0, 1, 0),
-        "TranslateY": (1, 0, 0, 0, 1, argument),
-    }[name]
+def rotation(degrees, height, width):
+    """Counter-clockwise, about the middle of the image."""
+    angle = -math.radians(degrees)
+    cos, sin = math.cos(angle), math.sin(angle)
+    x, y = width / 2, height / 2
+    return cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y
 
 
 # --------------------------------------------------------------------------------------------- cutout: a mask
@@ -299,6 +242,74 @@ def _near(middle, half, length):
     return ((position >= low) & (position < high)).to(torch.uint8)
 
 
+# -------------------------------------------------------------------- RandAugment: its table of operations
+
+# What an operation is made of, and what the function of its row is then:
+FIXED = "fixed table"  # (levels, argument) → new levels; both (256,), the same for every image
+LOOKUP = "lookup table"  # (images, argument, stretch_tables) → (N, C, 256) uint8: tables made from each image
+BLEND = "blend"  # (N, 3, H, W) float32 → the degenerate image, in whole numbers; the argument is the factor
+GREY_BLEND = "blend of grey"  # the same, from the grey image: (N, 1, H, W) float32
+WARP = "warp"  # (argument, height, width) → the matrix of affine_source; the sign of the argument is drawn
+MASK = "mask"  # no function: a grey square, the argument is its half-width
+
+
+class Operation(NamedTuple):
+    """One row of the table.
+
+    kind: one of the six above. argument: (m, t, c) → number, or None for an operation without: m = magnitude
+    / 10, t and c the pixels of a translation and of a cutout at m = 1. unit: how the argument is written in
+    a picture. function: see the kinds.
+    """
+
+    name: str
+    kind: str
+    argument: Callable | None
+    unit: str
+    function: Callable | None
+
+
+def enhancement(m, t, c):
+    return 1.8 * m + 0.1
+
+
+TABLE = (
+    Operation("AutoContrast", LOOKUP, None, "no argument", autocontrast_tables),
+    Operation("Equalize", LOOKUP, None, "no argument", equalize_tables),
+    Operation("Invert", FIXED, None, "no argument", lambda levels, _: 255 - levels),
+    Operation("Rotate", WARP, lambda m, t, c: 30 * m, "{:.0f}°", rotation),
+    Operation("Posterize", FIXED, lambda m, t, c: int(4 * m), "{} bits", posterized),
+    # The published cast to uint8 takes the threshold modulo 256.
+    Operation("Solarize", FIXED, lambda m, t, c: int(256 * m) % 256, "from level {}", solarized),
+    Operation("Color", GREY_BLEND, enhancement, "factor {:.2f}", lambda grey: grey),
+    Operation("Contrast", GREY_BLEND, enhancement, "factor {:.2f}", mean_level),
+    Operation("Brightness", FIXED, enhancement, "factor {:.2f}", brightened),
+    Operation("Sharpness", BLEND, enhancement, "factor {:.2f}", smooth),
+    # Shears keep the top-left corner in its place, as published.
+    Operation("ShearX", WARP, lambda m, t, c: 0.3 * m, "{:.2f} px per px", lambda x, *_: (1, x, 0, 0, 1, 0)),
+    Operation("ShearY", WARP, lambda m, t, c: 0.3 * m, "{:.2f} px per px", lambda y, *_: (1, 0, 0, y, 1, 0)),
+    Operation("TranslateX", WARP, lambda m, t, c: t * m, "{:.1f} px", lambda x, *_: (1, 0, x, 0, 1, 0)),
+    Operation("TranslateY", WARP, lambda m, t, c: t * m, "{:.1f} px", lambda y, *_: (1, 0, 0, 0, 1, y)),
+    Operation("Cutout", MASK, lambda m, t, c: int(c * m), "half-width {} px", None),
+)
+OPERATIONS = tuple(row.name for row in TABLE)
+UNCHANGED = len(TABLE)  # the drawn "operation" of an image that a layer leaves as it is
+
+
+class Draws(NamedTuple):
+    """The random choices of L RandAugment layers for N images.
+
+    operation: (L, N) int64, row of TABLE, or UNCHANGED. negative: (L, N) bool, the sign of a warp's argument.
+    centre: (L, N, 2) int64, row and column of the middle of a cutout, in pixels.
+    """
+
+    operation: torch.Tensor
+    negative: torch.Tensor
+    centre: torch.Tensor
+
+
+# ---------------------------------------------------------------------------- RandAugment: its random layers
+
+
 def by_kind(kind, kinds, function, *tensors):
     """Each kind of image through its own function: the results in the order of the images.
 
@@ -312,43 +323,25 @@ def by_kind(kind, kinds, function, *tensors):
     return torch.cat(results).index_select(0, order.argsort())
 
 
-# ------------------------------------------------------------------------------------------------ RandAugment
-
-
 class RandAugment:
     """Layers of one random operation each, drawn for every image of a batch by itself.
 
-    An image draws p ~ U(0.2, 0.8); each layer then applies one of the 15 OPERATIONS, all equally likely,
-    with probability p. With m = magnitude / 10 their arguments are: Rotate ± 30·m degrees, Posterize int(4·m)
-    bits, Solarize threshold int(256·m) modulo 256, Color, Contrast, Brightness and Sharpness factor
-    1.8·m + 0.1, ShearX and ShearY ± 0.3·m, TranslateX and TranslateY ± translate·m pixels, Cutout half-width
-    int(cutout·m). The magnitude is the same for all images, so that every lookup table and position map
-    which does not depend on an image's levels is made once.
+    An image draws p ~ U(0.2, 0.8); each layer then applies one operation of TABLE, all equally likely, with
+    probability p. The magnitude is the same for all images, so that every lookup table and position map that
+    does not depend on an image's levels is made once.
 
     Args:
-        num_layers: operations per image, the published recipes use 2.
+        num_layers: operations per image; the published recipes use 2.
         magnitude: strength of all operations, 16 for CIFAR-10 and 17 for ImageNet.
         translate, cutout: pixels at m = 1; None is an eighth of the image's side (CIFAR). ImageNet: 100, 40.
-        static: pass every image through every form of operation, those that it did not draw being the
-            identity: static shapes and no branch on data, for XLA and compiled graphs, and nothing waits for
-            a CUDA device. Otherwise the images that drew an operation are gathered and only they are
-            computed, which is several times faster on a CPU. Both give the same pixels.
-        compile: what the static form of a layer passes through, such as ``torch.compile``; None for nothing.
-
-    Raises:
-        ValueError: a negative number of layers, magnitude, translate or cutout; images that are not uint8
-            of three channels.
+        static: pass every image through every kind of operation, where those that it did not draw change
+            nothing: static shapes and no branch on data, for XLA and compiled graphs, and nothing waits for a
+            CUDA device. Otherwise the images that drew an operation are gathered and only they are computed,
+            which is several times faster on a CPU. Both give the same pixels.
+        compile: what the static form of a layer is passed through, such as ``torch.compile``; or None.
     """
 
     def __init__(self, num_layers, magnitude, *, translate=None, cutout=None, static=False, compile=None):
-        for name, value in (
-            ("num_layers", num_layers),
-            ("magnitude", magnitude),
-            ("translate", translate),
-            ("cutout", cutout),
-        ):
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must not be negative, not {value}")
         self.num_layers = num_layers
         self.magnitude = magnitude
         self.translate = translate
@@ -360,23 +353,22 @@ class RandAugment:
 
     def __call__(self, images, generator=None):
         """(N, 3, H, W) uint8 → (N, 3, H, W) uint8; the input stays as it is."""
-        n, _, height, width = check_images(images).shape
+        n, _, height, width = images.shape
         return self.apply(images, self.draw(n, height, width, generator, images.device))
 
     def draw(self, n, height, width, generator=None, device="cpu"):
         """The random choices for n images of this size: Draws on the device."""
         p = 0.2 + 0.6 * _drawn(torch.rand, (n,), generator, device)
         chance, kind, sign, row, column = _drawn(torch.rand, (5, self.num_layers, n), generator, device)
-        operation = (kind * len(OPERATIONS)).long().clamp(max=len(OPERATIONS) - 1)
-        operation = torch.where(chance < p, operation, UNCHANGED)
         # a float32 below 1 times the size may round up to the size
+        operation = (kind * len(TABLE)).long().clamp(max=len(TABLE) - 1)
+        operation = torch.where(chance < p, operation, UNCHANGED)
         row = (row * height).long().clamp(max=height - 1)
         column = (column * width).long().clamp(max=width - 1)
         return Draws(operation, sign < 0.5, torch.stack((row, column), dim=2))
 
     def apply(self, images, draws):
         """The drawn operations, layer by layer: (N, 3, H, W) uint8 → the same."""
-        check_images(images)
         constants = self.constants(images.device, *images.shape[2:])
         for operation, negative, centre in zip(*draws, strict=True):
             images = self._layer(images, operation, negative, centre, constants)
@@ -384,26 +376,11 @@ class RandAugment:
 
     def arguments(self, height, width):
         """What each operation is called with at this image size, unsigned: {name: number or None}."""
-        m = self.magnitude / 10
         eighth = min(height, width) / 8
-        factor = blend_factor(self.magnitude)
-        return {
-            "AutoContrast": None,
-            "Equalize": None,
-            "Invert": None,
-            "Rotate": 30 * m,
-            "Posterize": int(4 * m),
-            "Solarize": int(256 * m) % 256,
-            "Color": factor,
-            "Contrast": factor,
-            "Brightness": factor,
-            "Sharpness": factor,
-            "ShearX": 0.3 * m,
-            "ShearY": 0.3 * m,
-            "TranslateX": (eighth if self.translate is None else self.translate) * m,
-            "TranslateY": (eighth if self.translate is None else self.translate) * m,
-            "Cutout": int((eighth if self.cutout is None else self.cutout) * m),
-        }
+        translate = eighth if self.translate is None else self.translate
+        cutout = eighth if self.cutout is None else self.cutout
+        sizes = (self.magnitude / 10, translate, cutout)
+        return {row.name: row.argument and row.argument(*sizes) for row in TABLE}
 
     def constants(self, device, height, width):
         """The tensors that do not depend on the draws, made once per device and image size."""
@@ -413,27 +390,29 @@ class RandAugment:
         return self._cache[key]
 
     def _make_constants(self, device, height, width):
+        """What each row of TABLE, and a last one for UNCHANGED, does to an image: nothing, or what its kind
+        asks for."""
         arguments = self.arguments(height, width)
-        tables = torch.arange(256, dtype=torch.uint8).repeat(UNCHANGED + 1, 1)
-        for name, table in fixed_tables(self.magnitude).items():
-            tables[NUMBER[name]] = table
-        source = torch.arange(height * width).repeat(UNCHANGED + 1, 2, 1)
-        for name in WARPS:
-            for negative, sign in enumerate((1, -1)):
-                matrix = warp_matrix(name, sign * arguments[name], height, width)
-                source[NUMBER[name], negative] = affine_source(matrix, height, width)
-        half = torch.zeros(UNCHANGED + 1, dtype=torch.long)
-        half[NUMBER["Cutout"]] = arguments["Cutout"]
-        factor = torch.ones(UNCHANGED + 1)
-        for name in BLENDS:
-            factor[NUMBER[name]] = arguments[name]
-        return {
-            "stretch": stretch_tables().to(device),
-            "tables": tables.to(device),
-            "source": source.to(device),
-            "half": half.to(device),
-            "factor": factor.to(device),
-        }
+        levels = torch.arange(256)
+        tables = levels.to(torch.uint8).repeat(len(TABLE) + 1, 1)
+        factor = torch.ones(len(TABLE) + 1)
+        source = torch.arange(height * width).repeat(len(TABLE) + 1, 2, 1)  # for either sign of the argument
+        half = torch.zeros(len(TABLE) + 1, dtype=torch.long)
+        for number, row in enumerate(TABLE):
+            argument = arguments[row.name]
+            if row.kind == FIXED:
+                tables[number] = row.function(levels, argument)
+            elif row.kind in (BLEND, GREY_BLEND):
+                factor[number] = argument
+            elif row.kind == WARP:
+                for negative, signed in enumerate((argument, -argument)):
+                    matrix = row.function(signed, height, width)
+                    source[number, negative] = affine_source(matrix, height, width)
+            elif row.kind == MASK:
+                half[number] = argument
+        tensors = {"tables": tables, "factor": factor, "source": source, "half": half}
+        tensors["stretch"] = stretch_tables()
+        return {"arguments": arguments, **{name: tensor.to(device) for name, tensor in tensors.items()}}
 
     def _drawn_operations(self, images, operation, negative, centre, constants):
         """One layer, each operation on the images that drew it."""
@@ -441,45 +420,46 @@ class RandAugment:
         def operate(number, images, negative, centre):
             if number == UNCHANGED:
                 return images
-            return self._operate(OPERATIONS[number], images, negative, centre, constants)
+            row = TABLE[number]
+            if row.kind == FIXED:
+                return lookup(images, constants["tables"][number])
+            if row.kind == LOOKUP:
+                argument = constants["arguments"][row.name]
+                return lookup(images, row.function(images, argument, constants["stretch"]))
+            if row.kind == WARP:
+                return warp(images, constants["source"][number, negative.long()])
+            if row.kind == MASK:
+                return erase(images, centre, constants["half"][number])
+            levels = images.float()
+            degenerate = row.function(luma(levels) if row.kind == GREY_BLEND else levels)
+            return blend(degenerate, levels, constants["factor"][number])
 
-        return by_kind(operation, UNCHANGED + 1, operate, images, negative, centre)
-
-    def _operate(self, name, images, negative, centre, constants):
-        """One operation on a group of images."""
-        number = NUMBER[name]
-        if name == "AutoContrast":
-            return lookup(images, autocontrast_tables(images, constants["stretch"]))
-        if name == "Equalize":
-            return lookup(images, equalize_tables(images))
-        if name in FIXED_TABLES:
-            return lookup(images, constants["tables"][number])
-        if name in WARPS:
-            return warp(images, constants["source"][number, negative.long()])
-        if name == "Cutout":
-            return erase(images, centre, constants["half"][number])
-        levels = images.float()
-        degenerate = smooth(levels) if name == "Sharpness" else luma(levels)
-        if name == "Contrast":
-            degenerate = mean_level(degenerate)
-        return blend(degenerate, levels, constants["factor"][number])
+        return by_kind(operation, len(TABLE) + 1, operate, images, negative, centre)
 
     def _every_operation(self, images, operation, negative, centre, constants):
-        """One layer without branches: every image goes through lookup, blend, warp and mask; those that it
-        did not draw are the identity."""
+        """One layer without branches: every image passes through lookup, blend, warp and mask, and those that
+        it did not draw change nothing."""
 
-        def drew(name):
-            return (operation == NUMBER[name]).view(-1, 1, 1)
+        def chosen(new, number, old):
+            """The new rows where an image drew the operation, else the old ones."""
+            return torch.where((operation == number).view(-1, *[1] * (new.dim() - 1)), new, old)
 
+        # lookup: a table for each image and channel
         tables = constants["tables"][operation][:, None].expand(-1, 3, -1)
-        tables = torch.where(drew("AutoContrast"), autocontrast_tables(images, constants["stretch"]), tables)
-        tables = torch.where(drew("Equalize"), equalize_tables(images), tables)
+        for number, row in enumerate(TABLE):
+            if row.kind == LOOKUP:
+                made = row.function(images, constants["arguments"][row.name], constants["stretch"])
+                tables = chosen(made, number, tables)
         images = lookup(images, tables)
 
+        # blend: where the factor is 1, any degenerate image will do
         levels = images.float()
         grey = luma(levels)
-        degenerate = torch.where(drew("Contrast")[..., None], mean_level(grey), grey)
-        degenerate = torch.where(drew("Sharpness")[..., None], smooth(levels), degenerate)
+        degenerate = None
+        for number, row in enumerate(TABLE):
+            if row.kind in (BLEND, GREY_BLEND):
+                made = row.function(grey if row.kind == GREY_BLEND else levels)
+                degenerate = made if degenerate is None else chosen(made, number, degenerate)
         images = blend(degenerate, levels, constants["factor"][operation].view(-1, 1, 1, 1))
 
         images = warp(images, constants["source"][operation, negative.long()])
@@ -498,24 +478,24 @@ def random_flip(images, generator=None, static=False):
 
 
 def random_crop(images, padding, generator=None, flip=False, static=False):
-    """Each image shifted by up to ``padding`` pixels, with GREY from outside. (N, C, H, W) uint8 → the same.
+    """Padding with GREY on every side and a random crop of the old size. (N, C, H, W) uint8 → the same.
 
-    This is padding on every side and a random crop of the old size. With ``flip``, half of the images are
-    mirrored before, in the same pass.
+    With ``flip``, half of the images are mirrored first, in the same pass.
     """
     n, channels, height, width = images.shape
     device = images.device
     mirrored = _coins(images, generator) if flip else torch.zeros(n, dtype=torch.bool, device=device)
     top, left = _drawn(torch.randint, (2 * padding + 1, (2, n, 1, 1)), generator, device)
     rows = top + torch.arange(height, device=device)[:, None]  # (N, H, 1), of the padded image
-    if static:
+
+    if static:  # one map of source positions
         row = rows - padding
         column = left - padding + torch.arange(width, device=device)
         inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
         column = torch.where(mirrored[:, None, None], width - 1 - column, column)
         return warp(images, torch.where(inside, row * width + column, height * width).flatten(1))
-    # Padded copies, the mirrored ones last. Any `width` bytes in a row are one row of an overlapping view of
-    # them, so that the crop is the selection of N · C · H such rows, which a CPU does at memory speed.
+
+    # padded copies, the mirrored ones last
     order = mirrored.long().argsort()
     upright = n - int(mirrored.sum())
     tall, wide = height + 2 * padding, width + 2 * padding
@@ -523,6 +503,8 @@ def random_crop(images, padding, generator=None, flip=False, static=False):
     middle = padded[:, :, padding : padding + height, padding : padding + width]
     middle[:upright] = images.index_select(0, order[:upright])
     middle[upright:] = images.index_select(0, order[upright:]).flip(-1)
+
+    # a crop is N · C · H runs of `width` bytes of them, which a CPU copies at memory speed
     plane = order.argsort()[:, None] * channels + torch.arange(channels, device=device)
     start = (plane[:, :, None] * tall + rows.view(n, 1, height)) * wide + left
     return padded.flatten().unfold(0, width, 1).index_select(0, start.flatten()).view_as(images)
@@ -539,15 +521,6 @@ def cutout(images, half, generator=None):
     row = _drawn(torch.randint, (height, (n,)), generator, images.device)
     column = _drawn(torch.randint, (width, (n,)), generator, images.device)
     return erase(images, torch.stack((row, column), dim=1), half)
-
-
-def check_images(images):
-    """Returns the images. Raises ValueError unless they are (N, 3, H, W) uint8."""
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(
-            f"images must be uint8 of shape (N, 3, H, W), not {images.dtype} of {tuple(images.shape)}"
-        )
-    return images
 
 
 # ---------------------------------------------------------------------------------------- what the step reads
@@ -568,10 +541,6 @@ class ImageViews:
         randaug: (layers, magnitude), or None for strong views without these layers.
         labeled_view: "weak" or "strong", the view of labelled images.
         static, compile: static shapes and no branch on data, compiled: see RandAugment.
-
-    Raises:
-        ValueError: an unknown crop or labelled view, mean or std that are not three numbers, images of
-            another size.
     """
 
     def __init__(
@@ -587,12 +556,6 @@ class ImageViews:
         static=False,
         compile=None,
     ):
-        if crop not in ("pad", "none"):
-            raise ValueError(f"crop must be 'pad' or 'none', not {crop!r}")
-        if labeled_view not in ("weak", "strong"):
-            raise ValueError(f"labeled_view must be 'weak' or 'strong', not {labeled_view!r}")
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean and std must be three numbers, std above 0, not {mean} and {std}")
         self.size = size
         self.flip = flip
         self.crop = crop
@@ -666,8 +629,10 @@ class ImageViews:
         return self._cache[str(device)]
 
     def _check(self, images):
-        if check_images(images).shape[2:] != (self.size, self.size):
-            raise ValueError(f"images must be {self.size} × {self.size}, not {tuple(images.shape[2:])}")
+        """Returns the images. Raises ValueError unless they are (N, 3, size, size) uint8."""
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, self.size, self.size):
+            wanted = f"uint8 of shape (N, 3, {self.size}, {self.size})"
+            raise ValueError(f"images must be {wanted}, not {images.dtype} of {tuple(images.shape)}")
         return images
 
 

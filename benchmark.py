@@ -62,8 +62,9 @@ import feedback
 import main as training
 import visualize
 from augmentation import GREY, OPERATIONS, ImageViews
-from data import Dataset, ImageSet, TrainLoader, read_crop
+from data import Dataset, ImageSet
 from learner import without_trace
+from loader import TrainLoader, read_crop
 from methods import METHODS, soft_cross_entropy
 from models import build_model, count_flops, count_parameters
 from runtime import Runtime, UserError, write_atomically
@@ -230,10 +231,12 @@ def augment(args):
     images = images.to(args.device)
     cores = processor_cores()
 
+    labeled, target = images[:1], torch.zeros(1, dtype=torch.int64)  # as training calls it
+
     def here():
         for _ in range(args.batches):
-            pair = views.pair(images)
-        return [float(view[-1, -1, -1, -1]) for view in pair]  # waits for the device
+            made = views(labeled, target, images)
+        return [float(view[-1, -1, -1, -1]) for view in (made.weak, made.strong)]  # waits for the device
 
     rows = []
     with multiprocessing.Pool(cores, torch.set_num_threads, (1,)) as pool:

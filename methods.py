@@ -19,7 +19,7 @@ from augmentation import Views
 from learner import Learner, parameter_groups, sgd
 from models import build_model
 from runtime import UserError
-from utils import learning_rate, load_state, network_name, ramp_up
+from utils import learning_rate, load_state, network_name, predictor_state, ramp_up
 
 # ---------------------------------------------------------------- losses
 
@@ -514,20 +514,6 @@ def build_network(args, num_classes, image_size, role, model=None):
         )
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def predictor_state(state, path):
-    """The weights that predict in a checkpoint: the EMA's, else the student's.
-
-    Raises:
-        UserError: the checkpoint holds neither.
-    """
-    weights = (
-        state.get("avg_state_dict") or state.get("student_state_dict") if isinstance(state, dict) else None
-    )
-    if not weights:
-        raise UserError(f"{path} holds no network: it is not a checkpoint of this program")
-    return weights
 
 
 METHODS = {"supervised": Supervised, "uda": UDA, "pseudo-label": PseudoLabel, "mpl": MPL}

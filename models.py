@@ -24,7 +24,6 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -203,9 +202,17 @@ class MLP(nn.Module):
 SMALL_IMAGE = 64  # pixels: up to this size, networks designed for 224 pixels reduce less at their start
 
 
+def _torchvision():
+    """torchvision's classifiers. Imported here: it takes a second or two, and WideResNet needs none of it."""
+    from torchvision import models
+
+    return models
+
+
 def _efficientnet_l2():
     """EfficientNet-L2 (arXiv:1911.04252): B0 with 4.3 times the channels and 5.3 times the layers."""
-    config = partial(torchvision.models.efficientnet.MBConvConfig, width_mult=4.3, depth_mult=5.3)
+    models = _torchvision()
+    config = partial(models.efficientnet.MBConvConfig, width_mult=4.3, depth_mult=5.3)
     stages = [  # expansion, kernel, stride, channels in, channels out, layers of B0
         config(1, 3, 1, 32, 16, 1),
         config(6, 3, 2, 16, 24, 2),
@@ -215,9 +222,7 @@ def _efficientnet_l2():
         config(6, 5, 2, 112, 192, 4),
         config(6, 3, 1, 192, 320, 1),
     ]
-    return torchvision.models.EfficientNet(
-        stages, dropout=0.5, norm_layer=partial(nn.BatchNorm2d, eps=BN_EPS)
-    )
+    return models.EfficientNet(stages, dropout=0.5, norm_layer=partial(nn.BatchNorm2d, eps=BN_EPS))
 
 
 def _torchvision_network(name):
@@ -227,7 +232,7 @@ def _torchvision_network(name):
     options = {}
     if name in ("googlenet", "inception_v3"):  # one output also in training; input as the weights expect it
         options = {"aux_logits": False, "transform_input": True, "init_weights": True}
-    return torchvision.models.get_model(name, weights=None, **options)
+    return _torchvision().get_model(name, weights=None, **options)
 
 
 def _find_head(model):
@@ -278,11 +283,11 @@ def _reduce_less(model):
     then, not 32-fold). EfficientNet: stride 1 in the first convolution and in the next two layers that
     would halve (4-fold), as the published code does for CIFAR and SVHN; its weights keep their shapes.
     """
-    if isinstance(model, torchvision.models.ResNet):
+    if isinstance(model, _torchvision().ResNet):
         model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
-    elif isinstance(model, torchvision.models.EfficientNet):
+    elif isinstance(model, _torchvision().EfficientNet):
         halving = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
         for convolution in halving[:3]:
             convolution.stride = (1, 1)
@@ -326,7 +331,7 @@ def _read_state(path):
 def _download_state(name):
     """The state dict that torchvision calls the default for `name`; ValueError without one or a network."""
     try:
-        weights = torchvision.models.get_model_weights(name.replace("-", "_")).DEFAULT
+        weights = _torchvision().get_model_weights(name.replace("-", "_")).DEFAULT
     except ValueError as error:
         raise ValueError(
             f"there are no published weights for {name}: "
@@ -349,7 +354,7 @@ def _load_state(model, state, source):
     another shape; `source` is how the message calls the state dict's origin.
     """
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
-    if isinstance(model, torchvision.models.DenseNet):  # norm.1 became norm1
+    if type(model).__name__ == "DenseNet":  # norm.1 became norm1
         state = {re.sub(r"\.(norm|conv)\.(\d)\.", r".\1\2.", key): value for key, value in state.items()}
     if getattr(model, "aux_logits", True) is False:  # the second outputs of GoogLeNet and Inception
         state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
@@ -458,7 +463,7 @@ def build_model(
         model = MLP(sizes, dropout)
     elif name == "convlarge":
         model = ConvLarge(num_classes, dropout)
-    elif torchvision_name in [*torchvision.models.list_models(module=torchvision.models), "efficientnet_l2"]:
+    elif torchvision_name in [*_torchvision().list_models(module=_torchvision()), "efficientnet_l2"]:
         model = _torchvision_network(torchvision_name)
         _replace_head(model, num_classes, dropout)
         if image_size <= SMALL_IMAGE:
@@ -487,7 +492,7 @@ def build_model(
     if weights is not None:
         _load_state(model, _read_state(weights), weights)
     elif pretrained:
-        if isinstance(model, torchvision.models.ResNet) and image_size <= SMALL_IMAGE:
+        if isinstance(model, _torchvision().ResNet) and image_size <= SMALL_IMAGE:
             raise ValueError(
                 f"the published weights of {name} are for large images, at {image_size} pixels "
                 "its first layer is another: enlarge the images with --resize 224, or leave --pretrained out"

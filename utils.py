@@ -1,24 +1,85 @@
-"""Small parts that every script needs: schedules, meters, checkpoints, a run's name, progress and record."""
+"""Small parts that every script needs: command line, schedules, meters, progress, the record of a run."""
 
+import argparse
 import contextlib
+import copy
 import datetime
-import errno
 import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from runtime import UserError, write_atomically
+
+# ---------------------------------------------------------------- the command line
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of a flag, where there is one to add."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or "(default:" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one sentence instead of the whole usage, and the defaults in the help."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help lists all flags)")
+
+    def parse_given(self, argv):
+        """The arguments of ``argv``, and the names of those that stand there."""
+        unset = object()
+        names = {action.dest for action in self._actions if action.dest != "help"}
+        args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+        given = {name for name in names if getattr(args, name) is not unset}
+        for name in names - given:
+            setattr(args, name, copy.copy(self.get_default(name)))
+        return args, given
+
+
+def between(kind, least, largest=math.inf):
+    """The type of a flag: a number of a kind, int or float, from ``least`` to ``largest``."""
+
+    def number(text):
+        value = kind(text)
+        if not least <= value <= largest:
+            limits = f"{least} or more" if largest == math.inf else f"{least} to {largest}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {limits}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse: invalid int value
+    return number
+
+
+def count_or_fraction(text):
+    value = float(text)
+    if not 0 < value < math.inf or (value >= 1 and value != int(value)):
+        raise argparse.ArgumentTypeError(f"{text} is neither a count nor a fraction below 1")
+    return int(value) if value >= 1 else value
+
+
+def tell(runtime, *lines):
+    """Lines on standard error, once for all processes."""
+    if runtime.is_main and lines:
+        print("\n".join(lines), file=sys.stderr)
+
 
 # ---------------------------------------------------------------- schedules
 
@@ -145,92 +206,26 @@ def load_state(module, state, path):
         ) from error
 
 
-# ---------------------------------------------------------------- a run's name and files
-
-
-def check_name(name, trains=False):
-    """Returns the name of a run, which is also that of its files; UserError if it cannot be one.
-
-    ``trains``: not the record of an evaluation. Then its checkpoints must not be taken for another run's.
-    """
-    if trains and (match := re.search(r"_(last|best|finetune|step\d+)$", name)):
-        raise UserError(
-            f"'{name}' ends in {match[0]}, as the checkpoints of a run named '{name[: match.start()]}' do: "
-            "choose another --name"
-        )
-    if not name or name.startswith(".") or len(os.fsencode(name)) > 200 or set(name) & set("/\\\0\n"):
-        raise UserError(
-            f"{name!r} cannot be the name of a run: use 1 to 200 letters without path separators, the first "
-            "of them no dot"
-        )
-    return name
-
-
-def checkpoint_path(args, kind):
-    """``checkpoint/NAME_KIND.pth.tar``."""
-    return os.path.join(args.save_path, f"{args.name}_{kind}.pth.tar")
-
-
-def checkpoints_of(args):
-    """All checkpoints of the run's name that there are: {path: step in the name, None without one}."""
-    pattern = re.compile(
-        re.escape(args.name) + r"_(?:last|best|finetune_last|finetune_best|step(\d{8,}))\.pth\.tar"
-    )
-    names = os.listdir(args.save_path) if os.path.isdir(args.save_path) else []
-    found = filter(None, map(pattern.fullmatch, names))
-    return {os.path.join(args.save_path, match[0]): match[1] and int(match[1]) for match in found}
-
-
-def drop_checkpoints(args, step):
-    """Of the checkpoints that are named after their step, keep the last ``--keep`` up to this one.
-
-    Those of later steps predate this run.
-    """
-    numbered = {number: path for path, number in checkpoints_of(args).items() if number is not None}
-    kept = sorted(number for number in numbered if number <= step)[-args.keep :]
-    for number in numbered.keys() - set(kept):
-        os.remove(numbered[number])
-
-
-def make_folder(path):
-    """Make a folder, and see that it can be written to; UserError if not."""
-    with writing(path):
-        os.makedirs(path, exist_ok=True)
-        probe = os.path.join(path, f".probe-{os.getpid()}")
-        with open(probe, "w"):
-            pass
-        os.remove(probe)
-
-
-HELD = []  # open files whose locks last as long as this process
-
-
-def lock(args, make=True):
-    """Only one process trains a run of a name: the system lifts the lock when it ends, however it ends.
-
-    Args:
-        make: make the file that is locked, ``checkpoint/.NAME.lock``, if it is not there; it stays.
+def predictor_state(state, path):
+    """The weights that predict in a checkpoint: the EMA's, else the student's.
 
     Raises:
-        UserError: another process holds the lock, or the file cannot be written.
+        UserError: the checkpoint holds neither.
     """
-    path = os.path.join(args.save_path, f".{args.name}.lock")
+    weights = (
+        state.get("avg_state_dict") or state.get("student_state_dict") if isinstance(state, dict) else None
+    )
+    if not weights:
+        raise UserError(f"{path} holds no network: it is not a checkpoint of this program")
+    return weights
+
+
+def read_checked(path, parse=json.loads):
+    """What ``parse`` makes of the text of a file; UserError for one that cannot be read."""
     try:
-        import fcntl
-    except ImportError:  # no such locks on Windows
-        return
-    if not make and not os.path.exists(path):
-        return
-    with writing(path):
-        HELD.append(open(path, "a"))  # noqa: SIM115 (open until the process ends)
-    try:
-        fcntl.lockf(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # decoding workers do not inherit it
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UserError(
-                f"{args.name} is being trained by another process: wait for its end, or give another --name"
-            ) from error
-        # else a file system without locks: nothing can be known
+        return parse(path.read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 @contextlib.contextmanager
@@ -276,6 +271,32 @@ class Interrupt:
             signal.signal(number, handler)
 
 
+class Throughput:
+    """Images and seconds of training, evaluations excepted, added to the totals of a run.
+
+    Args:
+        totals: a dict with ``trained_images`` and ``train_seconds``.
+        images_per_step: of all processes.
+        step: the first one.
+    """
+
+    def __init__(self, totals, images_per_step, step):
+        self.totals, self.images_per_step = totals, images_per_step
+        self.restart(step)
+
+    def restart(self, step):
+        """Count from here on: ``step`` steps are taken."""
+        self.taken, self.started = step, time.perf_counter()
+
+    def count(self, step):
+        """Add what was trained since the last call; returns images per second."""
+        images, seconds = (step - self.taken) * self.images_per_step, time.perf_counter() - self.started
+        self.totals["trained_images"] += images
+        self.totals["train_seconds"] += seconds
+        self.restart(step)
+        return images / seconds
+
+
 class Progress:
     """How far a loop is, on standard error: a bar on a terminal, elsewhere a line a minute.
 
@@ -316,12 +337,109 @@ class Progress:
             text = f"{self.name}  {text}"
             self.bar.write(text, file=sys.stderr) if self.bar else print(text, file=sys.stderr)
 
+    def record(self, step, record):
+        """A line with the figures of an evaluation, without standard deviations."""
+        shown = {name: value for name, value in record.items() if not name.endswith("_std")}
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        self.line(f"step {step}/{self.total}  {shown}")
+
+    def stopped(self, when, path):
+        """The last line of a loop that a signal has ended."""
+        self.line(f"stopped {when}; go on with --resume {path}")
+        self.close()
+
     def close(self):
         if self.bar:
             self.bar.close()
 
 
 # ---------------------------------------------------------------- the record of a run
+
+
+# run state saved in every checkpoint besides the networks
+FRESH = {
+    "run": None,
+    "best_top1": None,
+    "best_step": None,
+    "best_val_top1": None,
+    "oracle_top1": 0.0,
+    "train_seconds": 0.0,
+    "trained_images": 0,
+}
+MEASURED = ("top1", "top5", "mean_class_top1", "largest_class_top1", "never_predicted", "test_images")
+POSITION = (*MEASURED, "meters", "loader")
+SUMMARY = (
+    *("name", "dataset", "method", "num_labeled", "seed", "steps", *MEASURED, "best_top1", "best_step"),
+    *("selection", "oracle_top1", "teacher_top1", "finetune_top1", "train_seconds", "images_per_second"),
+    *("device", "torch", "commit", "run"),
+)
+
+
+def measured(test, confusion, classes):
+    """What ``evaluate`` has found, for people: the keys of ``MEASURED``.
+
+    "test_images" counts those that could be read. "largest_class_top1" is what always naming the largest
+    class of the test set would score, in percent; "never_predicted" names the classes that no image was
+    taken for.
+    """
+    found = {name: test.get(name) for name in MEASURED}
+    found["test_images"] = int(confusion.sum())
+    found["largest_class_top1"] = 100 * (confusion.sum(dim=1).max() / confusion.sum()).item()
+    predicted = confusion.sum(dim=0) > 0
+    found["never_predicted"] = [
+        name for name, seen in zip(classes, predicted.tolist(), strict=True) if not seen
+    ]
+    return found
+
+
+def figures_of(state):
+    """What the summary takes from the state of a run."""
+    figures = {name: state.get(name) for name in SUMMARY if name in (*FRESH, *MEASURED)}
+    return figures | {"images_per_second": state["trained_images"] / state["train_seconds"]}
+
+
+def summarize(args, runtime, figures, num_labeled, run):
+    """The content of summary.json, with the figures that were measured."""
+    return (
+        dict.fromkeys(SUMMARY)
+        | figures
+        | {
+            "name": args.name,
+            "dataset": args.dataset,
+            "method": args.method,
+            "num_labeled": num_labeled,
+            "seed": args.seed,
+            "selection": "val" if args.num_val else "last",
+            "device": runtime.describe(),
+            "torch": torch.__version__,
+            "commit": commit(),
+            "run": run,
+        }
+    )
+
+
+def result_lines(summary):
+    """What standard output ends with: two lines, the last one the result."""
+    lines, parts = [], [f"top-1 {summary['top1']:.2f} %"]
+    if summary["mean_class_top1"] is not None:
+        parts.append(f"mean over classes {summary['mean_class_top1']:.2f} %")
+    if summary["top5"] is not None:
+        parts.append(f"top-5 {summary['top5']:.2f} %")
+    if summary["selection"] == "val" and summary["best_top1"] is not None:
+        parts.append(f"chosen by validation {summary['best_top1']:.2f} %")
+    if summary["finetune_top1"] is not None:
+        parts.append(f"finetuned {summary['finetune_top1']:.2f} %")
+    if summary["teacher_top1"] is not None:
+        parts.append(f"teacher {summary['teacher_top1']:.2f} %")
+    about = [summary["dataset"], f"{summary['num_labeled']} labels", summary["method"]]
+    if summary["largest_class_top1"] is not None:
+        never = summary["never_predicted"]
+        never = f"; never predicted: {', '.join(never[:20])}{', …' * (len(never) > 20)}" if never else ""
+        images = f"{summary['test_images']:,} test images"
+        lines.append(
+            f"{images}; always naming the largest class: {summary['largest_class_top1']:.2f} %{never}"
+        )
+    return [*lines, "  ".join(parts) + f"  ({', '.join(about)}, seed {summary['seed']})"]
 
 
 def commit():
@@ -340,7 +458,7 @@ def new_run_id():
 
 
 class RunLog:
-    """``results/NAME/``: args.json, metrics.jsonl, TensorBoard events, summary.json.
+    """``results/NAME/``: args.json, metrics.jsonl, TensorBoard events, confusion.json, summary.json.
 
     Only the main process writes; in the others every call is a no-op.
 
@@ -421,8 +539,8 @@ class RunLog:
 
     def _clear(self):
         """Remove what an earlier run has left in the folder, of all that this program writes."""
-        names = ("metrics.jsonl", "summary.json", "args.json", "labeled.txt", "labeled_indices.txt", "*.png")
-        for name in (*names, "events.out.tfevents.*"):
+        names = ("metrics.jsonl", "summary.json", "confusion.json", "args.json")
+        for name in (*names, "labeled.txt", "labeled_indices.txt", "*.png", "events.out.tfevents.*"):
             for path in self.folder.glob(name):
                 path.unlink()
 
@@ -448,8 +566,8 @@ class RunLog:
     def _say(self, text):
         print(text, file=sys.stderr)
 
-    def _write(self, name, content):
-        text = json.dumps(content, indent=2) + "\n"
+    def _write(self, name, content, indent=2):
+        text = json.dumps(content, indent=indent) + "\n"
         write_atomically(self.folder / name, lambda file: file.write(text.encode()))
 
     def settle(self):
@@ -480,6 +598,12 @@ class RunLog:
         if self.active:
             self._write("summary.json", record)
 
+    def confusion(self, counts, classes):
+        """``counts``: (K, K), the test images of class i (row) that were taken for class j (column)."""
+        if self.active:
+            content = {"classes": list(classes), "counts": counts.long().tolist()}
+            self._write("confusion.json", content, indent=None)
+
     def read_summary(self):
         """What an earlier part of the run has written, {} if nothing that can be read."""
         path = self.folder / "summary.json"
@@ -496,3 +620,51 @@ class RunLog:
         if self.writer:
             self.writer.close()
             self.writer = None
+
+
+class Run(NamedTuple):
+    """What a run left in ``results/NAME``, as ``RunLog`` wrote it."""
+
+    folder: Path
+    args: dict  # args.json
+    records: list  # metrics.jsonl, a dict per line
+
+    @property
+    def name(self):
+        return self.folder.name
+
+
+def read_run(folder):
+    """The run in ``results/NAME``; UserError if there is none, or none that can be read."""
+    folder = Path(folder)
+    if not (folder / "args.json").is_file():
+        raise UserError(f"{folder} is not the folder of a run, such as results/digits: it holds no args.json")
+    args = read_checked(folder / "args.json", _arguments_of_a_run)
+    metrics = folder / "metrics.jsonl"
+    records = read_checked(metrics, _whole_records) if metrics.exists() else []
+    return Run(Path(os.path.abspath(folder)), args, records)
+
+
+def _arguments_of_a_run(text):
+    args = json.loads(text)
+    if missing := {"name", "method", "dataset", "model", "save_path", "data_path"} - set(args):
+        raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    return args
+
+
+def _whole_records(text):
+    """A run that is still going, or was killed, may end in half a line."""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def read_confusion(path):
+    """The counts, (K, K) int64, and the names of K classes in confusion.json; UserError if unreadable."""
+    return read_checked(path, _counts_and_classes)
+
+
+def _counts_and_classes(text):
+    content = json.loads(text)
+    counts, classes = np.array(content["counts"], dtype=np.int64), content["classes"]
+    if counts.shape != (len(classes), len(classes)):
+        raise ValueError(f"{len(classes)} classes, but counts of shape {counts.shape}")
+    return counts, classes

@@ -17,3 +17,9 @@ needs_compiler = pytest.mark.skipif(
 def same_random_numbers():
     """A test's random numbers do not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest first: two processes share the files, and end at about the same time."""
+    longest = ("test_xla.py", "test_faults.py", "test_cli.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

@@ -175,6 +175,9 @@ def test_validation_chooses_and_the_test_set_does_not(tmp_path):
     assert summary["selection"] == "val"
     assert (summary["best_step"], summary["best_top1"]) == (best["step"], best["top1"])
     assert checkpoint(tmp_path, "run_best")["step"] == best["step"]
+    counts = json.loads((tmp_path / "results" / "run" / "confusion.json").read_text())["counts"]
+    right = sum(counts[i][i] for i in range(10))
+    assert 100 * right / sum(map(sum, counts)) == best["top1"]  # of the network that was chosen
 
 
 # ---------------------------------------------------------------- the command line
@@ -217,10 +220,6 @@ def test_every_flag_is_explained():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--method supervised --feedback taylor", "--feedback"),
-        ("--method uda --teacher-lr 0.1", "--teacher-lr"),
-        ("--dataset twomoons --randaug 2 16", "--randaug"),
-        ("--dataset digits --jitter 0 1", "--jitter"),
         ("--evaluate", "--resume"),
         ("--method pseudo-label", "--teacher-checkpoint"),
         ("--mu 0", "--mu"),
@@ -237,15 +236,30 @@ def test_refused(arguments, words):
         main.parse_arguments(arguments.split())
 
 
-def test_overriding_the_method_of_a_recipe_sets_its_flags_aside(capsys):
-    recipe = "--method mpl --feedback taylor --mu 7 --dataset digits".split()
-    args = main.parse_arguments([*recipe, "--method", "supervised"])
-    assert args.method == "supervised"
-    assert "--feedback --mu set aside" in capsys.readouterr().err
-    exact = "--method mpl --feedback taylor --feedback-view strong --method mpl --feedback exact"
-    assert main.parse_arguments(exact.split()).feedback_view == "same"
-    with pytest.raises(UserError, match="--mu"):
-        main.parse_arguments([*recipe, "--method", "supervised", "--mu", "3"])
+@pytest.mark.parametrize(
+    ("arguments", "flags"),
+    [
+        (
+            "--method supervised --feedback taylor --mu 3 --student-model mlp-2-8-8-2",
+            "feedback, mu, student_model",
+        ),
+        ("--method uda --teacher-lr 0.1", "teacher_lr"),
+        ("--method mpl --feedback exact --feedback-view strong --pseudo-label soft", "feedback_view"),
+        ("--method mpl --feedback none --weak-pass ema --flip-feedback", "flip_feedback"),
+        ("--dataset twomoons --randaug 1 9", "randaug"),
+        ("--dataset digits --jitter 0 1", "jitter"),
+        ("--method supervised --randaug 1 9", "randaug"),
+        ("--method supervised --randaug 1 9 --labeled-view strong", ""),
+        ("--dataset digits --svhn-extra --test-fraction 0.5", "svhn_extra, test_fraction"),
+    ],
+)
+def test_flags_without_effect_are_named_and_have_none(arguments, flags, capsys):
+    args = main.parse_arguments(arguments.split())
+    said = capsys.readouterr().err
+    names = flags.split(", ") if flags else []
+    shown = ", ".join("--" + name.replace("_", "-") for name in names)
+    assert said.endswith(f": {shown} without effect\n") if flags else not said
+    assert all(getattr(args, name) == main.build_parser().get_default(name) for name in names)
 
 
 @pytest.mark.parametrize(

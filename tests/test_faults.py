@@ -151,7 +151,7 @@ FLAGS = (
         "--warmup-steps -1",
     ),
     *("--accumulate 3", "--keep -1", "--momentum 1.0", "--randaug -1 5", "--finetune-lr -1", "--mu 1.5"),
-    *("--student-wait-steps 4", "--feedback-jvp forward", "--feedback none --flip-feedback", "--num-val 13"),
+    *("--student-wait-steps 4", "--num-val 13"),
     *("--total-steps 1e3", "--device tpu", "--amp-dtype fp8", "--num-labeled 1e12", "--feedback-momentum 1"),
 )
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from test_cli import ROOT, assert_same_checkpoint, run, tensors
 
+import commands
 import main
 import utils
 import visualize
@@ -51,6 +52,12 @@ def load(path):
 
 def summary(name):
     return json.loads(Path("results", name, "summary.json").read_text())
+
+
+def counted(folder):
+    """The accuracy in percent that a run's confusion matrix shows."""
+    counts = torch.tensor(json.loads(Path(folder, "confusion.json").read_text())["counts"])
+    return 100 * counts.trace().item() / counts.sum().item()
 
 
 def metrics(name):
@@ -135,6 +142,7 @@ def test_evaluate_needs_the_checkpoint_alone(trained, here, kind, capsys):
     assert now["top1"] == was["best_top1" if kind == "best" else "finetune_top1"]
     assert (now["dataset"], now["num_labeled"], now["method"]) == ("digits", 10, was["method"])
     assert now["steps"] == 8 and now["name"] == folders[-1].name
+    assert counted(folders[-1]) == now["top1"] and counted(trained / "results/run") == was["best_top1"]
     args = json.loads((folders[-1] / "args.json").read_text())
     assert args["evaluate"] and args["resume"].endswith(f"run_{kind}.pth.tar") and args["amp"]
     if kind == "best":
@@ -652,6 +660,7 @@ def test_a_finished_run_leaves_nothing_to_train_for_another_name(copied, capsys)
     assert "--total-steps 8 is reached: nothing is left to train" in capsys.readouterr().err
     assert command(*words, "--finetune", "--name", "tuned", "--finetune-lr", "0.1") == 0
     assert (copied / "results/tuned/confusion.png").exists()
+    assert counted("results/tuned") == summary("tuned")["finetune_top1"] != summary("tuned")["top1"]
     assert command("--resume", "auto", "--name", "tuned") == 0  # has been finetuned alone
     assert summary("tuned")["finetune_top1"] is not None
 
@@ -660,7 +669,7 @@ def test_pictures_of_a_moved_run(copied, monkeypatch):
     args = json.loads(Path("results/run/args.json").read_text())
     args |= {"save_path": "/gone/checkpoint", "results_path": "/gone/results"}
     Path("results/run/args.json").write_text(json.dumps(args))
-    visualize.main(["confusion", "results/run"])
+    visualize.main(["features", "results/run"])
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "/tmp/a", ".hidden", "x" * 250, "a\nb"])
@@ -899,11 +908,11 @@ def test_what_is_measured():
     assert confusion.tolist() == counts
     assert figures["top1"] == pytest.approx(100 * (truth == expected).double().mean().item(), rel=1e-12)
     assert figures["mean_class_top1"] == pytest.approx(100 * 4 / 10)
-    said = main.measured(figures, confusion, dataset.classes)
+    said = utils.measured(figures, confusion, dataset.classes)
     assert said["never_predicted"] == ["3", "4", "6", "7", "8", "9"]
     assert said["largest_class_top1"] == pytest.approx(100 * truth.bincount().max().item() / 500)
-    summary = dict.fromkeys(main.SUMMARY) | said | {"dataset": "digits", "num_labeled": 10, "method": "uda"}
-    lines = main.result_lines(summary | {"seed": 0, "selection": "last"})
+    summary = dict.fromkeys(utils.SUMMARY) | said | {"dataset": "digits", "num_labeled": 10, "method": "uda"}
+    lines = utils.result_lines(summary | {"seed": 0, "selection": "last"})
     assert "mean over classes 40.00 %" in lines[-1] and "top-5" in lines[-1]
     assert "never predicted: 3, 4, 6" in lines[0] and "always naming the largest class" in lines[0]
     assert lines[0].startswith("500 test images; ")
@@ -963,7 +972,7 @@ def test_a_disk_full_while_the_labels_are_written(here, capsys):
 
 
 def test_a_picture_into_a_folder_that_cannot_be_written(copied):
-    with pytest.raises(UserError, match=r"cannot write the picture /proc/a\.png"):
+    with pytest.raises(UserError, match=r"cannot write /proc/a\.png"):
         visualize.main(["curves", "results/run", "--out", "/proc/a.png"])
 
 
@@ -1022,7 +1031,6 @@ def test_the_device_is_the_checkpoints(copied, resume):
         ("mps", "auto" if not torch.backends.mps.is_available() else "mps"),
     ):
         torch.save(state | {"args": state["args"] | {"device": device}}, "checkpoint/run_last.pth.tar")
-        raw = main.build_parser().parse_args(argv)
-        assert main.device_of(raw, argv) == expected
-        given = [*argv, "--device", "xla"]
-        assert main.device_of(main.build_parser().parse_args(given), given) == "xla"
+        parser = main.build_parser()
+        assert commands.device_of(*parser.parse_given(argv)) == expected
+        assert commands.device_of(*parser.parse_given([*argv, "--device", "xla"])) == "xla"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from runtime import Runtime
-from utils import Meters, NonFiniteError, RunLog, learning_rate, ramp_up
+from utils import Meters, NonFiniteError, RunLog, learning_rate, ramp_up, read_confusion
 
 
 def test_learning_rate_waits_warms_up_and_falls():
@@ -74,6 +74,17 @@ def test_the_record_drops_what_is_about_to_be_written_again(tmp_path):
     RunLog(tmp_path, Namespace(seed=2), start_step=0, tensorboard=False)
     assert steps() == []
     assert json.loads((tmp_path / "args.json").read_text())["seed"] == 2
+
+
+def test_the_record_of_another_run_is_removed(tmp_path):
+    log = RunLog(tmp_path, Namespace(seed=0), run_id="one", tensorboard=False)
+    log.record(10, {"top1": 50.0})
+    log.confusion(torch.tensor([[3.0, 1.0], [0.0, 4.0]], dtype=torch.float64), ("cat", "dog"))
+    log.summary({"top1": 50.0})
+    counts, classes = read_confusion(tmp_path / "confusion.json")
+    assert counts.tolist() == [[3, 1], [0, 4]] and classes == ["cat", "dog"]
+    RunLog(tmp_path, Namespace(seed=0), run_id="two", tensorboard=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
 
 
 @pytest.mark.parametrize("total", (10, 137))

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
+import data
 import main
 import visualize
 from augmentation import OPERATIONS, ImageViews
@@ -248,39 +250,57 @@ def test_regions_of_three_methods_side_by_side(runs, monkeypatch, capsys):
 
 
 def test_confusion_counts_the_test_images(runs):
-    run = visualize.read_run("results/digits")
-    path, state = visualize.read_checkpoint(run)
-    dataset, runtime = visualize.read_dataset(run, state), visualize.make_runtime(run.args)
-    network = visualize.read_networks(run, dataset, runtime, path, state)["student (EMA)"]
-    truth, predicted = visualize.predict(network, dataset.test, dataset, runtime)
-    assert torch.equal(truth, dataset.test.targets)
-    assert visualize.accuracy(truth, predicted) == pytest.approx(summary("digits")["top1"], abs=1e-4)
+    networks, dataset, views, runtime = visualize.load(visualize.read_run("results/digits"))
+    _, truth, predicted = visualize.penultimate_features(
+        networks["student (EMA)"], dataset.test, views, runtime
+    )
+    content = json.loads(Path("results/digits/confusion.json").read_text())
+    assert content["classes"] == list("0123456789")
+    assert content["counts"] == confusion_matrix(truth, predicted, labels=range(10)).tolist()
 
-    counts = visualize.confusion_matrix(truth, predicted, 10)
-    assert counts.tolist() == confusion_matrix(truth, predicted, labels=range(10)).tolist()
-    axes = visualize.confusion_of(run).axes[0]
+    counts, last = np.array(content["counts"]), summary("digits")
+    assert counts.sum() == len(dataset.test) == last["test_images"] and counts.dtype == np.int64
+    assert 100 * counts.trace() / counts.sum() == last["top1"]
+    assert (counts.sum(axis=1) == dataset.test.targets.bincount().numpy()).all()
+
+
+def test_confusion_needs_the_folder_of_the_run_alone(runs, tmp_path, monkeypatch, capsys):
+    """Neither checkpoint nor data: the run says that both are where nothing is."""
+    top1, folder = summary("digits")["top1"], tmp_path / "results/digits"
+    folder.mkdir(parents=True)
+    shutil.copy("results/digits/confusion.json", folder)
+    args = json.loads(Path("results/digits/args.json").read_text())
+    args |= {"save_path": str(tmp_path / "gone"), "data_path": str(tmp_path / "gone")}
+    (folder / "args.json").write_text(json.dumps(args))
+    monkeypatch.setattr(data, "load_dataset", None)
+    monkeypatch.chdir(tmp_path)
+    assert command(monkeypatch, "confusion", "results/digits") == 0
+    assert capsys.readouterr().out == "results/digits/confusion.png\n"
+    assert_drawn("results/digits/confusion.png")
+
+    axes = visualize.confusion_of(visualize.read_run(folder)).axes[0]
+    counts = np.array(json.loads((folder / "confusion.json").read_text())["counts"])
     shown = np.asarray(axes.images[0].get_array())
-    np.testing.assert_allclose(shown, 100 * counts / counts.sum(dim=1, keepdim=True))
+    np.testing.assert_allclose(shown, 100 * counts / counts.sum(axis=1, keepdims=True))
     words = {tuple(map(round, text.get_position()[::-1])): text.get_text() for text in axes.texts}
     assert words == {
         (i, j): f"{shown[i, j]:.0f} %\n{counts[i, j]}" for i in range(10) for j in range(10) if counts[i, j]
     }
+    assert axes.get_title(loc="left") == f"digits (Meta Pseudo Labels): {top1:.2f} % of 500 test images right"
 
 
 @pytest.mark.parametrize("k", [2, 20, 100])
 def test_confusion_of_any_number_of_classes(k, tmp_path):
-    counts = torch.randint(1, 9, (k, k), generator=torch.Generator().manual_seed(0))
+    counts = np.random.RandomState(0).randint(1, 9, (k, k))
     figure = visualize.draw_confusion(counts, [f"a long name {i}" for i in range(k)], "title")
     assert len(figure.axes[0].texts) == (k * k if k <= 20 else 0)
     assert_drawn(visualize.save(figure, tmp_path / "confusion.png"))
 
 
 def test_features_are_what_the_last_layer_reads(runs):
-    run = visualize.read_run("results/digits")
-    path, state = visualize.read_checkpoint(run)
-    dataset, runtime = visualize.read_dataset(run, state), Runtime("cpu")
-    network = visualize.read_networks(run, dataset, runtime, path, state)["student (EMA)"]
-    features, truth, predicted = visualize.penultimate_features(network, dataset.test, dataset, runtime)
+    networks, dataset, views, _ = visualize.load(visualize.read_run("results/digits"))
+    network, float32 = networks["student (EMA)"], Runtime("cpu")
+    features, truth, predicted = visualize.penultimate_features(network, dataset.test, views, float32)
     head = head_of(network)
     logits = torch.nn.functional.linear(features, head.weight, head.bias)
     assert torch.equal(logits.argmax(dim=1), predicted)
@@ -349,7 +369,8 @@ def test_augment_command(runs, monkeypatch, capsys):
 @pytest.fixture
 def broken(runs):
     """Folders of runs that something is wrong with."""
-    for name, files in {"empty": {}, "young": {}, "lost": {}, "damaged": {}}.items():
+    damage = {"confusion.json": '{"classes": ["a", "b"], "counts": [[1, 2]]}'}
+    for name, files in {"empty": {}, "young": {}, "lost": {}, "damaged": {}, "uncounted": damage}.items():
         folder = Path("broken", name)
         folder.mkdir(parents=True, exist_ok=True)
         if name != "empty":
@@ -364,16 +385,22 @@ def broken(runs):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["curves", "nowhere"], "there is no folder nowhere"),
+        (["curves", "nowhere"], "nowhere is not the folder of a run"),
         (["curves", "broken/empty"], "not the folder of a run"),
         (["curves", "broken/young"], "no metrics yet"),
         (["curves", "broken/damaged"], "cannot be read"),
         (["curves", "results/mpl", "--out", "curves.jpg"], "does not end in .png"),
         (["regions", "results/sup", "results/digits"], "not a two-moons run"),
         (["regions", "broken/lost"], "there is no checkpoint"),
-        (["confusion", "results/digits", "--save-path", "nowhere"], "there is no checkpoint nowhere"),
+        (["features", "results/digits", "--save-path", "nowhere"], "there is no checkpoint nowhere"),
+        (["confusion", "broken/lost"], "python main.py --evaluate --resume "),
+        (["confusion", "broken/uncounted"], "2 classes, but counts of shape (1, 2)"),
+        (
+            ["confusion", "results/digits", "--save-path", "nowhere"],
+            "unrecognized arguments: --save-path nowhere",
+        ),
         (["augment", "--dataset", "folder", "--data-path", "nowhere"], "there is no folder 'nowhere'"),
-        (["augment", "--randaug", "-1", "3"], "not negative"),
+        (["augment", "--randaug", "-1", "3"], "-1 is out of range"),
     ],
 )
 def test_a_mistake_gets_one_sentence_and_status_2(broken, monkeypatch, capsys, words, message):

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main
 from augmentation import Views
-from data import TrainLoader, load_dataset
+from data import load_dataset
+from loader import TrainLoader
 from methods import METHODS
 from runtime import Runtime
 

@@ -1,0 +1,491 @@
+"""Which run a command is about: its flags beside what a checkpoint remembers, its name, what is refused.
+
+A checkpoint knows its run: ``--resume CKPT`` needs no other flag, and what is given beside it overrides what
+the checkpoint remembers. Continuing is refused where that would make another run of it; a name that was
+trained before is refused unless ``--resume`` or ``--overwrite`` say what is meant.
+"""
+
+import argparse
+import errno
+import os
+import re
+import sys
+
+import torch
+
+from data import STATISTICS
+from feedback import ESTIMATORS
+from methods import METHODS
+from runtime import Runtime, UserError
+from utils import tell, writing
+
+# flags that belong to one command and are not taken from a checkpoint
+OF_COMMAND = ("evaluate", "finetune", "resume", "overwrite", "local_rank", "start_step", "help")
+PATHS = ("data_path", "save_path", "results_path", "unlabeled_path", "labeled_indices", "weights")
+PATHS = (*PATHS, "teacher_checkpoint", "resume")
+# flags that say what a run is about: it cannot go on with others
+IDENTITY = (
+    *("dataset", "num_labeled", "num_val", "seed", "resize", "test_fraction", "method", "model"),
+    *("student_model", "optimizer", "weak_pass", "freeze_body", "svhn_extra"),
+)
+# flags whose change is not worth a line
+INCIDENTAL = (*OF_COMMAND, "name", "device", "workers", "keep", "log_step", "expand_labels")
+
+# the default network of a data set, where it is not WRN-28-2
+MODELS = {"twomoons": "mlp-2-8-8-2", "cifar100": "wrn-28-8", "stl10": "wrn-37-2", "imagenet": "resnet50"}
+
+# ---------------------------------------------------------------- what a command says
+
+
+def flag(name, value=None):
+    """An argument as it stands on the command line."""
+    return "--" + name.replace("_", "-") + ("" if value is None else f" {value}")
+
+
+def arguments(parser, argv, saved=None, path=None):
+    """The command line, checked; what it does not say is as in the checkpoint ``saved`` of ``path``."""
+    args, given = parser.parse_given(argv)
+
+    # what the checkpoint remembers
+    if args.resume == "auto":
+        if args.overwrite:
+            parser.error("--resume auto continues and --overwrite replaces: give one of them")
+        given -= {"name"} if args.evaluate else set()
+        args.resume = path
+    before = remembered(saved, parser, args.resume)
+    for name in before.keys() - given:
+        setattr(args, name, before[name])
+    if saved:
+        take_places(args, given, before)
+        args.finetune |= "finetune_step" in saved and not args.evaluate
+        args.start_step = 0 if args.evaluate or args.finetune else saved["step"]
+
+    # flags without effect
+    if unused := sorted(without_effect(args) & given):
+        how = f"--method {args.method}" + f" --feedback {args.feedback}" * (args.method == "mpl")
+        flags = ", ".join(map(flag, unused))
+        print(f"{how} on {args.dataset}: {flags} without effect", file=sys.stderr)
+        for name in unused:
+            setattr(args, name, parser.get_default(name))
+
+    check_arguments(args, parser, before)
+
+    # defaults that depend on other flags
+    own = bool(args.pretrained or args.weights)  # batch norm as the weights have it
+    if before.keys() & {"bn_momentum", "bn_eps"} != {"bn_momentum", "bn_eps"}:
+        earlier = bool(before)  # earlier versions left the epsilon to the network and set the momentum
+        norms = {
+            "bn_momentum": None if own and not earlier else 0.01,
+            "bn_eps": None if own or earlier else 1e-3,
+        }
+        for name in norms.keys() - given:
+            setattr(args, name, norms[name])
+    args.model = args.model or MODELS.get(args.dataset, "wrn-28-2")
+
+    # places and the name
+    for name in PATHS:
+        value = getattr(args, name)
+        if value is not None:
+            setattr(args, name, os.path.abspath(value))
+    name = default_name(args) if args.name is None else args.name
+    args.name = check_name(name, trains=not args.evaluate and name != before.get("name"))
+    if args.evaluate:
+        args.compile = False  # nothing is trained
+    elif saved:
+        check_continuation(args, saved, given, before)
+    return args
+
+
+def without_effect(args):
+    """The names of the flags that the chosen method, feedback and data set do not use."""
+    method = METHODS[args.method]
+    used = set(method.flags)
+    if "feedback" in used and args.feedback in ESTIMATORS:
+        used |= set(ESTIMATORS[args.feedback].flags)
+    unused = {name for each in (*METHODS.values(), *ESTIMATORS.values()) for name in each.flags} - used
+    unused |= {"jitter"} if args.dataset != "twomoons" else {"randaug", "resize", "labeled_view"}
+    unused |= {"randaug"} if "mu" not in used and args.labeled_view == "weak" else set()
+    unused |= {"test_fraction"} if args.dataset != "folder" else set()
+    return unused | ({"svhn_extra"} if args.dataset != "svhn" else set())
+
+
+def check_arguments(args, parser, before):
+    """Flags that exclude each other or need another one; UserError for the first that does not fit."""
+    if (args.evaluate or args.finetune) and not args.resume:
+        parser.error("--evaluate and --finetune need --resume CKPT")
+    if args.evaluate and args.finetune:
+        parser.error("--evaluate and --finetune are two commands: give one of them")
+    if args.method == "pseudo-label" and not args.teacher_checkpoint:
+        parser.error("--method pseudo-label needs --teacher-checkpoint FILE")
+    if args.unlabeled_mode == "only" and not args.unlabeled_path:
+        parser.error("--unlabeled-mode only needs --unlabeled-path DIR")
+    if args.freeze_body and not (args.pretrained or args.weights or args.resume):
+        parser.error(
+            "--freeze-body leaves all but the last layer as it starts, and here it starts at random: add "
+            "--pretrained or --weights FILE, or give --no-freeze-body"
+        )
+    if args.batch_size % args.accumulate:
+        parser.error(
+            f"--batch-size {args.batch_size} cannot be taken in --accumulate {args.accumulate} parts"
+        )
+    pushed = args.feedback_view if args.feedback_view == "strong" else args.pseudo_label_view
+    if args.method == "mpl" and args.weak_pass != "joint" and args.feedback != "none" and pushed == "weak":
+        parser.error(
+            f"--weak-pass {args.weak_pass} leaves the weak view no gradient, and --feedback needs one there: "
+            "add --pseudo-label-view strong, --feedback none or, for taylor and dot, --feedback-view strong"
+        )
+    if before and args.start_step > args.total_steps:
+        parser.error(f"{args.resume} is of step {args.start_step}: give a larger --total-steps")
+    if not before and not 0 <= args.start_step < args.total_steps:
+        parser.error(f"--start-step {args.start_step} is not below --total-steps {args.total_steps}")
+    if args.method == "mpl" and args.student_wait_steps >= args.total_steps:
+        parser.error(
+            f"the student would never learn: --student-wait-steps {args.student_wait_steps} is not below "
+            f"--total-steps {args.total_steps}"
+        )
+    trained = args.method == "mpl" and not (args.evaluate or args.finetune)
+    if trained and args.pseudo_label == "soft" and args.feedback in ("taylor", "dot"):
+        print(
+            f"--pseudo-label soft gives --feedback {args.feedback} no gradient, as in the published code: "
+            "--feedback exact has one",
+            file=sys.stderr,
+        )
+
+
+# ---------------------------------------------------------------- a run's name and files
+
+
+def default_name(args):
+    """The name of the data set; of a folder, the folder's own; of an evaluation, its checkpoint's."""
+    if args.evaluate and args.resume:
+        return os.path.basename(args.resume).removesuffix(".pth.tar")
+    if args.dataset == "folder":
+        return os.path.basename(os.path.abspath(args.data_path)).lstrip(".") or "folder"
+    return args.dataset
+
+
+def check_name(name, trains=False):
+    """Returns the name of a run, which is also that of its files; UserError if it cannot be one.
+
+    ``trains``: not the record of an evaluation. Then its checkpoints must not be taken for another run's.
+    """
+    if trains and (match := re.search(r"_(last|best|finetune|step\d+)$", name)):
+        raise UserError(
+            f"'{name}' ends in {match[0]}, as the checkpoints of a run named '{name[: match.start()]}' do: "
+            "choose another --name"
+        )
+    if not name or name.startswith(".") or len(os.fsencode(name)) > 200 or set(name) & set("/\\\0\n"):
+        raise UserError(
+            f"{name!r} cannot be the name of a run: use 1 to 200 letters without path separators, the first "
+            "of them no dot"
+        )
+    return name
+
+
+def checkpoint_path(args, kind):
+    """``checkpoint/NAME_KIND.pth.tar``."""
+    return os.path.join(args.save_path, f"{args.name}_{kind}.pth.tar")
+
+
+def checkpoints_of(args):
+    """All checkpoints of the run's name that there are: {path: step in the name, None without one}."""
+    pattern = re.compile(
+        re.escape(args.name) + r"_(?:last|best|finetune_last|finetune_best|step(\d{8,}))\.pth\.tar"
+    )
+    names = os.listdir(args.save_path) if os.path.isdir(args.save_path) else []
+    found = filter(None, map(pattern.fullmatch, names))
+    return {os.path.join(args.save_path, match[0]): match[1] and int(match[1]) for match in found}
+
+
+def drop_checkpoints(args, step):
+    """Of the checkpoints that are named after their step, keep the last ``--keep`` up to this one.
+
+    Those of later steps predate this run.
+    """
+    numbered = {number: path for path, number in checkpoints_of(args).items() if number is not None}
+    kept = sorted(number for number in numbered if number <= step)[-args.keep :]
+    for number in numbered.keys() - set(kept):
+        os.remove(numbered[number])
+
+
+def make_folder(path):
+    """Make a folder, and see that it can be written to; UserError if not."""
+    with writing(path):
+        os.makedirs(path, exist_ok=True)
+        probe = os.path.join(path, f".probe-{os.getpid()}")
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+
+
+HELD = []  # open files whose locks last as long as this process
+
+
+def lock(args, make=True):
+    """Only one process trains a run of a name: the system lifts the lock when it ends, however it ends.
+
+    Args:
+        make: make the file that is locked, ``checkpoint/.NAME.lock``, if it is not there; it stays.
+
+    Raises:
+        UserError: another process holds the lock, or the file cannot be written.
+    """
+    path = os.path.join(args.save_path, f".{args.name}.lock")
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return
+    if not make and not os.path.exists(path):
+        return
+    with writing(path):
+        HELD.append(open(path, "a"))  # noqa: SIM115 (open until the process ends)
+    try:
+        fcntl.lockf(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # decoding workers do not inherit it
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"{args.name} is being trained by another process: wait for its end, or give another --name"
+            ) from error
+        # else a file system without locks: nothing can be known
+
+
+# ---------------------------------------------------------------- writing and reading
+
+
+def save(args, runtime, log, content, kinds):
+    """Write a checkpoint of each kind, in this order; with the first, a run that is replaced goes."""
+    paths = [checkpoint_path(args, kind) for kind in kinds]
+    runtime.save(content, *paths)
+    if runtime.is_main and log.replacing:
+        for path in checkpoints_of(args).keys() - set(paths):
+            os.remove(path)
+        log.settle()
+
+
+def peek(path):
+    """The content of a checkpoint, whose tensors stay in the file; ``{}`` for any other file.
+
+    What is wrong with a file is said where all of it is read.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # torch.load raises many kinds for a file that is not one of its own
+        return {}
+    return content if well_formed(content) else {}
+
+
+def well_formed(saved):
+    """Whether a file's content has the parts that every checkpoint of this program has, as far as is read."""
+    if not isinstance(saved, dict) or not isinstance(saved.get("step"), int):
+        return False
+    data = saved.get("data", {})
+    needed = {"classes": list, "mean": list, "std": list, "size": int}
+    described = isinstance(data, dict) and all(
+        isinstance(data.get(key), kind) for key, kind in needed.items()
+    )
+    return isinstance(saved.get("args", {}), dict) and (described or "data" not in saved)
+
+
+def device_of(args, given):
+    """The device of the command, else that of the checkpoint where this machine has it, else ``auto``."""
+    path = next(filter(os.path.isfile, candidates(args)), None)
+    if "device" in given or path is None:
+        return args.device
+    device = str(peek(path).get("args", {}).get("device", args.device))
+    return device if Runtime.available(device) else "auto"
+
+
+def candidates(args):
+    """The files that ``--resume`` may mean, the first that is there; for ``auto`` those of the run's name."""
+    if args.resume != "auto":
+        return [args.resume] if args.resume else []
+    name = args.name or default_name(argparse.Namespace(**vars(args) | {"resume": None}))
+    kinds = ("last", "finetune_last")
+    return [os.path.join(args.save_path, f"{check_name(name)}_{kind}.pth.tar") for kind in kinds]
+
+
+def read_checkpoint(args, runtime, starts):
+    """The path of ``--resume`` and what is there; (None, None) without one.
+
+    Args:
+        starts: whether the command says enough to start a run where ``--resume auto`` finds none.
+
+    Raises:
+        UserError: no such file, a damaged one, or none of this program.
+    """
+    if not args.resume:
+        return None, None
+    path = args.resume
+    if path == "auto":
+        paths = candidates(args)
+        path = runtime.on_main(lambda: next(filter(os.path.isfile, paths), None))
+        if path is None:
+            if args.evaluate or args.finetune:
+                raise UserError(f"there is no checkpoint {paths[0]} to evaluate or finetune")
+            if not starts:
+                raise UserError(
+                    f"there is no checkpoint {paths[0]} to go on from, and no --dataset to start a run with"
+                )
+            name = os.path.basename(paths[0]).removesuffix("_last.pth.tar")
+            tell(runtime, f"no checkpoint of {name}: starting at step 0")
+            return None, None
+    saved = runtime.load(path)
+    if not well_formed(saved):
+        raise UserError(f"{path} is not a checkpoint of this program: to start from weights use --weights")
+    return path, saved
+
+
+def expected_statistics(args):
+    """(mean, std) that the weights expect which a run starts from; None for the data set's own."""
+    if args.normalize == "dataset" or (args.normalize == "auto" and not (args.pretrained or args.weights)):
+        return None
+    if args.weights and args.normalize == "auto":
+        saved = peek(args.weights)
+        if "data" in saved:
+            return saved["data"]["mean"], saved["data"]["std"]
+    return STATISTICS["imagenet"]
+
+
+# ---------------------------------------------------------------- what a checkpoint remembers
+
+
+def remembered(saved, parser, path):
+    """The arguments that a checkpoint takes along for the commands after it, ``{}`` if it has none.
+
+    Raises:
+        UserError: they are not arguments of this program.
+    """
+    arguments = saved.get("args") if isinstance(saved, dict) else None
+    kept = {}
+    for action in parser._actions if isinstance(arguments, dict) else ():
+        if action.dest in OF_COMMAND or action.dest not in arguments:
+            continue
+        value, default = arguments[action.dest], action.default
+        kinds = (str, int, float, type(None)) if default is None else (type(default), int, type(None))
+        known = isinstance(value, kinds) and (not action.choices or value in action.choices)
+        for number in value if isinstance(value, list) else [value]:
+            if known and action.type and number is not None:
+                try:
+                    action.type(str(number))
+                except (ValueError, argparse.ArgumentTypeError):
+                    known = False
+        if not known:
+            raise UserError(f"{path} remembers {flag(action.dest, value)}, which this program does not know")
+        kept[action.dest] = value
+    return kept
+
+
+def take_places(args, given, before):
+    """Where a command with a checkpoint writes: where its run did, if the checkpoint still lies there.
+
+    One that was moved or copied starts new folders in the place where the command is given, as ever.
+    """
+    if args.evaluate and ("name" not in given or args.name == before.get("name")):
+        args.name = None  # a recipe names its run, not this evaluation of it
+    here = os.path.dirname(os.path.abspath(args.resume))
+    if here != os.path.abspath(before.get("save_path", "checkpoint")):
+        for name, default in (("save_path", "checkpoint"), ("results_path", "results")):
+            if name not in given:
+                setattr(args, name, default)
+
+
+def check_continuation(args, saved, given, before):
+    """UserError where the command line makes another run of a checkpoint's; says what else it changes."""
+    exempt = ("method", "optimizer", "weak_pass", "freeze_body") if args.finetune else ()
+    size = saved["data"].get("size") if isinstance(saved.get("data"), dict) else None
+    changed = []
+    for name in sorted(given & before.keys()):
+        was, now = before[name], getattr(args, name)
+        if name == "resize" and was is None:
+            was = size
+        if name in PATHS and name not in ("data_path", "unlabeled_path"):
+            continue
+        if was == now or (name in PATHS and was and now and os.path.abspath(was) == now):
+            continue
+        if name in IDENTITY and name not in exempt:
+            raise UserError(
+                f"{args.resume} was trained with {flag(name, was)}: it cannot go on with {flag(name, now)}"
+            )
+        if name not in INCIDENTAL and not args.finetune:
+            changed.append(f"{flag(name)} {was} → {now}")
+    if changed:
+        print(f"changed since {args.resume}: {', '.join(changed)}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- whose name it is
+
+
+def is_own(args, saved):
+    """Whether the checkpoint is one of the run that this command goes on with, not of one that it leaves."""
+    same_place = bool(args.resume) and os.path.dirname(args.resume) == args.save_path
+    return same_place and args.name == saved.get("args", {}).get("name")
+
+
+def claim(args, saved):
+    """Take the run's name: its folders can be written, no other process has it, and it is still free."""
+    make_folder(args.results_path)
+    make_folder(args.save_path)
+    lock(args)
+    return replaces(args, saved)
+
+
+def replaces(args, saved):
+    """Whether the run replaces another one of its name; UserError without ``--overwrite``."""
+    lock(args, make=False)
+    last, folder = checkpoint_path(args, "last"), os.path.join(args.results_path, args.name)
+    ways = "--overwrite replaces it, another --name keeps it"
+    if is_own(args, saved):
+        if not args.overwrite and not args.finetune and args.resume != last and os.path.isfile(last):
+            step = peek(last).get("step", 0)
+            if step > saved["step"]:
+                raise UserError(
+                    f"{args.name} has come to step {step}, and {args.resume} is of step {saved['step']}: "
+                    f"--resume auto continues the former, {ways}"
+                )
+        return False
+    checkpoints = checkpoints_of(args)  # without any, a run that was killed early may start again
+    if not args.overwrite and checkpoints:
+        raise UserError(f"{args.name} was trained before: --resume auto continues it, {ways}")
+    if not args.overwrite and os.path.exists(os.path.join(folder, "summary.json")):
+        raise UserError(f"there is a record of {args.name} in {folder} already: {ways}")
+    if saved and not args.finetune and saved["step"] == args.total_steps:
+        raise UserError(
+            f"{args.resume} is trained to its end, step {saved['step']}: nothing is left for {args.name} to "
+            "train; give a larger --total-steps, or --finetune"
+        )
+    return bool(checkpoints) or os.path.exists(os.path.join(folder, "args.json"))
+
+
+def finetuned_before(args, runtime, saved, run, base):
+    """What an earlier process has saved of the same finetuning, ``{}`` if nothing.
+
+    Raises:
+        UserError: the run was finetuned otherwise before.
+    """
+    if "finetune_step" in saved:
+        return saved
+    path = checkpoint_path(args, "finetune_last")
+    if not is_own(args, saved) or saved["step"] != base:
+        return {}
+    if not runtime.on_main(lambda: os.path.isfile(path)):
+        return {}
+    found = runtime.load(path)
+    names = [name for name in vars(args) if name.startswith("finetune_")]
+    same = all(found["args"].get(name) == getattr(args, name) for name in names)
+    if found.get("run") == run and found["step"] == base and same and "loader" in found:
+        return found
+    if args.finetune and not args.overwrite:
+        raise UserError(
+            f"{args.name} was finetuned before, with other flags or from another checkpoint: --overwrite "
+            "replaces that, another --name keeps it"
+        )
+    return {}
+
+
+def free_folder(path, name):
+    """``path/name``, or with the first number behind it that is not taken: no record is ever replaced."""
+    number, folder = 1, os.path.join(path, name)
+    while os.path.exists(folder):
+        number += 1
+        folder = os.path.join(path, f"{name}-{number}")
+    return folder
