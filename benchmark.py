@@ -331,7 +331,7 @@ class WatchedStep:
         self.running = ["rest"]  # the phases that are not over, the innermost one last
         self.read = self.readings = None
         if self.method.args.method == "mpl":
-            self.method._feedback = self._marked("feedback", self.method._feedback)
+            self.method._estimate = self._marked("feedback", self.method._estimate)
         for role, learner in self.method.learners.items():
             self._mark(role, learner)
 

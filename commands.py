@@ -113,6 +113,8 @@ def check_arguments(args, parser, before):
     """Flags that exclude each other or need another one; UserError for the first that does not fit."""
     if (args.evaluate or args.finetune) and not args.resume:
         parser.error("--evaluate and --finetune need --resume CKPT")
+    if args.finetune and not args.finetune_epochs:
+        parser.error("--finetune with --finetune-epochs 0 has nothing to do: give --finetune-epochs N")
     if args.evaluate and args.finetune:
         parser.error("--evaluate and --finetune are two commands: give one of them")
     if args.method == "pseudo-label" and not args.teacher_checkpoint:
@@ -144,7 +146,8 @@ def check_arguments(args, parser, before):
             f"--total-steps {args.total_steps}"
         )
     trained = args.method == "mpl" and not (args.evaluate or args.finetune)
-    if trained and args.pseudo_label == "soft" and args.feedback in ("taylor", "dot"):
+    scalar = args.feedback in ESTIMATORS and not ESTIMATORS[args.feedback].per_class
+    if trained and args.pseudo_label == "soft" and scalar:
         print(
             f"--pseudo-label soft gives --feedback {args.feedback} no gradient, as in the published code: "
             "--feedback exact has one",
@@ -433,7 +436,7 @@ def replaces(args, saved):
     """Whether the run replaces another one of its name; UserError without ``--overwrite``."""
     lock(args, make=False)
     last, folder = checkpoint_path(args, "last"), os.path.join(args.results_path, args.name)
-    ways = "--overwrite replaces it, another --name keeps it"
+    ways = "--overwrite replaces it, another --name leaves it untouched"
     if is_own(args, saved):
         if not args.overwrite and not args.finetune and args.resume != last and os.path.isfile(last):
             step = peek(last).get("step", 0)
@@ -477,7 +480,7 @@ def finetuned_before(args, runtime, saved, run, base):
     if args.finetune and not args.overwrite:
         raise UserError(
             f"{args.name} was finetuned before, with other flags or from another checkpoint: --overwrite "
-            "replaces that, another --name keeps it"
+            "replaces that, another --name leaves it untouched"
         )
     return {}
 

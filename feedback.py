@@ -1,6 +1,6 @@
 """How the student's labelled loss reaches the teacher: taylor, dot, exact.
 
-The teacher is to descend J(θ_T) = CE(y_l, S(x_l; θ_S')), the student's labelled loss after its step
+The teacher should minimise J(θ_T) = CE(y_l, S(x_l; θ_S')), the student's labelled loss after its step
 θ_S' = θ_S − η ∇ CE(q, S(x_u; θ_S)) on the teacher's pseudo labels q. Each estimator takes one
 ``StudentStep`` and returns a *value*, and ``feedback_term`` makes of it the term of the teacher's loss:
 
@@ -39,8 +39,8 @@ class StudentStep:
     images_l: torch.Tensor  # (B, …) labelled images, which stood behind them in its pass
     targets: torch.Tensor  # (B,) int64
     rate: float  # η, the student's learning rate in this step
-    random_state: dict | None  # of the runtime, before the student's pass: exact draws the same dropout again
-    label_smoothing: float = 0.0  # ε: the student learned (1 − ε)·q + ε/K
+    random_state: dict | None  # of the runtime, before the student's pass: to draw the same dropout again
+    label_smoothing: float = 0.0  # α: the student learned (1 − α)·q + α/K
     micro_batches: int = 1  # the batch was taken in so many parts, each normalised by itself
     jvp: str = "auto"  # how exact differentiates: forward, difference or auto, see there
     loss_before: torch.Tensor | None = None  # () CE(y_l, S(x_l; θ_S)), of this process
@@ -48,19 +48,19 @@ class StudentStep:
     before: dict | None = None  # θ_S, the parameters that learn, by name
 
     def remember(self, reads):
-        """Keep ``loss_before``, ``gradient`` or ``before``: after the backward pass, before the step."""
+        """Keep what an estimator ``reads`` of these fields: after the backward pass, before the step."""
         parameters = self.student.parameters
-        if reads == "loss_before":
+        if "loss_before" in reads:
             with torch.no_grad():
                 self.loss_before = labeled_loss(self)
-        elif reads == "gradient":
+        if "gradient" in reads:
             self.gradient = copies({name: p.grad for name, p in parameters.items()})
-        else:
+        if "before" in reads:
             self.before = copies(parameters)
 
 
 def copies(tensors):
-    """Detached copies of a dict of tensors, in a few launches for all of them."""
+    """Detached copies of a dict of tensors, in a few kernel launches for all of them."""
     with torch.no_grad():
         return dict(zip(tensors, torch._foreach_mul(list(tensors.values()), 1.0), strict=True))
 
@@ -111,14 +111,14 @@ def dot(step):
 
 
 def exact(step):
-    """∂J/∂q, the gradient of the student's labelled loss in its pseudo labels, (N, K).
+    """∂J/∂q, the gradient of the student's labelled loss with respect to its pseudo labels, (N, K).
 
     The gradient of CE(q, S(x_u)) is linear in q, so that differentiating J through the plain step −η∇CE
     needs no graph of a gradient: with v = ∇ CE(y_l, S(x_l; θ_S')),
 
         ∂J/∂q[i, k] = (η/N) · D[i, k],    D = ∂/∂ε log_softmax(S(x_u; θ_S + ε v)) at ε = 0,
 
-    times 1 − ε_smoothing where the student's labels were smoothed.
+    times 1 − α where the student's labels were smoothed by α.
 
     Momentum, weight decay and clipping are not part of the step that is differentiated. N is the number of
     images in this process's micro-batch: averaging the teacher's gradient over micro-batches and processes
@@ -206,14 +206,16 @@ class Estimator(NamedTuple):
     """One way to estimate the feedback: a row of ``ESTIMATORS``."""
 
     value: Callable  # of the StudentStep after the step
-    reads: str  # what StudentStep.remember must keep for it
+    reads: tuple  # fields of the StudentStep that are filled for it: READS
     flags: tuple  # of the command line, that it uses
+    per_class: bool = False  # the value is (N, K), one for each image and class, not a scalar
 
 
+READS = ("loss_before", "gradient", "before", "random_state")
 COMMON = ("feedback_weight", "flip_feedback")
 SCALAR = (*COMMON, "feedback_reduction", "feedback_view", "feedback_momentum")
 ESTIMATORS = {
-    "taylor": Estimator(taylor, "loss_before", SCALAR),
-    "dot": Estimator(dot, "gradient", SCALAR),
-    "exact": Estimator(exact, "before", (*COMMON, "feedback_jvp")),
+    "taylor": Estimator(taylor, ("loss_before",), SCALAR),
+    "dot": Estimator(dot, ("gradient",), SCALAR),
+    "exact": Estimator(exact, ("before", "random_state"), (*COMMON, "feedback_jvp"), per_class=True),
 }

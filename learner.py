@@ -48,7 +48,7 @@ class Learner:
 
     @torch.no_grad()
     def forward_only(self, images):
-        """The logits of a call that is still to come: no graph, and running statistics stay."""
+        """The logits that the next call would give: no graph, and running statistics stay."""
         training_mode(self.network)
         with without_trace(self.network), self.runtime.autocast():
             return full_precision(self.compiled(images))

@@ -64,7 +64,7 @@ def build_parser():
     add("--evaluate", action="store_true", help="only evaluate the checkpoint of --resume; the record goes to results/CKPT or results/NAME")
     add("--finetune", action="store_true", help="only finetune the checkpoint of --resume")
     add("--device", default="auto", choices=Runtime.KINDS, help="where to run")
-    add("--local-rank", "--local_rank", help="accepted from older launchers: the environment says it, too")
+    add("--local-rank", "--local_rank", help="accepted from older launchers and ignored: the environment says it")
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", default="bf16", choices=("bf16", "fp16"), help="fp16 needs CUDA")
     add("--channels-last", action="store_true", help="memory order in which convolutions are faster (recipes for images)")
@@ -100,26 +100,26 @@ def build_parser():
     add("--normalize", default="auto", choices=("auto", "imagenet", "dataset"), help="mean and standard deviation of images: auto takes what --pretrained (ImageNet's) or --weights expects, else the data set's")
     add("--bn-momentum", type=share, metavar="F", help="share of a batch in batch norm's running statistics (default: 0.01, as published; with --pretrained or --weights that of the network)")
     add("--bn-eps", type=utils.between(float, 1e-12, 1), metavar="F", help="added to batch norm's variance (default: 1e-3, as published; with --pretrained or --weights that of the network)")
-    add("--freeze-body", action=yes_or_no, default=False, help="only the last layer learns, the rest stays as --pretrained or --weights start it")
+    add("--freeze-body", action=yes_or_no, default=False, help="train only the last layer, the rest stays as --pretrained or --weights start it")
     add("--teacher-dropout", type=small, default=0.0, help="before the classifier (CIFAR-10 recipe: 0.2)")
     add("--student-dropout", type=small, default=0.0, help="before the classifier (CIFAR-10 recipe: 0.2)")
     add("--ema", type=share, default=0.995, help="decay of the moving averages of weights")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--total-steps", type=steps, default=300_000, help="steps of training; the cosine ends here")
-    add("--eval-step", type=steps, default=1000, help="steps utils.between evaluations, with a checkpoint each")
-    add("--log-step", type=steps, default=50, help="steps utils.between lines of metrics.jsonl (losses, rates, images per second), each of which waits for the device")
+    add("--eval-step", type=steps, default=1000, help="steps between evaluations, with a checkpoint each")
+    add("--log-step", type=steps, default=50, help="steps between lines of metrics.jsonl (losses, rates, images per second), each of which waits for the device")
     add("--start-step", type=count, default=0, help="first step (set by --resume)")
     add("--batch-size", type=utils.between(int, 1, 2**20), default=64, help="labelled images per step and process")
     add("--mu", type=utils.between(int, 1, 2**10), default=7, help="unlabelled images per labelled image")
     add("--teacher-lr", "--teacher_lr", type=rate, default=0.05, help="peak learning rate")
     add("--student-lr", "--student_lr", type=rate, default=0.05, help="peak learning rate; of the only network too")
     add("--accumulate", type=steps, default=1, metavar="N", help="take a step's batch in N micro-batches, one after the other, for less memory; batch norm sees one of them at a time")
-    add("--optimizer", default="sgd", choices=("sgd", "adamw"), help="transfer recipe: adamw")
+    add("--optimizer", default="sgd", choices=("sgd", "adamw"), help="SGD, or AdamW as in the transfer recipe")
     add("--schedule", default="cosine", choices=("cosine", "one-cycle", "constant"), help="of the learning rate, after the warm-up; transfer recipe: one-cycle")
     add("--momentum", type=small, default=0.9, help="of SGD (published: 0.9)")
     add("--nesterov", action="store_true", help="Nesterov momentum of SGD (recipes with SGD)")
-    add("--weight-decay", type=rate, default=5e-4, help="none on batch norm")
+    add("--weight-decay", type=rate, default=5e-4, help="weight decay, not applied to batch norm")
     add("--warmup-steps", type=count, default=0, help="steps of linear warm-up, before the cosine")
     add("--grad-clip", type=weight, default=0.0, help="bound of the gradient's norm; 0: none")
     add("--label-smoothing", type=small, default=0.0, help="share of a target that is spread evenly over all classes: of labels and, for the student, of pseudo labels (CIFAR-10 recipe: 0.15)")
@@ -135,20 +135,20 @@ def build_parser():
     add("--weak-pass", default="joint", choices=("joint", "apart", "ema"), help="uda, mpl: joint: weak views pass with the other images, as published; apart: by themselves and without gradient, faster; ema: likewise, through the moving average of the weights (--ema), whose labels are better in a long run, worse in its first few hundred steps. Without a gradient, feedback needs --pseudo-label-view strong, or for taylor and dot --feedback-view strong")
     add("--pseudo-label", default="argmax", choices=("argmax", "sample", "soft"), help="pseudo-label, mpl: most probable class, a class drawn, or the distribution")
     add("--pseudo-label-view", default="weak", choices=("weak", "strong"), help="the view that the teacher labels")
-    add("--feedback", default="taylor", choices=("none", *ESTIMATORS), help="mpl: how the student's labelled loss reaches the teacher: not at all, by the change of the loss, by the product of two gradients, or by the exact gradient in the pseudo labels")
+    add("--feedback", default="taylor", choices=("none", *ESTIMATORS), help="mpl: how the student's labelled loss reaches the teacher: not at all, by the change of the loss, by the product of two gradients, or by the exact gradient with respect to the pseudo labels")
     add("--feedback-weight", type=utils.between(float, -1e6, 1e6), default=1.0, help="mpl: factor of the feedback term")
     add("--feedback-reduction", default="mean", choices=("mean", "sum"), help="mpl: of the scalar feedbacks (taylor, dot) over the unlabelled images; sum is unbiased, mean is what the published code does")
     add("--feedback-view", default="same", choices=("same", "strong"), help="mpl: the view whose labels taylor and dot push: the one that was labelled, or the strong one with labels of its own, as MPL-pytorch does")
     add("--feedback-momentum", type=small, default=0.0, help="mpl: decay of the moving average that is subtracted from a scalar feedback (published: 0.99)")
     add("--flip-feedback", action="store_true", help="mpl: new minus old loss, the sign of published code")
-    add("--feedback-jvp", default="auto", choices=("auto", "forward", "difference"), help="mpl: product of exact by forward mode or central difference")
+    add("--feedback-jvp", default="auto", choices=("auto", "forward", "difference"), help="mpl: how exact differentiates: forward mode, central difference, or whichever the network allows")
     add("--teacher-checkpoint", metavar="FILE", help="pseudo-label: the fixed teacher")
 
     add = parser.add_argument_group("finetuning on the labelled images, after training").add_argument
     add("--finetune-epochs", type=count, default=625, help="0: none")
     add("--finetune-batch-size", type=utils.between(int, 1, 2**20), default=512, help="at most all labelled images")
     add("--finetune-lr", type=rate, default=3e-5, help="constant learning rate")
-    add("--finetune-weight-decay", type=weight, default=0.0, help="none on batch norm")
+    add("--finetune-weight-decay", type=weight, default=0.0, help="weight decay, not applied to batch norm")
     add("--finetune-momentum", type=small, default=0.9, help="of SGD, with Nesterov")
     return parser
 # fmt: on
@@ -163,7 +163,7 @@ def parse_arguments(argv, saved=None, path=None):
 
 
 def main(argv):
-    """From a command line to a trained, finetuned or evaluated network; UserError for what cannot be."""
+    """From a command line to a trained, finetuned or evaluated network; UserError for invalid input."""
     args, given = build_parser().parse_given(argv)
     checked = None if args.resume else parse_arguments(argv)  # before a device is started
     runtime = Runtime(commands.device_of(args, given))
@@ -375,7 +375,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
             state.update(utils.measured(test, confusion, dataset.classes))
             state["oracle_top1"] = max(state["oracle_top1"], test["top1"])
             log.record(step + 1, record)
-            # the last one last: a run that is killed in utils.between does this step again
+            # the last one last: a run that is killed in between does this step again
             checkpoint(step, *["best"] * better, *[f"step{step + 1:08}"] * (args.keep > 0), "last")
             if args.keep and runtime.is_main:
                 commands.drop_checkpoints(args, step + 1)
@@ -395,7 +395,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
 
 
 def read_meters(args, meters):
-    """The means of the meters; utils.NonFiniteError, which says what is left, where a loss was not finite."""
+    """The means of the meters; NonFiniteError, which says what is left, where a loss was not finite."""
     try:
         return meters.read()
     except utils.NonFiniteError as error:
@@ -458,6 +458,10 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
         meters.load_state_dict(before["meters"], runtime.device)
         loader.load_state_dict(before["loader"])
         state = {key: before[key] for key in state}
+        if done >= steps:
+            utils.tell(
+                runtime, "finetuning is finished already: other flags and another --name start a new one"
+            )
     record_of_data = dataset.record()
     progress = utils.Progress(f"{args.name}, finetuning", steps, done, runtime.is_main)
 
@@ -502,9 +506,8 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
             better = val_top1 is None or best is None or val_top1 > best
             if better:
                 state = {"best_val_top1": val_top1, "finetune_top1": test["top1"]}
-            checkpoint(
-                step, *["finetune_best"] * better, "finetune_last"
-            )  # as in training, the last one last
+            # as in training, the last one last
+            checkpoint(step, *["finetune_best"] * better, "finetune_last")
             progress.line(f"step {step + 1}/{steps}  finetuned to {test['top1']:.2f} %")
 
         if number := interrupt.stops(runtime):
@@ -592,8 +595,8 @@ def describe_run(args, runtime, dataset, method, folder, step):
     shape = (3, dataset.size, dataset.size) if dataset.size else (2,)
     things = f"images, {dataset.size} pixels" if dataset.size else "points"
     lines = [
-        f"{args.dataset}: {len(dataset.labeled)} labelled, {len(dataset.unlabeled)} unlabelled, "
-        f"{len(dataset.test)} test {things}; {args.method} on {runtime.describe()}",
+        f"{args.dataset}: {len(dataset.labeled):,} labelled, {len(dataset.unlabeled):,} unlabelled, "
+        f"{len(dataset.test):,} test {things}; {args.method} on {runtime.describe()}",
         *dataset.notes,
     ]
     for role, learner in method.learners.items() if method else ():
@@ -605,7 +608,7 @@ def describe_run(args, runtime, dataset, method, folder, step):
     lines.append(f"results go to {folder}, checkpoints to {args.save_path}")
     if args.resume:
         doing = "finetuning" if args.finetune else "continuing"
-        lines.append(f"{doing} {args.name} at step {step}, from {args.resume}")
+        lines.append(f"{doing} (as {args.name}) from step {step} of {args.resume}")
         if not args.finetune and step == args.total_steps:
             lines.append(f"--total-steps {step} is reached: nothing is left to train")
     utils.tell(runtime, *lines)

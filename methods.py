@@ -74,8 +74,8 @@ def pseudo_label_accuracy(labels, truth):
 class DistributionAlignment:
     """Distribution alignment: a bias per class that makes the mean prediction on the weak views uniform.
 
-    Consistency alone never gives back a cluster that few labels left to its neighbour. The bias, added to the
-    teacher's logits wherever they become targets or pseudo labels, does: each step moves it by
+    Consistency alone cannot recover a cluster that few labels assigned to a neighbouring class. The bias,
+    added to the teacher's logits wherever they become targets or pseudo labels, does: each step moves it by
     rate · log(uniform / m), m the mean of the aligned predictions of the batch. Rate 1 is one iteration of
     Sinkhorn's algorithm; a lower one smooths over batches. For classes of equal size, and batches with many
     unlabelled images per class (ten, say): of fewer the logarithm of m is mostly noise. After ReMixMatch
@@ -145,7 +145,7 @@ class Method:
         runtime: where to run.
     """
 
-    flags = ()  # of those that not every method uses
+    flags = ()  # those of the command line that this method uses and not every other one does
     teacher_network = None  # where there is one, to be evaluated beside the student
 
     def __init__(self, args, num_classes, image_size, runtime):
@@ -178,6 +178,20 @@ class Method:
         return Learner(
             network, self.runtime, optimizer=optimizer, rate=rate, grad_clip=args.grad_clip, ema=ema
         )
+
+    def step(self, views, step, truth=None, diagnose=False):
+        """One training step.
+
+        Args:
+            views: ``Views`` of one batch.
+            step: its number, from 0.
+            truth: (N,) true classes of the unlabelled images, -1 where unknown, or None: for meters alone.
+            diagnose: also measure ``diagnostics``.
+
+        Returns:
+            {name: () tensor}, the scalars of the meters.
+        """
+        raise NotImplementedError
 
     @property
     def predictor(self):
@@ -299,6 +313,7 @@ class MPL(Method):
         self.learners = {"teacher": self.teacher, "student": self.student}
         self.align = DistributionAlignment(args.align, num_classes, runtime)
         self.estimator = feedback.ESTIMATORS.get(args.feedback)  # None for --feedback none
+        self._reads = self.estimator.reads if self.estimator else ()
         self.baseline = torch.zeros((), device=runtime.device)  # moving average of a scalar feedback
 
     def step(self, views, step, truth=None, diagnose=False):
@@ -324,7 +339,7 @@ class MPL(Method):
             images_l=views.labeled,
             targets=views.targets,
             rate=student.rate(step),
-            random_state=self.runtime.rng_state() if args.feedback == "exact" else None,
+            random_state=self.runtime.rng_state() if "random_state" in self._reads else None,
             label_smoothing=args.label_smoothing,
             micro_batches=len(batches),
             jvp=args.feedback_jvp,
@@ -337,15 +352,14 @@ class MPL(Method):
             return loss, {"student_loss": loss}
 
         scalars = student.backward(student_loss, range(len(batches)))
-        if self.estimator:
-            student_step.remember(self.estimator.reads)
+        student_step.remember(self._reads)
         student.update(student_step.rate)
 
         # 3. The feedback: how did that step change the student's loss on the labelled images?
         values = [None] * len(batches)
         if self.estimator:
-            value, scalars["feedback"] = self._feedback(student_step, torch.cat(labels))
-            values = value.chunk(len(batches)) if value.ndim == 2 else [value] * len(batches)
+            value, scalars["feedback"] = self._estimate(student_step, torch.cat(labels))
+            values = value.chunk(len(batches)) if self.estimator.per_class else [value] * len(batches)
 
         # 4. The teacher takes its step: labels, consistency and feedback.
         weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
@@ -371,14 +385,16 @@ class MPL(Method):
         """The logits that the pseudo labels are made of."""
         return self.align(logits.weak if self.args.pseudo_label_view == "weak" else logits.strong)
 
-    def _feedback(self, student_step, labels):
-        """The value of the feedback, with baseline and sign, and how much the student improved, ()."""
+    def _estimate(self, student_step, labels):
+        """The value of the feedback, with baseline and sign, and how much the student improved, (): h, or to
+        first order −Σ q · ∂J/∂q."""
         args = self.args
         value = self.estimator.value(student_step)
         if self.student.scaler.is_enabled():  # a step that the fp16 scaler skipped has no feedback
             value = torch.where(torch.isfinite(value), value, 0.0)
-        improvement = value if value.ndim == 0 else -(value * labels).sum() / args.accumulate
-        if value.ndim == 0 and args.feedback_momentum:
+        scalar = not self.estimator.per_class
+        improvement = value if scalar else -(value * labels).sum() / args.accumulate
+        if scalar and args.feedback_momentum:
             self.baseline.lerp_(value, 1 - args.feedback_momentum)
             value = value - self.baseline
         return -value if args.flip_feedback else value, improvement
@@ -386,7 +402,9 @@ class MPL(Method):
     def _feedback_term(self, value, logits, labels):
         """The feedback's term of the teacher's loss, ()."""
         args, labeling = self.args, self._labeling(logits)
-        if args.feedback_view == "strong" and value.ndim == 0:  # MPL-pytorch: not what the student learned
+        if (
+            args.feedback_view == "strong" and not self.estimator.per_class
+        ):  # MPL-pytorch: not what the student learned
             labeling = self.align(logits.strong)
             labels = pseudo_labels(labeling, args.pseudo_label)
         shares = self.runtime.world_size * args.accumulate
@@ -449,7 +467,7 @@ def teacher_logits(learner, views, weak_pass="joint", graph=True):
 
 
 class TeacherPass:
-    """The teacher's logits of each micro-batch, which label before the teacher's own step is taken.
+    """The teacher's logits of each micro-batch, computed before its update and used again in its loss.
 
     One micro-batch keeps its graph until that step. Several pass through the teacher once more then, with the
     same dropout, so that one graph is in memory at a time.
@@ -478,7 +496,8 @@ class TeacherPass:
 
 
 def supervised_and_uda_loss(logits, targets, weight, align, args):
-    """A teacher's loss without feedback, (): CE on labels + weight · UDA (targets aligned), its scalars."""
+    """A teacher's loss without feedback, (): CE on labels + weight · UDA (targets aligned), and its scalars
+    for the meters."""
     labeled_loss = F.cross_entropy(logits.labeled, targets, label_smoothing=args.label_smoothing)
     consistency, mask = uda_loss(align(logits.weak), logits.strong, args.temperature, args.threshold)
     scalars = {"labeled_loss": labeled_loss, "uda_loss": consistency, "uda_mask": mask}

@@ -215,12 +215,14 @@ def test_every_flag_is_explained():
     parser = main.build_parser()
     assert [action.dest for action in parser._actions if not action.help] == []
     assert len(parser._action_groups) > 6
+    assert "utils." not in parser.format_help()
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("--evaluate", "--resume"),
+        ("--finetune --resume x --finetune-epochs 0", "nothing to do"),
         ("--method pseudo-label", "--teacher-checkpoint"),
         ("--mu 0", "--mu"),
         ("--no-such-flag", "--no-such-flag"),
