@@ -3,4 +3,4 @@
 OMP_NUM_THREADS=1 python main.py --name twomoons --dataset twomoons --num-labeled 6 --model mlp-2-8-8-2 \
     --method mpl --total-steps 6000 --eval-step 1000 --batch-size 6 --mu 34 --jitter 0 0.15 \
     --teacher-lr 0.3 --student-lr 0.3 --nesterov --weight-decay 0 --warmup-steps 800 \
-    --temperature 0.3 --threshold 0.6 --lambda-u 8 --uda-steps 1500 --finetune-epochs 0 "$@"
+    --temperature 0.3 --threshold 0.9 --lambda-u 8 --uda-steps 1500 --finetune-epochs 0 "$@"

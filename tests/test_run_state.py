@@ -420,7 +420,7 @@ def test_changes_are_said(copied, capsys):
     assert (
         "--batch-size 4 → 2" in said and "--student-lr 0.05 → 0.01" in said and "--total-steps 8 → 12" in said
     )
-    assert "continuing run at step 8" in said
+    assert "continuing (as run) from step 8" in said
 
 
 def test_resume_auto_says_that_there_is_nothing(here, capsys):
