@@ -206,12 +206,11 @@ class Estimator(NamedTuple):
     """One way to estimate the feedback: a row of ``ESTIMATORS``."""
 
     value: Callable  # of the StudentStep after the step
-    reads: tuple  # fields of the StudentStep that are filled for it: READS
+    reads: tuple  # of loss_before, gradient, before and random_state: what the StudentStep keeps for it
     flags: tuple  # of the command line, that it uses
     per_class: bool = False  # the value is (N, K), one for each image and class, not a scalar
 
 
-READS = ("loss_before", "gradient", "before", "random_state")
 COMMON = ("feedback_weight", "flip_feedback")
 SCALAR = (*COMMON, "feedback_reduction", "feedback_view", "feedback_momentum")
 ESTIMATORS = {

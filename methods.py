@@ -313,7 +313,6 @@ class MPL(Method):
         self.learners = {"teacher": self.teacher, "student": self.student}
         self.align = DistributionAlignment(args.align, num_classes, runtime)
         self.estimator = feedback.ESTIMATORS.get(args.feedback)  # None for --feedback none
-        self._reads = self.estimator.reads if self.estimator else ()
         self.baseline = torch.zeros((), device=runtime.device)  # moving average of a scalar feedback
 
     def step(self, views, step, truth=None, diagnose=False):
@@ -333,13 +332,14 @@ class MPL(Method):
 
         # 2. The student takes a step on these labels alone. In its pass the labelled images stand behind the
         #    strong ones, so that batch norm sees both (published code); they have no part in the loss.
+        reads = self.estimator.reads if self.estimator else ()
         student_step = feedback.StudentStep(
             student=student,
             images_u=views.strong,
             images_l=views.labeled,
             targets=views.targets,
             rate=student.rate(step),
-            random_state=self.runtime.rng_state() if "random_state" in self._reads else None,
+            random_state=self.runtime.rng_state() if "random_state" in reads else None,
             label_smoothing=args.label_smoothing,
             micro_batches=len(batches),
             jvp=args.feedback_jvp,
@@ -352,7 +352,7 @@ class MPL(Method):
             return loss, {"student_loss": loss}
 
         scalars = student.backward(student_loss, range(len(batches)))
-        student_step.remember(self._reads)
+        student_step.remember(reads)
         student.update(student_step.rate)
 
         # 3. The feedback: how did that step change the student's loss on the labelled images?

@@ -13,6 +13,15 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def one_thread():
+    """PyTorch computes with one thread: on small tensors that is faster than several."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     """A test's random numbers do not depend on the tests before it."""

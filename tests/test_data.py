@@ -23,13 +23,7 @@ import data
 from data import load_dataset, split_labels, write_labeled
 from runtime import UserError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def picture(width, height, seed=0):

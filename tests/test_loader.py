@@ -12,13 +12,7 @@ from data import ORIENTATION, Dataset, ImageSet, load_dataset, upright_rgb
 from loader import EVALUATION_BATCH, TrainLoader, batches, predictions, random_crop_box, read_crop, read_image
 from runtime import Runtime, UserError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def process(rank=0, world_size=1):
