@@ -264,15 +264,22 @@ def ranked(logits, count):
 
 
 def gathered(parts, image_set, runtime):
-    """What all processes have found for the images of a set, in its order: (C, N) float32 on the CPU.
+    """What all processes have found for the N images of a set, in its order: (N, C) on the CPU, the same in
+    all processes.
 
     Args:
-        parts: of this process, for each batch of ``predictions``: (C, B) float32.
+        parts: iterable, of this process: (B, C) for each batch of ``predictions``.
     """
-    start, stop = _part(image_set, runtime.rank, runtime.world_size)
-    found = torch.zeros(len(parts[0]), len(image_set), device=runtime.device)
-    found[:, start:stop] = torch.cat(parts, dim=1)[:, : stop - start]
-    return runtime.all_reduce_sum(found).cpu()
+    found = None
+    for number, part in enumerate(parts):
+        rows = runtime.all_gather(part).cpu()
+        if found is None:
+            found = rows.new_empty(len(image_set), rows.shape[1])
+        for rank, each in enumerate(rows.chunk(runtime.world_size)):
+            start, stop = _part(image_set, rank, runtime.world_size)
+            place = found[start + number * len(each) : stop][: len(each)]
+            place.copy_(each[: len(place)])  # the last batch is padded
+    return found
 
 
 def _part(image_set, rank, world_size):
@@ -303,7 +310,9 @@ def stored_predictions(path, network, dataset, views, runtime):
     table = _read_table(path, about)
     if runtime.all_reduce_max_int(int(table is None)):
         tell(runtime, f"the teacher labels {len(dataset.unlabeled):,} images, once, into {path}")
-        computed = _all_predictions(network, dataset.unlabeled, views, runtime)
+        walk = predictions(network, dataset.unlabeled, views, runtime)
+        rows = (F.softmax(logits, dim=1).half() for logits, *_ in walk)
+        computed = gathered(rows, dataset.unlabeled, runtime)
         runtime.on_main(lambda: _write_table(path, about, computed))
         with runtime.local_main_first():
             table = _read_table(path, about)
@@ -326,20 +335,6 @@ def _read_table(path, about):
 def _write_table(path, about, table):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     write_atomically(path, lambda file: torch.save({"about": about, "predictions": table}, file))
-
-
-def _all_predictions(network, image_set, views, runtime):
-    """(N, K) float16 on the host, class distributions of all images of a set: the same in all processes."""
-    n, world_size, table = len(image_set), runtime.world_size, None
-    limits = [rank * n // world_size for rank in range(world_size + 1)]  # the parts of ``batches``
-    for number, (logits, _, _) in enumerate(predictions(network, image_set, views, runtime)):
-        rows = runtime.all_gather(F.softmax(logits, dim=1).half()).cpu()
-        if table is None:
-            table = torch.empty(n, rows.shape[1], dtype=torch.float16)
-        for rank, part in enumerate(rows.chunk(world_size)):
-            place = table[limits[rank] + number * len(part) : limits[rank + 1]][: len(part)]
-            place.copy_(part[: len(place)])  # the last batch is padded
-    return table
 
 
 def _fingerprint(network, dataset):

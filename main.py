@@ -502,7 +502,7 @@ def score(runtime, walks, seen=None):
     Args:
         walks: {name: ``predictions``} of one network, or of several over the same images, whose probabilities
             are averaged.
-        seen: a list that takes (3, B) float32 of each batch of this process: what each image was taken for,
+        seen: a list that takes (B, 3) float32 of each batch of this process: what each image was taken for,
             the probability of that, and the mask.
 
     Returns:
@@ -524,7 +524,8 @@ def score(runtime, walks, seen=None):
         confusion.index_add_(0, targets * num_classes + best[:, 0], mask)
         total += (torch.stack([among, losses, torch.ones_like(losses), *right]) * mask).sum(dim=1)
         if seen is not None:
-            seen.append(torch.stack([best[:, 0].float(), logits.softmax(dim=1).amax(dim=1), mask]))
+            about = best[:, 0].float(), logits.softmax(dim=1).amax(dim=1), mask
+            seen.append(torch.stack(about, dim=1))
     top5, loss, count, *right = runtime.all_reduce_sum(total).tolist()
     confusion = runtime.all_reduce_sum(confusion).view(num_classes, num_classes).cpu().double()
     sizes = confusion.sum(dim=1)

@@ -9,6 +9,7 @@ every step, into ``diagnostics``.
 
 import argparse
 import contextlib
+import functools
 import os
 from typing import NamedTuple
 
@@ -262,12 +263,12 @@ class Method:
         body_scale = args.body_lr_scale if body_scale is None else body_scale
 
         def optimizer(network):
+            if args.optimizer == "sgd":
+                return sgd(network, peak, args.momentum, args.nesterov, args.weight_decay, body_scale)
             groups = parameter_groups(network, args.weight_decay, body_scale)
             if args.optimizer == "adamw":
                 return torch.optim.AdamW(groups, lr=peak)
-            if args.optimizer == "rmsprop":
-                return RMSProp(groups, peak, args.momentum)
-            return sgd(network, peak, args.momentum, args.nesterov, args.weight_decay, body_scale)
+            return RMSProp(groups, peak, args.momentum)
 
         def rate(step):
             return learning_rate(
@@ -383,7 +384,8 @@ class UDA(Method):
         args = self.args
         weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
         batches = micro_batches(self.mixed(views, step), truth, args.accumulate)
-        passes = TeacherPass(self.student, batches, args.weak_pass, ahead=self.consistency.reads_batch)
+        function = functools.partial(teacher_logits, self.student, weak_pass=args.weak_pass)
+        passes = TeacherPass(self.runtime, batches, function, ahead=self.consistency.reads_batch)
         self.consistency.observe(passes.logits)
 
         def loss(k):
@@ -483,9 +485,7 @@ class MPL(Method):
         teacher_batches = micro_batches(self.mixed(views, step), truth, args.accumulate)
 
         # 1. The teacher labels the unlabelled images.
-        teacher_pass = TeacherPass(
-            teacher, teacher_batches, args.weak_pass, eager=diagnose, function=self._teacher_logits
-        )
+        teacher_pass = TeacherPass(self.runtime, teacher_batches, self._teacher_logits, eager=diagnose)
         labels = [pseudo_labels(self._labeling(each), args.pseudo_label) for each in teacher_pass.logits]
 
         # 2. The student takes a step on these labels. In its pass the labelled images stand behind the strong
@@ -557,9 +557,9 @@ class MPL(Method):
         average = args.weak_pass == "ema" or args.switch_every
         return self.learner(network, args.teacher_lr, ema=args.ema if average else None)
 
-    def _teacher_logits(self, teacher, views, weak_pass, graph):
-        """As the function ``teacher_logits``."""
-        return teacher_logits(teacher, views, weak_pass, graph)
+    def _teacher_logits(self, views, graph):
+        """``Logits`` of a micro-batch, with or without what a backward pass needs."""
+        return teacher_logits(self.teacher, views, self.args.weak_pass, graph)
 
     def _own_loss(self, logits, targets, weight):
         """The teacher's loss without feedback, (), and its scalars for the meters."""
@@ -665,10 +665,10 @@ class ReducedMPL(MPL):
     def _build_teacher(self, num_classes, image_size):
         return self.learner(LabelPerceptron(num_classes), self.args.teacher_lr, body_scale=1.0)
 
-    def _teacher_logits(self, teacher, views, weak_pass, graph):
+    def _teacher_logits(self, views, graph):
         # not index_select: torch_xla 2.9 ends the process where its index is a chunk of another tensor
         rows = to_device(self.predictions[views.indices], self.runtime.device)
-        logits = (teacher if graph else teacher.forward_only)(*self.runtime.shard((rows,)))
+        logits = (self.teacher if graph else self.teacher.forward_only)(*self.runtime.shard((rows,)))
         return Logits(None, logits, logits)  # the same for both views
 
     def _own_loss(self, logits, targets, weight):
@@ -782,22 +782,23 @@ class TeacherPass:
     same dropout, so that one graph is in memory at a time.
 
     Args:
+        runtime: where to run.
+        batches: the micro-batches.
+        function: of views and ``graph``, whether one is kept, that returns their ``Logits``.
         eager: not compiled, so that gradients can be taken through the graph more than once.
         ahead: the logits of all micro-batches are needed before the loss of the first. Otherwise several pass
             through the teacher in their losses alone, and ``logits`` are those that have passed.
-        function: what passes a micro-batch, with the arguments of ``teacher_logits``.
     """
 
-    def __init__(self, learner, batches, weak_pass, eager=False, ahead=True, function=teacher_logits):
-        self.function = function
-        self.learner, self.batches, self.weak_pass, self.eager = learner, batches, weak_pass, eager
+    def __init__(self, runtime, batches, function, eager=False, ahead=True):
+        self.runtime, self.batches, self.function, self.eager = runtime, batches, function, eager
         self.kept = len(batches) == 1
-        self.random_state = learner.runtime.rng_state() if ahead and not self.kept else None
+        self.random_state = runtime.rng_state() if ahead and not self.kept else None
         self.logits = [self._logits(batch, graph=self.kept) for batch in batches if ahead or self.kept]
 
     def _logits(self, batch, graph):
-        with self.learner.runtime.uncompiled() if self.eager else contextlib.nullcontext():
-            return self.function(self.learner, batch.views, self.weak_pass, graph)
+        with self.runtime.uncompiled() if self.eager else contextlib.nullcontext():
+            return self.function(batch.views, graph=graph)
 
     def with_graph(self, k):
         """The logits of micro-batch k, with what a backward pass needs."""
@@ -812,7 +813,7 @@ class TeacherPass:
         """Context of the second passes, where there are any."""
         if self.random_state is None:
             return contextlib.nullcontext()
-        return self.learner.runtime.replay(self.random_state)
+        return self.runtime.replay(self.random_state)
 
 
 def supervised_and_uda_loss(logits, targets, weight, consistency, args):

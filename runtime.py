@@ -499,21 +499,27 @@ def normalized(images, mean, var, norm):
     return (values * scale.view(shape) + (norm.bias - mean * scale).view(shape)).to(images.dtype)
 
 
-class XLABatchNorm(_BatchNorm):
-    """Batch norm that has a gradient in evaluation mode on XLA, where torch_xla 2.9 refuses it."""
+class _AnyBatchNorm(_BatchNorm):
+    """Batch norm of images and of vectors; what one of timm contains, an activation, comes after it."""
 
     def _check_input_dim(self, images):
         pass
 
     def forward(self, images):
-        """(N, C, …) → the same, through what a batch norm of timm contains, an activation."""
-        if self.training:
-            images = super().forward(images)
-        else:
-            images = normalized(images, self.running_mean, self.running_var, self)
+        """(N, C, …) → the same."""
+        images = self._normalize(images)
         for module in self.children():
             images = module(images)
         return images
+
+
+class XLABatchNorm(_AnyBatchNorm):
+    """Batch norm that has a gradient in evaluation mode on XLA, where torch_xla 2.9 refuses it."""
+
+    def _normalize(self, images):
+        if self.training:
+            return _BatchNorm.forward(self, images)
+        return normalized(images, self.running_mean, self.running_var, self)
 
 
 class _MeanOverProcesses(torch.autograd.Function):
@@ -538,25 +544,17 @@ class _MeanOverProcesses(torch.autograd.Function):
         return _MeanOverProcesses.apply(tangent)
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(_AnyBatchNorm):
     """Batch norm with statistics over the batches of all processes, which are of one size.
 
     ``torch.nn.SyncBatchNorm`` runs on CUDA alone and has no forward derivative, which the exact feedback
-    takes. One reduction of 2 · C numbers forward and one backward. What a batch norm of timm contains, an
-    activation, comes after it here, too.
+    takes. One reduction of 2 · C numbers forward and one backward; float32 statistics whatever the precision
+    of the images.
     """
 
-    def _check_input_dim(self, images):
-        pass
-
-    def forward(self, images):
-        """(N, C, …) → the same; float32 statistics whatever the precision of the images."""
-        images = self._normalize(images) if self.training else super().forward(images)
-        for module in self.children():
-            images = module(images)
-        return images
-
     def _normalize(self, images):
+        if not self.training:
+            return _BatchNorm.forward(self, images)
         values = images if images.dtype == torch.float64 else images.float()
         dims = [0, *range(2, images.ndim)]
         var, mean = torch.var_mean(values, dims, correction=0)

@@ -668,13 +668,13 @@ class RunLog:
         """predictions.csv: what each image was taken for; files by name, other images by their position.
 
         Args:
-            found: (3, N) float32: class, its probability, and 0 for an image that was skipped, else 1.
+            found: (N, 3) float32: class, its probability, and 0 for an image that was skipped, else 1.
         """
         if not self.active:
             return
         names = image_set.names or image_set.files or range(len(image_set))
         rows = [("image", "true_class", "class", "probability")]
-        columns = names, image_set.targets.tolist(), *found.tolist()
+        columns = names, image_set.targets.tolist(), *found.T.tolist()
         for name, true, taken, p, read in zip(*columns, strict=True):
             if read:
                 rows.append((name, classes[true], classes[int(taken)], f"{p:.6f}"))

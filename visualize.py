@@ -244,15 +244,11 @@ def roles_of(run, data_path=None, save_path=None):
     networks, dataset, views, runtime = load(run, data_path, save_path)
     if TEACHER not in networks:
         raise UserError(f"the checkpoint of {run.name} holds no teacher: draw confusion without --roles")
-    probabilities, k = {}, dataset.num_classes
-    for name, network in networks.items():
-        walk = predictions(network, dataset.test, views, runtime)
-        parts = [(logits[mask > 0].softmax(dim=1), targets[mask > 0]) for logits, targets, mask in walk]
-        probabilities[name], truth = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
-    probabilities["ensemble of both"] = sum(probabilities.values()) / 2
+    outputs, k = report.outputs_of(networks, dataset, views, runtime), dataset.num_classes
+    probabilities = outputs.probabilities | {"ensemble of both": sum(outputs.probabilities.values()) / 2}
     panels = []
     for name, each in probabilities.items():
-        pairs = truth * k + each.argmax(dim=1)
+        pairs = outputs.targets * k + each.argmax(dim=1)
         counts = pairs.bincount(minlength=k * k).view(k, k).numpy()
         panels.append((f"{run.name}, {name}\n{share_right(counts, run)}", counts))
     return draw_confusion(panels, dataset.classes)

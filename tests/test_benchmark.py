@@ -4,15 +4,13 @@ import argparse
 import copy
 import functools
 import json
-import os
-import shutil
-import sysconfig
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_compiler
 from PIL import Image
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +21,6 @@ from benchmark import PHASES, PlainImages, PlainStep, WatchedStep, Work, busy_an
 from models import build_model, count_flops
 
 torch.set_num_threads(1)
-can_compile = shutil.which("g++") and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))
 TINY = "--model wrn-10-1 --size 8 --batch-size 4 --mu 2 --repeats 2 --threads 1".split()
 
 
@@ -214,7 +211,7 @@ def test_phases_follow_the_roles():
         assert first[phase][0] == second[phase][0]
 
 
-@pytest.mark.skipif(not can_compile, reason="needs a C++ compiler and Python.h")
+@needs_compiler
 def test_phases_of_compiled_networks(monkeypatch):
     """They are compiled where time is measured, and count as if they were not."""
     calls = []

@@ -60,7 +60,7 @@ def test_two_processes_train_as_one(runs, case):
 def test_two_processes_predict_as_one(runs):
     """Parts of three and four images, put together in the order of the set."""
     whole, first, second = (each["predictions"] for each in (runs[0], *runs[1]))
-    assert whole.shape == (3, 7) and len(whole[1].unique()) == 7 and whole[2].all()
+    assert whole.shape == (7, 3) and len(whole[:, 1].unique()) == 7 and whole[:, 2].all()
     torch.testing.assert_close(first, whole)
     assert torch.equal(first, second)
 
