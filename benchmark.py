@@ -5,6 +5,7 @@
     python benchmark.py augment --device cuda --static   # the form without branches, on the GPU
     python benchmark.py data                             # what a training step spends outside its networks
     python benchmark.py decode                           # photographs from disk, against torchvision
+    python benchmark.py predict                          # predict.py on photographs, against decoding them
     python benchmark.py step                             # what each feedback, and the weak pass, costs
     python benchmark.py step --plain                     # a whole step against one as public code writes it
     python benchmark.py profile                          # a step's phases, kernels, bytes and FLOP
@@ -61,8 +62,9 @@ from torchvision.transforms import functional
 import drawing
 import feedback
 import main as training
+import predict as classifier
 from augmentation import GREY, OPERATIONS, ImageViews
-from data import Dataset, ImageSet
+from data import Dataset, ImageSet, image_tree
 from learner import without_trace
 from loader import TrainLoader, read_crop
 from methods import METHODS, soft_cross_entropy
@@ -94,11 +96,11 @@ def median_seconds(functions, repeats):
     return medians([functools.partial(seconds_of, function) for function in functions], repeats)
 
 
-def print_ratios(unit, rows):
-    """rows: (what, rate of this project, rate of the reference), both in ``unit``."""
+def print_ratios(unit, rows, digits=1):
+    """rows: (what, rate of this project, rate of the reference), in ``unit``. ``digits``: of the ratio."""
     print(f"{'':<24}{'here':>12}{'reference':>12}{'ratio':>8}   {unit}")
     for what, here, reference in rows:
-        print(f"{what:<24}{here:>12,.0f}{reference:>12,.0f}{here / reference:>8.1f}")
+        print(f"{what:<24}{here:>12,.0f}{reference:>12,.0f}{here / reference:>8.{digits}f}")
 
 
 def processor_cores():
@@ -258,11 +260,8 @@ def augment(args):
 # -------------------------------------------------------------------------------------- a step of the program
 
 
-def training_step(args, flags=()):
-    """The parts of one step (MPL's unless the flags differ) on random images: loader, views, method, runtime.
-
-    ``flags`` are main.py's, after those of the command line.
-    """
+def step_options(args, flags=()):
+    """The arguments of main.py that a step is taken with; ``flags`` come after those of the command line."""
     size = ["--batch-size", str(args.batch_size), "--mu", str(args.mu), "--model", args.model]
     recipe = ["--dataset", "cifar10", "--nesterov", "--warmup-steps", "10", "--device", args.device, *size]
     recipe += [
@@ -270,14 +269,23 @@ def training_step(args, flags=()):
         for flag in ("--amp", "--channels-last", "--compile")
         if getattr(args, flag[2:].replace("-", "_"))
     ]
-    options = training.parse_arguments([*recipe, *args.flags, *flags])
-    runtime = Runtime(
+    return training.parse_arguments([*recipe, *args.flags, *flags])
+
+
+def runtime_of(options):
+    return Runtime(
         options.device,
         options.amp,
         options.amp_dtype,
         channels_last=options.channels_last,
         compiled=options.compile,
     )
+
+
+def training_step(args, flags=()):
+    """Loader, views, method and runtime of one step (MPL's unless the flags differ), on random images."""
+    options = step_options(args, flags)
+    runtime = runtime_of(options)
     images = torch.randint(256, (5000, 3, args.size, args.size), dtype=torch.uint8)
     whole = ImageSet(torch.arange(5000) % 10, images)
     dataset = Dataset(
@@ -690,7 +698,7 @@ def print_kernels(report):
     )
 
 
-# ------------------------------------------------------------------------------ decode: photographs from disk
+# --------------------------------------------------------------------- decode, predict: photographs from disk
 
 
 def photographs(folder, count, generator):
@@ -753,6 +761,49 @@ def decode(args):
     print_ratios("images/s; reference: torchvision's transforms", rows)
 
 
+class _Crops:
+    """Evaluation crops of photographs, one by one, for a plain DataLoader."""
+
+    def __init__(self, paths, size):
+        self.paths, self.size = paths, size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, i):
+        return read_crop(self.paths[i], self.size)
+
+
+def predict(args):
+    """``predict.py``, from a folder of photographs to the CSV file, against a DataLoader that decodes the
+    same files in as many processes and does nothing else. The network has random weights."""
+    classes = [str(number) for number in range(10)]
+    network = build_model(args.model, len(classes), image_size=args.size)
+    images = {"size": args.size, "crop": "none", "mean": list(MEAN), "std": list(STD), "classes": classes}
+    saved = {"step": 1, "args": {"model": args.model}, "data": images, "avg_state_dict": network.state_dict()}
+    with tempfile.TemporaryDirectory() as place:
+        checkpoint, table = (os.path.join(place, name) for name in ("last.pth.tar", "predictions.csv"))
+        torch.save(saved, checkpoint)
+        folder = args.data_path or tempfile.mkdtemp(dir=place)
+        if args.data_path is None:
+            photographs(folder, min(64, args.images), torch.Generator().manual_seed(0))
+            for number in range(64, args.images):  # the same photographs again, under other names
+                os.link(os.path.join(folder, f"{number % 64}.jpg"), os.path.join(folder, f"{number}.jpg"))
+        paths = image_tree(folder, "--data-path")[0]
+        device = ["--device", args.device, "--channels-last"]
+        words = [checkpoint, folder, *device, "--workers", str(args.workers), "--out", table]
+        options = classifier.build_parser().parse_args(words)
+
+        def decoded():
+            for _ in torch.utils.data.DataLoader(_Crops(paths, args.size), 32, num_workers=args.workers):
+                pass
+
+        seconds = median_seconds((functools.partial(classifier.classify, options), decoded), args.repeats)
+    print(f"{len(paths)} photographs to {args.size} × {args.size}, {args.model}, {args.workers} workers")
+    rates = (len(paths) / each for each in seconds)
+    print_ratios("images/s; reference: decoding alone", [("predict.py", *rates)], digits=2)
+
+
 # ---------------------------------------------------------------------------------- step: the feedback's cost
 
 
@@ -798,9 +849,9 @@ def answer(pipe):
 
 
 def step_worker(args, flags, estimators, whole, pipe):
-    """In a process of its own, so that its peak memory is its own: one step for each message.
+    """In a process of its own, so that its peak memory is its own: each message says how many steps to take.
 
-    Answers with its seconds and the peak of memory in MiB, all of it and what the steps added.
+    Answers with their seconds and the peak of memory in MiB, all of it and what the steps added; ends at 0.
 
     Args:
         flags: of main.py, after those of the command line.
@@ -818,16 +869,16 @@ def step_worker(args, flags, estimators, whole, pipe):
         return views(batch.images_l, batch.targets, batch.images_u, loader.generator), batch.targets_u
 
     drawn, truth = draw()
-    step = 0
-    while pipe.recv() == "step":
+    numbers = itertools.count()
+    while count := pipe.recv():
         runtime.wait()
         start = time.perf_counter()
-        if whole:
-            drawn, truth = draw()
-        method.step(drawn, step, truth)
+        for number in itertools.islice(numbers, count):
+            if whole:
+                drawn, truth = draw()
+            method.step(drawn, number, truth)
         runtime.wait()
         seconds = time.perf_counter() - start
-        step += 1
         if runtime.kind == "cuda":
             memory = added = torch.cuda.max_memory_allocated() / 2**20
         else:
@@ -848,7 +899,7 @@ def step(args):
     memory = {}
 
     def step_of(name):
-        pipes[name].send("step")
+        pipes[name].send(1)
         seconds, memory[name], _ = answer(pipes[name])
         return seconds
 
@@ -856,7 +907,7 @@ def step(args):
     medians_of = medians([functools.partial(step_of, name) for name in FEEDBACKS], args.repeats)
     seconds = dict(zip(FEEDBACKS, medians_of, strict=True))
     for pipe in pipes.values():
-        pipe.send("end")
+        pipe.send(0)
     size = f"batch {args.batch_size}, mu {args.mu}, {args.threads} thread(s), {args.device}"
     print(f"{args.model}, {size}, median of {args.repeats} steps")
     print(f"{'feedback':<24}{'ms/step':>12}{'ratio':>8}{'peak MiB':>12}{'ratio':>8}")
@@ -968,11 +1019,13 @@ class PlainStep:
 def step_plain(args):
     """Images per second of whole steps, from images in memory on, here and as public code writes them.
 
-    What the runtime sets for all of PyTorch (TF32, cuDNN's search) serves both.
+    This project's steps are taken in a process of their own, since its runtime changes how memory is kept on
+    the CPU. What it sets on a GPU (TF32, cuDNN's search) serves both.
     """
     torch.set_num_threads(args.threads)
-    loader, views, method, runtime = training_step(args)
-    plain = PlainStep(method.args, args.size, runtime.device)
+    pipe = started(step_worker, args, (), {}, True)
+    device = torch.device(args.device) if args.device == "cpu" else Runtime(args.device).device
+    plain = PlainStep(step_options(args), args.size, device)
     workers = processor_cores()
     ahead = 2 * workers  # batches that the workers make before they are asked for: PyTorch's default
     length = (1 + args.steps + ahead) * args.batch_size
@@ -983,31 +1036,28 @@ def step_plain(args):
         num_workers=workers,
         persistent_workers=True,
     )
-    numbers = itertools.count()
 
     def here():
-        for number in itertools.islice(numbers, args.steps):
-            batch = next(loader)
-            drawn = views(batch.images_l, batch.targets, batch.images_u, loader.generator)
-            method.step(drawn, number, batch.targets_u)
-        runtime.wait()
+        pipe.send(args.steps)
+        return answer(pipe)[0]
 
     def reference():
         batches = iter(plain_loader)
         plain(*next(batches))  # the workers have begun
 
-        def steps():
+        def steps():  # each ends by reading its losses from the device
             for batch in itertools.islice(batches, args.steps):
                 plain(*batch)
-            runtime.wait()
 
         seconds = seconds_of(steps)
         for _ in batches:  # what was made ahead: the workers rest while the other way is measured
             pass
         return seconds
 
-    seconds = medians([functools.partial(seconds_of, here), reference], args.repeats)
+    seconds = medians([here, reference], args.repeats)
+    pipe.send(0)
     images = args.steps * args.batch_size * (1 + args.mu)
+    runtime = runtime_of(step_options(args))
     print(f"{describe_step(args, runtime)}; the plain step: {workers} worker(s)")
     print("ms per step: {:.1f} here, {:.1f} plain".format(*(1000 * each / args.steps for each in seconds)))
     print_ratios("images/s; reference: a plain step", [("whole step", *(images / each for each in seconds))])
@@ -1047,9 +1097,9 @@ def cost_of_step(args):
     pipe = started(step_worker, args, (), {}, True)
     answers = []
     for _ in range(args.repeats + 1):
-        pipe.send("step")
+        pipe.send(1)
         answers.append(answer(pipe))
-    pipe.send("end")
+    pipe.send(0)
     return statistics.median(seconds for seconds, _, _ in answers[1:]), answers[-1][2]
 
 
@@ -1248,6 +1298,16 @@ def main(argv=None):
     command.add_argument("--size", type=int, default=224, help="side of the crops in pixels")
     command.add_argument("--repeats", type=int, default=7, help="measurements of each, alternating")
     command.set_defaults(run=decode)
+
+    command = add_command("predict", "predict.py on a folder of photographs, against decoding them")
+    command.add_argument("--data-path", help="folder of images (default: photographs are made)")
+    command.add_argument("--images", type=int, default=2000, help="how many are made")
+    command.add_argument("--size", type=int, default=32, help="side of the crops in pixels")
+    command.add_argument("--model", default="wrn-10-1", help="network that predicts")
+    command.add_argument("--device", default="cpu", help="where it runs")
+    command.add_argument("--workers", type=int, default=2, help="processes that decode, of both")
+    command.add_argument("--repeats", type=int, default=3, help="measurements of each, alternating")
+    command.set_defaults(run=predict)
 
     command = add_command("scale", "two processes on the CPU against one")
     add_step_arguments(command, batch_size=32, repeats=5, threads=2)

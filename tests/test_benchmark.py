@@ -4,6 +4,7 @@ import argparse
 import copy
 import functools
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -394,6 +395,15 @@ def test_cost_of_a_step():
     """In a process of its own: the first seconds there are those of a real step, its memory its own."""
     seconds, memory = benchmark.cost_of_step(arguments(repeats=1))
     assert seconds > 0 and 5 < memory < 1000
+
+
+def test_photographs_are_predicted_and_decoded(capfd):
+    """Both ways go over all files: over one more than are made, once the checkpoint can be read."""
+    benchmark.main(["predict", "--images", "65", "--repeats", "1", "--workers", "1"])
+    printed, errors = capfd.readouterr()
+    assert "65 photographs to 32 × 32, wrn-10-1, 1 workers" in printed
+    assert re.search(r"predict\.py +[\d,]+ +[\d,]+ +\d+\.\d\d\n", printed)
+    assert "skipped" not in errors
 
 
 # ---------------------------------------------------------------- the command line
