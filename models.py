@@ -80,10 +80,10 @@ class WideResNetBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False) if changes_shape else None
 
     def forward(self, x):
-        activated = F.leaky_relu(self.bn1(x), self.slope)
+        activated = F.leaky_relu(self.bn1(x), self.slope, inplace=True)
         residual = self.conv1(activated)
-        residual = self.conv2(F.leaky_relu(self.bn2(residual), self.slope))
-        return residual + (x if self.shortcut is None else self.shortcut(activated))
+        residual = self.conv2(F.leaky_relu(self.bn2(residual), self.slope, inplace=True))
+        return residual.add_(x if self.shortcut is None else self.shortcut(activated))
 
 
 class WideResNet(nn.Module):
@@ -128,7 +128,7 @@ class WideResNet(nn.Module):
 
     def forward(self, x):
         x = self.blocks(self.conv1(x))
-        x = F.leaky_relu(self.bn(x), self.slope)
+        x = F.leaky_relu(self.bn(x), self.slope, inplace=True)
         return self.head(x.mean(dim=(2, 3)))
 
 
@@ -162,7 +162,7 @@ class ConvLarge(nn.Module):
         ]:
             layers.append(nn.Conv2d(channels, out_channels, kernel, padding=padding, bias=False))
             layers.append(nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=bn_momentum))
-            layers.append(nn.LeakyReLU(0.1))
+            layers.append(nn.LeakyReLU(0.1, inplace=True))
             if pool:
                 layers += [nn.MaxPool2d(2), nn.Dropout(drop)]
             channels = out_channels
