@@ -139,6 +139,16 @@ def width_of(name):
 # --------------------------------------------------------------------------------------------- the canvas
 
 
+def legend_below(figure, lines, entries, **look):
+    """A legend under all axes, in two columns where the figure is wide enough for them."""
+    entries = [shortened(entry, 100) for entry in entries]
+    for columns in (2, 1):
+        legend = figure.legend(lines, entries, loc="outside lower left", ncols=columns, **look)
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            return
+        legend.remove()
+
+
 def new_figure(height):
     """An empty figure of README width. Without pyplot, which would look for a window system."""
     import matplotlib.figure  # half a second to import: only where something is drawn
@@ -299,8 +309,7 @@ def _draw_comparison(groups):
         axes.set_title(LONG[key], **TITLE)
     words = "lines: means over the seeds; bands: ± one standard deviation"
     words = words if any(len(runs) > 1 for runs in groups.values()) else None
-    look = {"loc": "outside lower left", "ncols": 2, "title": words, "alignment": "left"}
-    figure.legend(lines.values(), lines.keys(), **look)
+    legend_below(figure, lines.values(), lines.keys(), title=words, alignment="left")
     return figure
 
 
@@ -485,7 +494,7 @@ def draw_classes(rows, classes, heading):
         axes.set_axisbelow(True)
     least = values[:, order].min()
     cells[0].set_xlim(least - 0.06 * max(100 - least, 1), 100)
-    figure.legend(cells[0].get_lines(), entries, loc="outside lower left", ncols=2)
+    legend_below(figure, cells[0].get_lines(), entries)
     return figure
 
 

@@ -446,6 +446,17 @@ def test_roles_are_teacher_student_and_the_mean_of_their_probabilities(runs, mon
     assert Path("results/mpl/args.json").stat().st_mtime == before
 
 
+@pytest.mark.parametrize("name", ["short", "name-" * 8, "name-" * 12, "name-" * 99])
+def test_a_legend_is_no_wider_than_its_picture(name):
+    rows = {name: np.array([10.0, 90.0]), f"{name}2": np.array([20.0, 80.0])}
+    figure = drawing.draw_classes(rows, ["cat", "dog"], "Accuracy")
+    figure.draw_without_rendering()
+    extent = figure.legends[0].get_window_extent()
+    assert extent.x0 >= 0 and extent.x1 <= figure.bbox.x1
+    entries = [text.get_window_extent() for text in figure.legends[0].get_texts()]
+    assert (entries[0].y0 == entries[1].y0) == (len(name) <= 40)  # beside each other
+
+
 def write_counts(folder, name, counts, classes):
     folder = Path(folder, name)
     folder.mkdir(parents=True)
