@@ -223,6 +223,21 @@ def describe_run(args, runtime, dataset, method, folder, step):
     tell(runtime, *lines)
 
 
+def class_shares(args, runtime, dataset):
+    """Share of each class among the labelled images, K floats; warns where --align assumes other ones."""
+    counts = torch.bincount(dataset.labeled.targets, minlength=dataset.num_classes).tolist()
+    most, least = max(counts), min(counts)
+    # a fraction of labels is rounded in each class, so that one image more says nothing
+    if args.align and args.align_to == "uniform" and most > max(1.5 * least, least + 1):
+        classes = [dataset.classes[counts.index(count)] for count in (most, least)]
+        tell(
+            runtime,
+            f"--align assumes equal classes, but {most} labelled images are of class '{classes[0]}' and "
+            f"{least} of '{classes[1]}': if the unlabelled images are as unequal, add --align-to labeled",
+        )
+    return [count / len(dataset.labeled) for count in counts]
+
+
 # ---------------------------------------------------------------- a run's name and files
 
 

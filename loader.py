@@ -1,33 +1,27 @@
 """How images reach the device: batches for training without end, and one pass over a set for evaluation.
 
-``TrainLoader`` yields a ``Batch`` per step; ``batches`` walks through a set once, in order, ``predictions``
-with a network, ``stored_predictions`` keeps what it says in a file. A set in memory lies on the device as one
-tensor and a batch is an ``index_select`` there. Files are decoded by DataLoader workers, straight to uint8
-crops. Both ways the n-th image of a run depends on the seed and on n alone: not on the number of workers, nor
-on whether the run was resumed.
+``TrainLoader`` yields a ``Batch`` per step; ``batches`` walks through a set once, in order. A set in memory
+lies on the device as one tensor and a batch is an ``index_select`` there. Files are decoded by DataLoader
+workers, straight to uint8 crops. Both ways the n-th image of a run depends on the seed and on n alone: not on
+the number of workers, nor on whether the run was resumed.
 
 The file follows an image backwards: the order in which images are drawn, the training batches, the batches of
 an evaluation, the workers that decode, and what they decode of a file.
 """
 
-import hashlib
 import math
-import os
 import signal
 import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 from data import DECODING_ERRORS, ORIENTATION, REPAIR, ImageSet, cannot_read, read_whole, resized, upright_rgb
-from runtime import UserError, read_content, write_atomically
-from utils import tell
+from runtime import UserError
 
-EVALUATION_BATCH = 256  # fixed, so that an accuracy does not depend on the command that asks for it
 CHUNK = 32  # images that a worker decodes at a time: large batches are spread over the workers
 
 
@@ -237,116 +231,9 @@ class TrainLoader:
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
-def predictions(network, image_set, views, runtime, batch_size=EVALUATION_BATCH):
-    """What a network makes of every image of a set, each image once over all processes; leaves the network in
-    evaluation mode.
-
-    Args:
-        views: ``ImageViews`` or ``PointViews``, whose ``evaluation`` makes network inputs of a batch.
-        batch_size: the largest B.
-
-    Yields:
-        logits (B, K) float32, without a graph; targets (B,) int64; mask (B,) float32, 1 for images of the
-        set, 0 for padding and for files that were skipped. B is the same in all batches, for XLA.
-    """
-    network.eval()
-    size = min(batch_size, len(image_set))
-    for images, targets, mask in batches(image_set, size, runtime.device, runtime.rank, runtime.world_size):
-        with torch.no_grad(), runtime.autocast():
-            logits = network(*runtime.shard((views.evaluation(images),))).float()
-        yield logits, targets, mask
-        runtime.finish_step()
-
-
-def ranked(logits, count):
-    """The ``count`` most probable classes, (B, K) → (B, count) int64; of equal ones the first first."""
-    return logits.sort(dim=1, descending=True, stable=True).indices[:, :count]
-
-
-def gathered(parts, image_set, runtime):
-    """What all processes have found for the N images of a set, in its order: (N, C) on the CPU, the same in
-    all processes.
-
-    Args:
-        parts: iterable, of this process: (B, C) for each batch of ``predictions``.
-    """
-    found = None
-    for number, part in enumerate(parts):
-        rows = runtime.all_gather(part).cpu()
-        if found is None:
-            found = rows.new_empty(len(image_set), rows.shape[1])
-        for rank, each in enumerate(rows.chunk(runtime.world_size)):
-            start, stop = _part(image_set, rank, runtime.world_size)
-            place = found[start + number * len(each) : stop][: len(each)]
-            place.copy_(each[: len(place)])  # the last batch is padded
-    return found
-
-
-def _part(image_set, rank, world_size):
+def part_of(image_set, rank, world_size):
     """The first position, and the last one + 1, of the part of a set that a process takes."""
     return rank * len(image_set) // world_size, (rank + 1) * len(image_set) // world_size
-
-
-def stored_predictions(path, network, dataset, views, runtime):
-    """Class distributions that a network gives to all N unlabelled images, kept in a file.
-
-    Softmax of ``predictions``: of the plain images, as an evaluation sees them. The file is read where it
-    holds what this network says of these images; else all processes compute their parts, and it is written.
-
-    Args:
-        path: of the file, in a folder that the main process can write to.
-        network: on the device.
-        dataset: ``Dataset``, whose unlabelled images are meant.
-        views: as for ``predictions``.
-
-    Returns:
-        (N, K) float16, to be indexed by ``Batch.indices_u``: on the device for images in memory, mapped from
-        the file for others. Rows of files that were skipped mean nothing.
-
-    Raises:
-        UserError: the file cannot be written, or an image cannot be decoded.
-    """
-    about = _fingerprint(network, dataset)
-    table = _read_table(path, about)
-    if runtime.all_reduce_max_int(int(table is None)):
-        tell(runtime, f"the teacher labels {len(dataset.unlabeled):,} images, once, into {path}")
-        walk = predictions(network, dataset.unlabeled, views, runtime)
-        rows = (F.softmax(logits, dim=1).half() for logits, *_ in walk)
-        computed = gathered(rows, dataset.unlabeled, runtime)
-        runtime.on_main(lambda: _write_table(path, about, computed))
-        with runtime.local_main_first():
-            table = _read_table(path, about)
-            if table is None:  # on a machine that does not see the main process's files
-                _write_table(path, about, computed)
-                table = _read_table(path, about)
-    return table.to(runtime.device) if dataset.unlabeled.in_memory else table
-
-
-def _read_table(path, about):
-    """The predictions in a file, mapped; None without a whole file about the same network and images."""
-    try:
-        content = read_content(path, mmap=True)
-    except UserError:
-        return None
-    same = isinstance(content, dict) and content.get("about") == about
-    return content["predictions"] if same else None
-
-
-def _write_table(path, about, table):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_atomically(path, lambda file: torch.save({"about": about, "predictions": table}, file))
-
-
-def _fingerprint(network, dataset):
-    """Digest of a network's weights, of the unlabelled images in their order, and of how they are shown."""
-    image_set, digest = dataset.unlabeled, hashlib.blake2b(digest_size=16)
-    tensors = [*network.state_dict().values()]
-    tensors += [t for t in (image_set.images, image_set.fingerprints) if t is not None]
-    for tensor in tensors:
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    shown = [list(dataset.mean), list(dataset.std), dataset.size, dataset.crop, image_set.files]
-    digest.update(repr(shown).encode())
-    return digest.hexdigest()
 
 
 def batches(image_set, batch_size, device, rank=0, world_size=1):
@@ -365,7 +252,7 @@ def batches(image_set, batch_size, device, rank=0, world_size=1):
         UserError: an image cannot be decoded, and the set does not skip such images.
     """
     device = torch.device(device)
-    start, stop = _part(image_set, rank, world_size)
+    start, stop = part_of(image_set, rank, world_size)
     steps = math.ceil(math.ceil(len(image_set) / world_size) / batch_size)
     limits = [
         (min(first, stop), min(first + batch_size, stop))

@@ -30,11 +30,12 @@ import utils
 import visualize
 from augmentation import ImageViews, PointViews
 from data import NAMES, load_dataset, write_labeled
+from evaluation import gathered, measure_accuracy, predictions, score
 from feedback import ESTIMATORS
 from learner import Learner, sgd
-from loader import TrainLoader, gathered, predictions, ranked
-from methods import METHODS, build_network
-from models import disable_dropout, head_of, mean_prediction
+from loader import TrainLoader
+from methods import METHODS, saved_members
+from models import disable_dropout, head_of
 from runtime import Runtime, UserError
 
 # ---------------------------------------------------------------- flags
@@ -180,7 +181,7 @@ def main(argv):
             args.amp = False
         runtime.configure(args.amp, args.amp_dtype, args.channels_last, args.sync_bn, args.compile)
         if args.evaluate:
-            evaluate_checkpoints(runtime, [(args, saved), *(read_command(each, runtime) for each in more)])
+            evaluate(runtime, [(args, saved), *(read_command(each, runtime) for each in more)])
         else:
             train(args, runtime, saved or {}, "labeled_indices" in given)
     finally:
@@ -215,7 +216,7 @@ def train(args, runtime, saved, labels_given):
     if args.finetune:
         members = saved_members(args, runtime, saved, dataset, dataset.size)
     else:
-        shares = class_shares(args, runtime, dataset)
+        shares = commands.class_shares(args, runtime, dataset)
         method = METHODS[args.method](args, dataset.num_classes, dataset.size, runtime, shares)
         if saved:
             method.load_state_dict(saved, args.resume)
@@ -250,12 +251,13 @@ def train(args, runtime, saved, labels_given):
             train_loop(args, runtime, dataset, views, method, log, state, interrupt)
             figures = utils.figures_of(state) | {"steps": args.total_steps}
             if method.teacher_network is not None and not args.ensemble:
-                teacher, _ = evaluate(runtime, method.teacher_network, dataset.test, views)
-                figures["teacher_top1"] = teacher["top1"]
+                teacher = {"teacher": method.teacher_network}
+                test, _ = measure_accuracy(runtime, teacher, dataset.test, views)
+                figures["teacher_top1"] = test["top1"]
         else:
             figures = {"steps": base}
             if "finetune_step" not in saved:
-                test, confusion = evaluate_members(runtime, members, dataset.test, views)
+                test, confusion = measure_accuracy(runtime, members, dataset.test, views)
                 figures |= utils.measured(test, confusion, dataset.classes)
         earlier = log.read_summary() if args.finetune else {}
         summary = utils.summarize(args, runtime, earlier | figures, len(dataset.labeled), run)
@@ -330,10 +332,10 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
         if evaluating:
             record |= {name: value.item() for name, value in method.diagnostics.items()}
             method.sync_statistics()
-            test, confusion = evaluate_members(runtime, method.members, dataset.test, views)
+            test, confusion = measure_accuracy(runtime, method.members, dataset.test, views)
             record |= test
             if dataset.val is not None:
-                val, _ = evaluate_members(runtime, method.members, dataset.val, views)
+                val, _ = measure_accuracy(runtime, method.members, dataset.val, views)
                 record["val_top1"] = val["top1"]
             best = state["best_val_top1"]
             better = dataset.val is None or best is None or record["val_top1"] > best
@@ -410,6 +412,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
         rate=lambda step: args.finetune_lr,
     )
     network = learner.network
+    members = {"student": network}
     meters = utils.Meters(runtime, commands.checkpoint_path(args, "finetune_last"))
     done, state = 0, {"best_val_top1": None, "finetune_top1": None}
     if before:
@@ -458,10 +461,11 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
         if (step + 1) % max(50, steps // 10) == 0 or step + 1 == steps:
             learner.sync_statistics()
             record = {"finetune_loss": meters.read()["finetune_loss"]}
-            test, confusion = evaluate(runtime, network, dataset.test, views)
+            test, confusion = measure_accuracy(runtime, members, dataset.test, views)
             record["finetune_top1"] = test["top1"]
             if dataset.val is not None:
-                record["finetune_val_top1"] = evaluate(runtime, network, dataset.val, views)[0]["top1"]
+                val, _ = measure_accuracy(runtime, members, dataset.val, views)
+                record["finetune_val_top1"] = val["top1"]
             meters.reset()
             log.record(steps_before + step + 1, record)
             val_top1, best = record.get("finetune_val_top1"), state["best_val_top1"]
@@ -485,61 +489,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
     return state["finetune_top1"]
 
 
-def evaluate(runtime, network, image_set, views):
-    """``score`` of one network on a set of images."""
-    return evaluate_members(runtime, {"network": network}, image_set, views)
-
-
-def evaluate_members(runtime, members, image_set, views):
-    """``score`` of the mean of the networks in ``members``, {role: network}, on a set of images."""
-    walks = {role: predictions(network, image_set, views, runtime) for role, network in members.items()}
-    return score(runtime, walks)
-
-
-def score(runtime, walks, seen=None):
-    """Accuracy on a set of K classes, each image once over all processes.
-
-    Args:
-        walks: {name: ``predictions``} of one network, or of several over the same images, whose probabilities
-            are averaged.
-        seen: a list that takes (B, 3) float32 of each batch of this process: what each image was taken for,
-            the probability of that, and the mask.
-
-    Returns:
-        {"top1", "mean_class_top1": percent, "top5": percent, with more than five classes, "test_loss": mean
-        cross-entropy}, and (K, K) float64, how many images of class i (row) were taken for class j (column).
-        Of several networks also "ensemble_top1", which is top1, and for each NAME "NAME_top1", its own.
-    """
-    total, confusion = torch.zeros(3 + len(walks), device=runtime.device), None
-    for rows in zip(*walks.values(), strict=True):
-        members, (targets, *_), (mask, *_) = zip(*rows, strict=True)
-        logits = mean_prediction(members)
-        num_classes = logits.shape[1]
-        if confusion is None:
-            confusion = torch.zeros(num_classes**2, device=runtime.device)
-        best, *theirs = (ranked(each, 5) for each in (logits, *members))
-        among = best.eq(targets[:, None]).any(dim=1).float()
-        right = [each[:, 0].eq(targets).float() for each in theirs]
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        confusion.index_add_(0, targets * num_classes + best[:, 0], mask)
-        total += (torch.stack([among, losses, torch.ones_like(losses), *right]) * mask).sum(dim=1)
-        if seen is not None:
-            about = best[:, 0].float(), logits.softmax(dim=1).amax(dim=1), mask
-            seen.append(torch.stack(about, dim=1))
-    top5, loss, count, *right = runtime.all_reduce_sum(total).tolist()
-    confusion = runtime.all_reduce_sum(confusion).view(num_classes, num_classes).cpu().double()
-    sizes = confusion.sum(dim=1)
-    recalls = (confusion.diagonal() / sizes)[sizes > 0]
-    figures = {"top1": 100 * confusion.diagonal().sum().item() / count}
-    figures |= {"mean_class_top1": 100 * recalls.mean().item()}
-    figures |= {"top5": 100 * top5 / count} if num_classes > 5 else {}
-    if len(walks) > 1:
-        figures["ensemble_top1"] = figures["top1"]
-        figures |= {f"{name}_top1": 100 * hits / count for name, hits in zip(walks, right, strict=True)}
-    return figures | {"test_loss": loss / count}, confusion
-
-
-def evaluate_checkpoints(runtime, found):
+def evaluate(runtime, found):
     """``--evaluate``: measure the predictor of a checkpoint, or the mean of several, on the test images; needs
     no labels. Each network sees the images in the size of its run, normalised as there.
 
@@ -626,21 +576,6 @@ def read_data(args, record, labels_given):
     return dataset
 
 
-def class_shares(args, runtime, dataset):
-    """Share of each class among the labelled images, K floats; warns where --align assumes other ones."""
-    counts = torch.bincount(dataset.labeled.targets, minlength=dataset.num_classes).tolist()
-    most, least = max(counts), min(counts)
-    # a fraction of labels is rounded in each class, so that one image more says nothing
-    if args.align and args.align_to == "uniform" and most > max(1.5 * least, least + 1):
-        classes = [dataset.classes[counts.index(count)] for count in (most, least)]
-        utils.tell(
-            runtime,
-            f"--align assumes equal classes, but {most} labelled images are of class '{classes[0]}' and {least} "
-            f"of '{classes[1]}': if the unlabelled images are as unequal, add --align-to labeled",
-        )
-    return [count / len(dataset.labeled) for count in counts]
-
-
 def build_views(args, dataset, runtime):
     if dataset.size == 0:
         return PointViews(*args.jitter)
@@ -656,18 +591,6 @@ def build_views(args, dataset, runtime):
         static=runtime.static,
         compile=runtime.compile,
     )
-
-
-def saved_members(args, runtime, saved, dataset, size):
-    """The networks that predict, from a checkpoint, on the device: ``Method.members``, {role: network}."""
-    members, finetuned = {}, "finetune_step" in saved
-    if args.ensemble and finetuned:
-        utils.tell(runtime, f"{args.resume} holds the finetuned student alone: it is no ensemble")
-    for role in ("student", "teacher") if args.ensemble and not finetuned else ("student",):
-        network = build_network(args, dataset.num_classes, size, role)
-        utils.load_state(network, utils.predictor_state(saved, args.resume, role), args.resume)
-        members[role] = runtime.place(network)
-    return members
 
 
 def run(argv):

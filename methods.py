@@ -18,11 +18,12 @@ import torch.nn.functional as F
 
 import feedback
 from augmentation import Views, mixup, mixup_shares, neighbours
+from evaluation import stored_predictions
 from learner import Learner, RMSProp, parameter_groups, sgd
-from loader import stored_predictions, to_device
+from loader import to_device
 from models import LabelPerceptron, build_model
 from runtime import UserError
-from utils import learning_rate, load_state, network_name, predictor_state, ramp_up
+from utils import learning_rate, load_state, network_name, predictor_state, ramp_up, tell
 
 # ---------------------------------------------------------------- losses
 
@@ -879,3 +880,15 @@ METHODS = {
     "reduced-mpl": ReducedMPL,
     "semimeta": SemiMeta,
 }
+
+
+def saved_members(args, runtime, saved, dataset, size):
+    """The networks that predict, from a checkpoint, on the device: ``Method.members``, {role: network}."""
+    members, finetuned = {}, "finetune_step" in saved
+    if args.ensemble and finetuned:
+        tell(runtime, f"{args.resume} holds the finetuned student alone: it is no ensemble")
+    for role in ("student", "teacher") if args.ensemble and not finetuned else ("student",):
+        network = build_network(args, dataset.num_classes, size, role)
+        load_state(network, predictor_state(saved, args.resume, role), args.resume)
+        members[role] = runtime.place(network)
+    return members

@@ -35,7 +35,7 @@ import torch
 
 from augmentation import ImageViews, normalization
 from data import SMALL, ImageSet, image_tree, relative
-from loader import EVALUATION_BATCH, predictions, ranked
+from evaluation import EVALUATION_BATCH, predictions, ranked
 from models import Ensemble, build_model
 from runtime import Runtime, UserError, write_atomically
 from utils import (

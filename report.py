@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from drawing import STUDENT, TEACHER, method_of, things_of
-from loader import batches, predictions
+from evaluation import predictions
+from loader import batches
 from runtime import write_atomically
 from utils import read_checked, read_confusion
 

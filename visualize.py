@@ -55,7 +55,8 @@ from drawing import (
     save,
     things_of,
 )
-from loader import batches, predictions
+from evaluation import predictions
+from loader import batches
 from models import build_model, head_of
 from runtime import Runtime, UserError
 from utils import Parser, between, load_state, network_name, read_confusion, read_run, read_summary

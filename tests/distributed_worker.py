@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import main
 from augmentation import ImageViews, PointViews, Views
 from data import Dataset, ImageSet
-from loader import gathered, predictions
+from evaluation import gathered, predictions, score
 from methods import METHODS
 from models import build_model
 from runtime import Runtime
@@ -143,7 +143,7 @@ def run(folder):
     points = ImageSet([0, 1, 2, 0, 1, 2, 0], torch.randn(7, 2, generator=generator))
     torch.manual_seed(0)
     walk = predictions(build_model("mlp-2-16-3", 3), points, PointViews(0, 0), runtime)
-    main.score(runtime, {"student": walk}, seen)
+    score(runtime, {"student": walk}, seen)
     return results | {"predictions": gathered(seen, points, runtime)}
 
 

@@ -11,16 +11,8 @@ from test_data import damage, picture, ramp, write_tree
 
 from augmentation import ImageViews, PointViews
 from data import ORIENTATION, Dataset, ImageSet, load_dataset, upright_rgb
-from loader import (
-    EVALUATION_BATCH,
-    TrainLoader,
-    batches,
-    predictions,
-    random_crop_box,
-    read_crop,
-    read_image,
-    stored_predictions,
-)
+from evaluation import EVALUATION_BATCH, predictions, stored_predictions
+from loader import TrainLoader, batches, random_crop_box, read_crop, read_image
 from models import build_model
 from runtime import Runtime, UserError
 

@@ -22,6 +22,8 @@ import main
 import utils
 import visualize
 from data import load_dataset
+from evaluation import measure_accuracy, predictions
+from methods import saved_members
 from runtime import Runtime, UserError
 
 DIGITS = (
@@ -745,7 +747,7 @@ def test_one_labelled_image_more_is_not_unequal(here, capsys):
     unequal_labels(2)
     dataset = load_dataset("digits", num_labeled=10, labeled_indices="labels.txt")
     args = main.parse_arguments([*DIGITS, "--method", "uda", "--align", "0.2"])
-    shares = main.class_shares(args, Runtime("cpu"), dataset)
+    shares = commands.class_shares(args, Runtime("cpu"), dataset)
     assert shares == pytest.approx([2 / 11] + [1 / 11] * 9)
     assert not capsys.readouterr().err
 
@@ -948,7 +950,7 @@ def test_what_is_measured():
     views = main.build_views(main.parse_arguments(["--dataset", "digits"]), dataset, runtime)
     truth = dataset.test.targets
     network = Naming(truth, 10, right=3, named=5)
-    figures, confusion = main.evaluate(runtime, network, dataset.test, views)
+    figures, confusion = measure_accuracy(runtime, {"student": network}, dataset.test, views)
     expected = torch.where(truth < 3, truth, 5)
     assert confusion.sum() == 500
     counts = [[int(((truth == i) & (expected == j)).sum()) for j in range(10)] for i in range(10)]
@@ -990,7 +992,7 @@ def test_an_ensemble_is_the_mean_of_probabilities():
     assert (mean.argmax(1) != (logits[0] + logits[1]).argmax(1)).any()
     torch.testing.assert_close(main.mean_prediction(logits).softmax(1), mean.float())
     members = {"student": student, "teacher": teacher}
-    figures, confusion = main.evaluate_members(runtime, members, dataset.test, views)
+    figures, confusion = measure_accuracy(runtime, members, dataset.test, views)
     top1, counts = counts_of(mean, truth)
     assert confusion.tolist() == counts
     assert figures["top1"] == figures["ensemble_top1"] == pytest.approx(top1, rel=1e-12)
@@ -1053,9 +1055,9 @@ def test_an_ensemble_of_checkpoints(copied, capsys):
         args, state = main.parse_arguments(["--evaluate", "--resume", path], load(path), path), load(path)
         runtime = main.Runtime("cpu", args.amp, args.amp_dtype, args.channels_last)
         dataset = main.read_data(args, state["data"], labels_given=False)
-        network = main.saved_members(args, runtime, state, dataset, dataset.size)["student"]
+        network = saved_members(args, runtime, state, dataset, dataset.size)["student"]
         views = main.build_views(args, dataset, runtime)
-        walk = main.predictions(network, dataset.test, views, runtime)
+        walk = predictions(network, dataset.test, views, runtime)
         each.append(torch.cat([logits[mask > 0] for logits, _, mask in walk]).double().softmax(1))
     top1, counts = counts_of((each[0] + each[1]) / 2, dataset.test.targets)
     capsys.readouterr()

@@ -1,0 +1,174 @@
+"""What networks make of a whole set of images: predictions, how many of them are right, and a file of them.
+
+``predictions`` walks once over a set, each process over its part. ``measure_accuracy`` is what training,
+finetuning and ``--evaluate`` call; ``stored_predictions`` is for teachers that do not learn.
+"""
+
+import hashlib
+import os
+
+import torch
+import torch.nn.functional as F
+
+from loader import batches, part_of
+from models import mean_prediction
+from runtime import UserError, read_content, write_atomically
+from utils import tell
+
+EVALUATION_BATCH = 256  # fixed, so that an accuracy does not depend on the command that asks for it
+
+
+def predictions(network, image_set, views, runtime, batch_size=EVALUATION_BATCH):
+    """What a network makes of every image of a set, each image once over all processes; leaves the network in
+    evaluation mode.
+
+    Args:
+        views: ``ImageViews`` or ``PointViews``, whose ``evaluation`` makes network inputs of a batch.
+        batch_size: the largest B.
+
+    Yields:
+        logits (B, K) float32, without a graph; targets (B,) int64; mask (B,) float32, 1 for images of the
+        set, 0 for padding and for files that were skipped. B is the same in all batches, for XLA.
+    """
+    network.eval()
+    size = min(batch_size, len(image_set))
+    for images, targets, mask in batches(image_set, size, runtime.device, runtime.rank, runtime.world_size):
+        with torch.no_grad(), runtime.autocast():
+            logits = network(*runtime.shard((views.evaluation(images),))).float()
+        yield logits, targets, mask
+        runtime.finish_step()
+
+
+def ranked(logits, count):
+    """The ``count`` most probable classes, (B, K) → (B, count) int64; of equal ones the first first."""
+    return logits.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def gathered(parts, image_set, runtime):
+    """What all processes have found for the N images of a set, in its order: (N, C) on the CPU, the same in
+    all processes.
+
+    Args:
+        parts: iterable, of this process: (B, C) for each batch of ``predictions``.
+    """
+    found = None
+    for number, part in enumerate(parts):
+        rows = runtime.all_gather(part).cpu()
+        if found is None:
+            found = rows.new_empty(len(image_set), rows.shape[1])
+        for rank, each in enumerate(rows.chunk(runtime.world_size)):
+            start, stop = part_of(image_set, rank, runtime.world_size)
+            place = found[start + number * len(each) : stop][: len(each)]
+            place.copy_(each[: len(place)])  # the last batch is padded
+    return found
+
+
+def measure_accuracy(runtime, members, image_set, views):
+    """``score`` of the mean of the networks in ``members``, {role: network}, on a set of images."""
+    walks = {role: predictions(network, image_set, views, runtime) for role, network in members.items()}
+    return score(runtime, walks)
+
+
+def score(runtime, walks, seen=None):
+    """Accuracy on a set of K classes, each image once over all processes.
+
+    Args:
+        walks: {name: ``predictions``} of one network, or of several over the same images, whose probabilities
+            are averaged.
+        seen: a list that takes (B, 3) float32 of each batch of this process: what each image was taken for,
+            the probability of that, and the mask.
+
+    Returns:
+        {"top1", "mean_class_top1": percent, "top5": percent, with more than five classes, "test_loss": mean
+        cross-entropy}, and (K, K) float64, how many images of class i (row) were taken for class j (column).
+        Of several networks also "ensemble_top1", which is top1, and for each NAME "NAME_top1", its own.
+    """
+    total, confusion = torch.zeros(3 + len(walks), device=runtime.device), None
+    for rows in zip(*walks.values(), strict=True):
+        members, (targets, *_), (mask, *_) = zip(*rows, strict=True)
+        logits = mean_prediction(members)
+        num_classes = logits.shape[1]
+        if confusion is None:
+            confusion = torch.zeros(num_classes**2, device=runtime.device)
+        best, *theirs = (ranked(each, 5) for each in (logits, *members))
+        among = best.eq(targets[:, None]).any(dim=1).float()
+        right = [each[:, 0].eq(targets).float() for each in theirs]
+        losses = F.cross_entropy(logits, targets, reduction="none")
+        confusion.index_add_(0, targets * num_classes + best[:, 0], mask)
+        total += (torch.stack([among, losses, torch.ones_like(losses), *right]) * mask).sum(dim=1)
+        if seen is not None:
+            about = best[:, 0].float(), logits.softmax(dim=1).amax(dim=1), mask
+            seen.append(torch.stack(about, dim=1))
+    top5, loss, count, *right = runtime.all_reduce_sum(total).tolist()
+    confusion = runtime.all_reduce_sum(confusion).view(num_classes, num_classes).cpu().double()
+    sizes = confusion.sum(dim=1)
+    recalls = (confusion.diagonal() / sizes)[sizes > 0]
+    figures = {"top1": 100 * confusion.diagonal().sum().item() / count}
+    figures |= {"mean_class_top1": 100 * recalls.mean().item()}
+    figures |= {"top5": 100 * top5 / count} if num_classes > 5 else {}
+    if len(walks) > 1:
+        figures["ensemble_top1"] = figures["top1"]
+        figures |= {f"{name}_top1": 100 * hits / count for name, hits in zip(walks, right, strict=True)}
+    return figures | {"test_loss": loss / count}, confusion
+
+
+def stored_predictions(path, network, dataset, views, runtime):
+    """Class distributions that a network gives to all N unlabelled images, kept in a file.
+
+    Softmax of ``predictions``: of the plain images, as an evaluation sees them. The file is read where it
+    holds what this network says of these images; else all processes compute their parts, and it is written.
+
+    Args:
+        path: of the file, in a folder that the main process can write to.
+        network: on the device.
+        dataset: ``Dataset``, whose unlabelled images are meant.
+        views: as for ``predictions``.
+
+    Returns:
+        (N, K) float16, to be indexed by ``Batch.indices_u``: on the device for images in memory, mapped from
+        the file for others. Rows of files that were skipped mean nothing.
+
+    Raises:
+        UserError: the file cannot be written, or an image cannot be decoded.
+    """
+    about = _fingerprint(network, dataset)
+    table = _read_table(path, about)
+    if runtime.all_reduce_max_int(int(table is None)):
+        tell(runtime, f"the teacher labels {len(dataset.unlabeled):,} images, once, into {path}")
+        walk = predictions(network, dataset.unlabeled, views, runtime)
+        rows = (F.softmax(logits, dim=1).half() for logits, *_ in walk)
+        computed = gathered(rows, dataset.unlabeled, runtime)
+        runtime.on_main(lambda: _write_table(path, about, computed))
+        with runtime.local_main_first():
+            table = _read_table(path, about)
+            if table is None:  # on a machine that does not see the main process's files
+                _write_table(path, about, computed)
+                table = _read_table(path, about)
+    return table.to(runtime.device) if dataset.unlabeled.in_memory else table
+
+
+def _read_table(path, about):
+    """The predictions in a file, mapped; None without a whole file about the same network and images."""
+    try:
+        content = read_content(path, mmap=True)
+    except UserError:
+        return None
+    same = isinstance(content, dict) and content.get("about") == about
+    return content["predictions"] if same else None
+
+
+def _write_table(path, about, table):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_atomically(path, lambda file: torch.save({"about": about, "predictions": table}, file))
+
+
+def _fingerprint(network, dataset):
+    """Digest of a network's weights, of the unlabelled images in their order, and of how they are shown."""
+    image_set, digest = dataset.unlabeled, hashlib.blake2b(digest_size=16)
+    tensors = [*network.state_dict().values()]
+    tensors += [t for t in (image_set.images, image_set.fingerprints) if t is not None]
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    shown = [list(dataset.mean), list(dataset.std), dataset.size, dataset.crop, image_set.files]
+    digest.update(repr(shown).encode())
+    return digest.hexdigest()
