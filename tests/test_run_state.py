@@ -23,7 +23,8 @@ import utils
 import visualize
 from data import load_dataset
 from evaluation import measure_accuracy, predictions
-from methods import saved_members
+from methods import build_network, saved_members
+from models import mean_prediction
 from runtime import Runtime, UserError
 
 DIGITS = (
@@ -343,12 +344,12 @@ def norms(**args):
     arguments = main.parse_arguments(
         ["--dataset", "folder", "--model", "resnet18", *args.pop("words", ())], **args
     )
-    network = main.build_network(arguments, 3, 80, "student")
+    network = build_network(arguments, 3, 80, "student")
     return {(m.eps, m.momentum) for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)}
 
 
 def test_batch_norm_is_the_published_one_unless_weights_bring_theirs(here):
-    resnet = main.build_network(main.parse_arguments(["--model", "resnet18"]), 3, 80, "student")
+    resnet = build_network(main.parse_arguments(["--model", "resnet18"]), 3, 80, "student")
     torch.save(resnet.state_dict(), "weights.pth")
     assert norms() == {(1e-3, 0.01)}
     assert norms(words=["--weights", "weights.pth"]) == {(1e-5, 0.1)}
@@ -365,7 +366,7 @@ def test_batch_norm_is_the_published_one_unless_weights_bring_theirs(here):
 
 def test_images_are_normalised_as_the_weights_expect(here, supervised):
     photographs(here / "mine", count=24)
-    resnet = main.build_network(main.parse_arguments(["--model", "wrn-10-1"]), 3, 12, "student")
+    resnet = build_network(main.parse_arguments(["--model", "wrn-10-1"]), 3, 12, "student")
     torch.save(resnet.state_dict(), "weights.pth")
     own = load_dataset("folder", here / "mine", num_labeled=6, resize=12).mean
     theirs = load(supervised / "checkpoint/run_last.pth.tar")["data"]["mean"]
@@ -990,7 +991,7 @@ def test_an_ensemble_is_the_mean_of_probabilities():
     each = [torch.softmax(row.double(), dim=1) for row in logits]
     mean = (each[0] + each[1]) / 2
     assert (mean.argmax(1) != (logits[0] + logits[1]).argmax(1)).any()
-    torch.testing.assert_close(main.mean_prediction(logits).softmax(1), mean.float())
+    torch.testing.assert_close(mean_prediction(logits).softmax(1), mean.float())
     members = {"student": student, "teacher": teacher}
     figures, confusion = measure_accuracy(runtime, members, dataset.test, views)
     top1, counts = counts_of(mean, truth)
@@ -1021,7 +1022,7 @@ def test_a_run_with_an_ensemble(here, capsys, flags, kind, averages):
     state, test = load(f"checkpoint/run_{kind}.pth.tar"), load_dataset("twomoons", num_labeled=6).test
     each = []
     for key in averages:
-        network = main.build_network(main.parse_arguments(["--dataset", "twomoons"]), 2, 0, "student")
+        network = build_network(main.parse_arguments(["--dataset", "twomoons"]), 2, 0, "student")
         network.load_state_dict(state[f"{key}_state_dict"])
         each.append(torch.softmax(network.eval()(test.images).detach().double(), dim=1))
     top1, counts = counts_of((each[0] + each[1]) / 2, test.targets)
