@@ -1025,7 +1025,8 @@ def step_plain(args):
     torch.set_num_threads(args.threads)
     pipe = started(step_worker, args, (), {}, True)
     device = torch.device(args.device) if args.device == "cpu" else Runtime(args.device).device
-    plain = PlainStep(step_options(args), args.size, device)
+    options = step_options(args)
+    plain = PlainStep(options, args.size, device)
     workers = processor_cores()
     ahead = 2 * workers  # batches that the workers make before they are asked for: PyTorch's default
     length = (1 + args.steps + ahead) * args.batch_size
@@ -1057,7 +1058,7 @@ def step_plain(args):
     seconds = medians([here, reference], args.repeats)
     pipe.send(0)
     images = args.steps * args.batch_size * (1 + args.mu)
-    runtime = runtime_of(step_options(args))
+    runtime = runtime_of(options)
     print(f"{describe_step(args, runtime)}; the plain step: {workers} worker(s)")
     print("ms per step: {:.1f} here, {:.1f} plain".format(*(1000 * each / args.steps for each in seconds)))
     print_ratios("images/s; reference: a plain step", [("whole step", *(images / each for each in seconds))])

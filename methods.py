@@ -857,6 +857,18 @@ def build_network(args, num_classes, image_size, role, model=None):
         raise UserError(str(error)) from error
 
 
+def saved_members(args, runtime, saved, dataset, size):
+    """The networks that predict, from a checkpoint, on the device: ``Method.members``, {role: network}."""
+    members, finetuned = {}, "finetune_step" in saved
+    if args.ensemble and finetuned:
+        tell(runtime, f"{args.resume} holds the finetuned student alone: it is no ensemble")
+    for role in ("student", "teacher") if args.ensemble and not finetuned else ("student",):
+        network = build_network(args, dataset.num_classes, size, role)
+        load_state(network, predictor_state(saved, args.resume, role), args.resume)
+        members[role] = runtime.place(network)
+    return members
+
+
 def fixed_teacher(args, num_classes, image_size, runtime):
     """The network that predicts in ``--teacher-checkpoint``, on the CPU, in evaluation mode, not to learn."""
     path = args.teacher_checkpoint
@@ -880,15 +892,3 @@ METHODS = {
     "reduced-mpl": ReducedMPL,
     "semimeta": SemiMeta,
 }
-
-
-def saved_members(args, runtime, saved, dataset, size):
-    """The networks that predict, from a checkpoint, on the device: ``Method.members``, {role: network}."""
-    members, finetuned = {}, "finetune_step" in saved
-    if args.ensemble and finetuned:
-        tell(runtime, f"{args.resume} holds the finetuned student alone: it is no ensemble")
-    for role in ("student", "teacher") if args.ensemble and not finetuned else ("student",):
-        network = build_network(args, dataset.num_classes, size, role)
-        load_state(network, predictor_state(saved, args.resume, role), args.resume)
-        members[role] = runtime.place(network)
-    return members

@@ -55,7 +55,7 @@ from drawing import (
     save,
     things_of,
 )
-from evaluation import predictions
+from evaluation import measure_accuracy, predictions
 from loader import batches
 from models import build_model, head_of
 from runtime import Runtime, UserError
@@ -184,20 +184,14 @@ def regions_of(runs, data_path=None, save_path=None, dataset=None):
             name = method_of(run) if methods.count(method_of(run)) == 1 else run.name
             networks = {name: networks[STUDENT]}
         for name, network in networks.items():
-            heading = f"{name}\ntest accuracy {accuracy(network, moons.test, views, runtime):.2f} %"
+            measured, _ = measure_accuracy(runtime, {"network": network}, moons.test, views)
+            heading = f"{name}\ntest accuracy {measured['top1']:.2f} %"
             panels.append((heading, network, moons.labeled))
     points = moons.unlabeled.images.numpy()
     (left, bottom), (right, top) = points.min(axis=0) - 0.25, points.max(axis=0) + 0.25
     extent = (left, right, bottom, top)
     panels = [(heading, decision_regions(net, extent, 500), labeled) for heading, net, labeled in panels]
     return draw_regions(panels, extent, points, moons.classes)
-
-
-def accuracy(network, image_set, views, runtime):
-    """Per cent."""
-    batchwise = predictions(network, image_set, views, runtime)
-    right = [(logits.argmax(dim=1) == targets)[mask > 0] for logits, targets, mask in batchwise]
-    return 100 * torch.cat(right).double().mean().item()
 
 
 # ---------------------------------------------------------------------------------------------- confusion
