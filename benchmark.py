@@ -28,6 +28,12 @@ alternately, in one run, and prints the ratio of the medians, and a profile meas
 machine can do. Commands that take steps understand main.py's flags, too: ``--feedback exact --accumulate 2``.
 """
 
+import os
+import sys
+
+if __name__ == "__main__" and "predict" in sys.argv[1:2]:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as predict.py does, before PyTorch is imported
+
 import argparse
 import contextlib
 import copy
@@ -36,7 +42,6 @@ import itertools
 import json
 import math
 import operator
-import os
 import random
 import re
 import resource

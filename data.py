@@ -690,8 +690,9 @@ def _list_classes(place, classes, root, ignored, owner):
 
 
 def relative(files, root):
-    """Paths relative to a folder, with "/" on every system."""
-    return [os.path.relpath(path, root).replace(os.sep, "/") for path in files]
+    """The rest of paths that begin with ``root``, with "/" on every system."""
+    start = len(os.path.join(root, ""))
+    return [path[start:].replace(os.sep, "/") for path in files]
 
 
 def _ancestors(folder):

@@ -9,12 +9,15 @@ The checkpoint is all that is needed: it knows the network, the classes, the ima
 Images are read as ``main.py --evaluate`` reads them, by the same functions, and get the classes that it counts.
 """
 
+import os
 import sys
 
 import script
 
 if __name__ == "__main__":
     script.begin("predict.py")
+    # the network's threads must not spin, as they would by default, on cores on which images are decoded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import contextlib
@@ -26,7 +29,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
 import shutil
 from typing import NamedTuple

@@ -391,6 +391,15 @@ def test_one_level_is_split_by_the_names_alone(tmp_path):
     assert now[1] < halves[1] and 0.35 < len(halves[1]) / 130 < 0.65
 
 
+def test_names_are_the_same_however_the_folder_is_written(tmp_path, monkeypatch):
+    write_tree(tmp_path / "tree", {"a": 2, "b": 2})
+    monkeypatch.chdir(tmp_path / "tree")
+    spellings = (tmp_path / "tree", f"{tmp_path}/tree/", ".", "./", "..//tree", "../tree/../tree/", "a/..")
+    for root in map(str, spellings):
+        files, _ = data.image_tree(root, "--data-path")
+        assert data.relative(files, root) == ["a/000.png", "a/001.png", "b/000.png", "b/001.png"], root
+
+
 def test_labelled_images_of_a_folder_depend_on_their_names(tmp_path):
     write_tree(tmp_path / "train", {"a": 20, "b": 20})
     write_tree(tmp_path / "test", {"a": 2, "b": 2})
