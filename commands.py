@@ -370,11 +370,14 @@ def device_of(args, given):
 
 
 def candidates(args):
-    """The files that ``--resume`` may mean, the first that is there; for ``auto`` those of the run's name."""
+    """The files that ``--resume`` may mean, the first that is there; for ``auto`` those of the run's name.
+
+    The best is written before the last: a run that was killed between its first two files has the best alone.
+    """
     if args.resume != "auto":
         return [args.resume] if args.resume else []
     name = args.name or default_name(argparse.Namespace(**vars(args) | {"resume": None}))
-    kinds = ("last", "finetune_last")
+    kinds = ("last", "finetune_last", "best", "finetune_best")
     return [os.path.join(args.save_path, f"{check_name(name)}_{kind}.pth.tar") for kind in kinds]
 
 

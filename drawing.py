@@ -166,6 +166,13 @@ def grid(figure, count, columns, **shared):
     return cells[:count]
 
 
+def lay_out(figure):
+    """Give all parts of a figure their places, which stay; matplotlib would draw it once more for that."""
+    if engine := figure.get_layout_engine():
+        engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
 def save(figure, path):
     """Write the figure as PNG or SVG, by the end of the path, whole or not at all; returns the path.
 
@@ -173,6 +180,7 @@ def save(figure, path):
     """
     path = Path(path)
     kind = picture_path(path).suffix[1:]
+    lay_out(figure)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     # without the date two SVGs of one figure are equal
@@ -271,20 +279,24 @@ def _draw_run(run):
     figure.suptitle(legible(f"{run.name}: {method_of(run)} on {run.args['dataset']}"), **HEADING)
     first, last = run.records[0]["step"], max(run.records[-1]["step"], run.records[0]["step"] + 1)
     margin = 0.03 * (last - first)
+    ends = {}
     for axes, (heading, (unit, shown)) in zip(grid(figure, len(panels), 2), panels.items(), strict=True):
         names = {}
         for key, colour in zip(shown, itertools.cycle(COLOURS), strict=False):
             line = _line(axes, key, *series(run, key), colour)
             names[key] = SHORT.get(key, key.removesuffix("_top1").replace("_", " "))
+            if key == "uda_mask" and run.args.get("confidence") == "soft":
+                names[key] = "mean weight"
             names[key] += f" {line.get_ydata()[-1]:.2f} %" if key in ACCURACIES else ""
         _finish(axes, shown)
         axes.set_title(heading, **TITLE)
         axes.set(ylabel=unit, xlim=(first - margin, last + margin))
         if "feedback" not in shown:
-            label_ends(axes, names)
+            ends[axes] = names
         elif (deviation := series(run, "feedback_std"))[0] == series(run, "feedback")[0]:
             (steps, std), mean = deviation, line.get_ydata()
             axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+    label_ends(figure, ends)
     return figure
 
 
@@ -353,17 +365,27 @@ def _finish(axes, keys):
         axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
 
 
-def label_ends(axes, labels):
-    """Write {label of a line: text} to the right of each line's end, moved apart where they would overlap."""
-    axes.figure.draw_without_rendering()  # the layout, so that positions are known in pixels
-    lines = [line for line in axes.get_lines() if line.get_label() in labels]
-    ends = np.array([axes.transData.transform(line.get_xydata()[-1])[1] for line in lines])
-    order = ends.argsort(kind="stable")
-    heights = moved_apart(ends[order], 10 / 72 * axes.figure.dpi, axes.bbox.y1)
-    for number, height in zip(order, heights, strict=True):
-        place, colour = (height - axes.bbox.y0) / axes.bbox.height, lines[number].get_color()
-        text = axes.annotate(labels[lines[number].get_label()], (1, place), color=colour, **BESIDE)
-        text.set(fontsize=8.5, annotation_clip=False)
+def label_ends(figure, ends):
+    """Write a text to the right of each line's end, moved apart where they would overlap; nothing may be
+    added to the figure after it.
+
+    ends: {axes: {label of a line: text}}.
+    """
+    texts = {}
+    for axes, labels in ends.items():
+        for line in axes.get_lines():
+            if line.get_label() in labels:
+                text = axes.annotate(labels[line.get_label()], (1, 0.5), color=line.get_color(), **BESIDE)
+                text.set(fontsize=8.5, annotation_clip=False)
+                texts.setdefault(axes, []).append((line, text))
+
+    lay_out(figure)  # with room for them: from now on positions in pixels are known
+    for axes, written in texts.items():
+        heights = np.array([axes.transData.transform(line.get_xydata()[-1])[1] for line, _ in written])
+        order = heights.argsort(kind="stable")
+        apart = moved_apart(heights[order], 10 / 72 * figure.dpi, axes.bbox.y1)
+        for number, height in zip(order, apart, strict=True):
+            written[number][1].xy = (1, (height - axes.bbox.y0) / axes.bbox.height)
 
 
 def moved_apart(heights, gap, top):

@@ -41,7 +41,7 @@ from optuna.trial import TrialState
 
 import commands
 import main as program
-from drawing import BLUE, GREEN, GREY, HEADING, TITLE, VERMILION, grid, new_figure
+from drawing import BLUE, GREEN, GREY, HEADING, TITLE, VERMILION, grid, legible, new_figure, save
 from runtime import UserError, write_atomically
 from utils import Interrupt, Parser, between, read_run, writing
 
@@ -405,7 +405,7 @@ def draw_search(tuning):
     }
     figure = new_figure(0.6 + 2.7 * math.ceil((1 + len(tuning.space)) / 2))
     heading = f"{tuning.name}: {len(tuning.trials())} trials, best {best.value:.2f} % on validation data"
-    figure.suptitle(heading, **HEADING)
+    figure.suptitle(legible(heading), **HEADING)
     cells = grid(figure, 1 + len(tuning.space), 2, sharey=True)
     for axes, name in zip(cells, [None, *tuning.space], strict=True):
         for label, (trials, look) in kinds.items():
@@ -449,10 +449,8 @@ def finish(tuning):
     with alone(tuning.folder):
         path, command = write_script(tuning, best)
         figure = draw_search(tuning)
-        for kind in ("png", "svg"):
-            write_atomically(
-                tuning.folder / f"search.{kind}", lambda file, kind=kind: figure.savefig(file, format=kind)
-            )
+        for name in ("search.png", "search.svg"):
+            save(figure, tuning.folder / name)
     first = tuning.trials()[0]
     default = f", the first trial {first.value:.2f} %" if first.state == TrialState.COMPLETE else ""
     print(f"best: trial {best.number}, validation accuracy {best.value:.2f} %{default}; it is in {path}")

@@ -1,9 +1,9 @@
-"""Ten steps of every method on given batches: started by test_distributed.py, alone and under torchrun.
+"""Six steps of every method on given batches: started by test_distributed.py, alone and under torchrun.
 
     torchrun --nproc-per-node 2 tests/distributed_worker.py FOLDER
 
 Each process takes its part of every batch. It writes FOLDER/WORLD_SIZE-RANK.pt: by the name of the case
-the networks after ten steps, with the predictions of a fixed teacher where there are any, and, per step, the
+the networks after six steps, with the predictions of a fixed teacher where there are any, and, per step, the
 scalars of the meters.
 """
 
@@ -22,7 +22,7 @@ from methods import METHODS
 from models import build_model
 from runtime import Runtime
 
-STEPS, BATCH, MU, UNLABELED = 10, 8, 2, 37
+STEPS, BATCH, MU, UNLABELED = 6, 8, 2, 37
 COMMON = (
     f"--method mpl --total-steps 20 --batch-size {BATCH} --mu {MU} --warmup-steps 2 --uda-steps 4 --nesterov "
     "--threshold 0.3 --label-smoothing 0.1 --teacher-lr 0.02 --student-lr 0.02 --lambda-u 1 "

@@ -306,7 +306,7 @@ def load(path):
 @pytest.mark.parametrize(
     ("kills", "flags"),
     [
-        ("12", ()),
+        ("8", ()),
         ("4", ("--method", "semimeta", "--mixup-alpha", "0.5")),
         ("4", ("--method", "reduced-mpl", "--teacher-checkpoint", teacher_file("wrn-10-1", 10, 8))),
     ],
@@ -324,16 +324,38 @@ def test_killed_at_random_moments(tmp_path, kills, flags):
         assert_same_checkpoint(load(path), load(tmp_path / "unbroken/checkpoint/run_last.pth.tar"))
 
 
+def test_killed_between_its_first_two_checkpoints(tmp_path, monkeypatch):
+    """An evaluation writes the best, then the last: where only the best is there, a run goes on from it."""
+    monkeypatch.chdir(tmp_path)
+    flags = [*TINY, "--keep", "2", "--resume", "auto"]
+    assert main.run(flags) == 0
+    last, first, best = (Path(f"checkpoint/run_{kind}.pth.tar") for kind in ("last", "step00000002", "best"))
+    whole = load(last)
+    first.rename(best)
+    last.unlink()
+    Path("checkpoint/run_step00000004.pth.tar").unlink()
+    assert main.run(flags) == 0
+    assert_same_checkpoint(load(last), whole)
+
+    tune = [*TINY, "--finetune", "--finetune-epochs", "1", "--name", "tuned", "--resume"]
+    assert main.run([*tune, str(last)]) == 0
+    tuned = Path("checkpoint/tuned_finetune_last.pth.tar")
+    whole = load(tuned)
+    tuned.unlink()
+    assert main.run([*tune, "auto"]) == 0
+    assert load("checkpoint/tuned_finetune_best.pth.tar")["finetune_step"] == whole["finetune_step"]
+
+
 def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
     """torchrun starts both again from the last checkpoint; the run ends as one that lost none."""
     flags = [*TINY, "--eval-step", "4", "--resume", "auto"]
     (tmp_path / "whole").mkdir()
     (tmp_path / "broken").mkdir()
-    whole = torchrun(ROOT / "main.py", *flags, "--total-steps", "40", cwd=tmp_path / "whole")
+    whole = torchrun(ROOT / "main.py", *flags, "--total-steps", "24", cwd=tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     with open(tmp_path / "log.txt", "w") as log:
         process = subprocess.Popen(
-            [*LAUNCH, "--max-restarts", "2", ROOT / "main.py", *flags, "--total-steps", "40"],
+            [*LAUNCH, "--max-restarts", "2", ROOT / "main.py", *flags, "--total-steps", "24"],
             cwd=tmp_path / "broken",
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stderr=log,
@@ -351,8 +373,8 @@ def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
     assert summaries[0]["top1"] == summaries[1]["top1"]
     assert_same_checkpoint(load(checkpoint), load(tmp_path / "whole/checkpoint/run_last.pth.tar"))
     monkeypatch.chdir(tmp_path / "broken")  # and goes on in one process
-    assert main.run([*flags, "--total-steps", "44"]) == 0
-    assert load(checkpoint)["step"] == 44
+    assert main.run([*flags, "--total-steps", "28"]) == 0
+    assert load(checkpoint)["step"] == 28
 
 
 def test_two_processes_stop_together(tmp_path):

@@ -158,6 +158,13 @@ def test_line_ends_carry_names_that_do_not_overlap(runs):
         assert all(low[1] <= high[0] + 4 for low, high in pairwise(heights))
 
 
+@pytest.mark.parametrize(("confidence", "words"), [("threshold", "above threshold"), ("soft", "mean weight")])
+def test_the_mask_is_named_by_what_it_is(runs, confidence, words):
+    run = read_run("results/mpl")
+    labels = drawing.draw_curves([run._replace(args=run.args | {"confidence": confidence})]).axes[2]
+    assert {text.get_text() for text in labels.texts} == {"correct", words}
+
+
 def test_a_supervised_run_has_no_panels_of_pseudo_labels(runs):
     assert len(drawing.draw_curves([read_run("results/sup")]).axes) == 2
 

@@ -112,19 +112,19 @@ def test_views_are_those_of_the_cpu(runs, name):
 
 
 def test_the_digits_recipe_trains_saves_resumes_and_evaluates(tmp_path):
-    """The recipe's own flags, a few small steps; its checkpoint goes on and is evaluated, on the CPU too."""
+    """The recipe's own flags, small steps; its checkpoint goes on and is evaluated, on the CPU too."""
     recipe = (ROOT / "run_digits.sh").read_text().split("main.py", 1)[1]
-    small = "--eval-step 3 --batch-size 4 --resize 8".split()
+    small = "--eval-step 1 --batch-size 4 --resize 8".split()
     train = [*recipe.replace("\\\n", " ").replace('"$@"', "").split(), *small]
 
     def run(*flags):
         python(ROOT / "main.py", *train, *flags, cwd=tmp_path)
 
-    run("--device", "xla", "--finetune-epochs", "0", "--total-steps", "3")
+    run("--device", "xla", "--finetune-epochs", "0", "--total-steps", "1")
     last = "checkpoint/digits_last.pth.tar"
-    run("--device", "xla", "--finetune-epochs", "1", "--total-steps", "6", "--resume", last)
+    run("--device", "xla", "--finetune-epochs", "1", "--total-steps", "2", "--resume", last)
     summary = json.loads((tmp_path / "results/digits/summary.json").read_text())
-    assert summary["steps"] == 6 and summary["device"] == "1 × xla (CPU)"
+    assert summary["steps"] == 2 and summary["device"] == "1 × xla (CPU)"
     assert summary["finetune_top1"] is not None
 
     measured = []
@@ -133,5 +133,5 @@ def test_the_digits_recipe_trains_saves_resumes_and_evaluates(tmp_path):
         measured.append(json.loads((tmp_path / f"results/{name}/summary.json").read_text())["top1"])
     assert measured[0] == summary["top1"]
     assert measured[1] == pytest.approx(summary["top1"], abs=1)
-    run("--device", "cpu", "--finetune-epochs", "0", "--total-steps", "9", "--resume", last)
-    assert json.loads((tmp_path / "results/digits/summary.json").read_text())["steps"] == 9
+    run("--device", "cpu", "--finetune-epochs", "0", "--total-steps", "3", "--resume", last)
+    assert json.loads((tmp_path / "results/digits/summary.json").read_text())["steps"] == 3
