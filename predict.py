@@ -68,7 +68,7 @@ def build_parser():
     add("--out", metavar="FILE", help="write the CSV file there, replacing it when all images are done (default: standard output)")
     add("--top", type=count, default=2, metavar="K", help="the K most probable classes of each image, at most all")
     add("--uncertain", type=count, metavar="N", help="only the N images most worth labelling next: those with the smallest margin between the probabilities of the first class and the runner-up, smallest first")
-    add("--copy-to", metavar="DIR", help="also copy each listed image into a folder of its class there; no file is replaced")
+    add("--copy-to", metavar="DIR", help="also copy each listed image into a folder there that is named after the predicted class; no file is replaced")
     add("--export", metavar="FILE", help="instead of predicting, write the network with normalisation and softmax inside: .pt2 for torch.export.load, or .onnx")
     add("--device", default="auto", choices=Runtime.KINDS, help="where to run")
     add("--batch-size", type=between(int, 1, 2**14), default=EVALUATION_BATCH, help="images that pass through the network together")
@@ -333,7 +333,7 @@ class Deployed(torch.nn.Module):
         self.register_buffer("shift", shift)
 
     def forward(self, images):
-        return self.network(images * self.scale + self.shift).softmax(dim=1)
+        return self.network(images * self.scale + self.shift).softmax(dim=1).detach()
 
 
 def export(args):

@@ -189,7 +189,7 @@ class Runtime:
         if self.amp_dtype == torch.bfloat16 and not self._has_bf16():
             self.amp_dtype = None
             if self.is_main and not self.alone:
-                print(f"this {self.kind} device has no bf16: training in float32", file=sys.stderr)
+                print(f"this {self.kind} device has no bf16: computing in float32", file=sys.stderr)
 
     def _join_processes(self):
         """Form the process group.

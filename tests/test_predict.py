@@ -358,6 +358,7 @@ def test_an_exported_network_gives_the_same_probabilities(here, capsys):
         images = torch.randint(256, (count, 3, 1, 1), dtype=torch.uint8).repeat(1, 1, 12, 12)
         classes, expected = reference(images)
         torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-6)
+        assert not network(images).requires_grad
     assert len(expected.argmax(dim=1).unique()) > 1
     assert json.loads(extra["classes.json"]) == classes == ["cat", "dog", "owl"]
 
