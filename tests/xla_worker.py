@@ -1,11 +1,12 @@
 """What test_xla.py runs in a process of its own, on the XLA CPU client.
 
-    PJRT_DEVICE=CPU CPU_NUM_DEVICES=2 python tests/xla_worker.py DEVICE RESULT.json FLAGS…
+    PJRT_DEVICE=CPU CPU_NUM_DEVICES=2 python tests/xla_worker.py RUNS.json RESULTS.json
 
-Trains on digits for the steps that FLAGS say. The method is given views made on the host, so that devices can
-be compared; on XLA the same views are made there too, with the same random numbers. RESULT.json: the losses
-of every step, and on XLA the number of compilations after every step, the operations that fell back to the
-host, how the views were split over the devices, and the share of pixels that the device made otherwise.
+RUNS.json holds the flags of each run by its name. Every run trains on digits for some steps. The method is
+given views made on the host, so that devices can be compared; on XLA the same views are made there too, with
+the same random numbers. RESULTS.json, for each run: the losses of every step, and on XLA the number of
+compilations after every step, the operations that fell back to the host, how the views were split over the
+devices, and the share of pixels that the device made otherwise.
 """
 
 import json
@@ -34,6 +35,11 @@ def train(device, flags, folder):
     method.prepare(dataset, device_views, folder)
     loader = TrainLoader(dataset, args.batch_size, args.mu, args.seed, host)
     losses, compilations, differing, views = [], [], [], None
+    if device == "xla":
+        import torch_xla
+        from torch_xla.debug import metrics
+
+        metrics.clear_all()  # what a run before this one has counted
     for step in range(args.total_steps):
         batch = next(loader)
         runtime.seed(args.seed, step)
@@ -51,13 +57,9 @@ def train(device, flags, folder):
             differing.append([((one - other).abs() > 1e-4).float().mean() for one, other in pairs])
         runtime.finish_step()
         if device == "xla":
-            from torch_xla.debug import metrics
-
             compilations.append(metrics.metric_data("CompileTime")[0])
     result = {"compilations": compilations}
     if device == "xla":
-        import torch_xla
-
         names = [name for name in metrics.counter_names() if name.startswith("aten::")]
         result["fallbacks"] = names  # before the losses are read, which counts as one
         made = [view for view in views[:4] if view is not None]
@@ -69,5 +71,6 @@ def train(device, flags, folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    device, path, *flags = sys.argv[1:]
-    Path(path).write_text(json.dumps(train(device, flags, path + ".files")))
+    runs, path = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    results = {name: train("xla", flags, str(path.with_name(name))) for name, flags in runs.items()}
+    path.write_text(json.dumps(results))
