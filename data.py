@@ -175,6 +175,10 @@ class Dataset:
 
 # -------------------------------------------------------------------------------------------- load_dataset
 
+# keywords of load_dataset that a run passes on from its flags as they are
+OPTIONS = ("num_labeled", "num_val", "seed", "unlabeled_path", "unlabeled_mode", "test_fraction", "workers")
+OPTIONS += ("skip_unreadable", "svhn_extra")
+
 
 def load_dataset(
     name,

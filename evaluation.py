@@ -69,6 +69,14 @@ def measure_accuracy(runtime, members, image_set, views):
     return score(runtime, walks)
 
 
+def measure_splits(runtime, members, dataset, views):
+    """``measure_accuracy`` on the test images, and top-1 on the validation images, None without them."""
+    test, confusion = measure_accuracy(runtime, members, dataset.test, views)
+    if dataset.val is None:
+        return test, confusion, None
+    return test, confusion, measure_accuracy(runtime, members, dataset.val, views)[0]["top1"]
+
+
 def score(runtime, walks, seen=None):
     """Accuracy on a set of K classes, each image once over all processes.
 

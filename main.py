@@ -29,8 +29,8 @@ import commands
 import utils
 import visualize
 from augmentation import ImageViews, PointViews
-from data import NAMES, load_dataset, write_labeled
-from evaluation import gathered, measure_accuracy, predictions, score
+from data import NAMES, OPTIONS, load_dataset, write_labeled
+from evaluation import gathered, measure_accuracy, measure_splits, predictions, score
 from feedback import ESTIMATORS
 from learner import Learner, sgd
 from loader import TrainLoader
@@ -332,16 +332,13 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
         if evaluating:
             record |= {name: value.item() for name, value in method.diagnostics.items()}
             method.sync_statistics()
-            test, confusion = measure_accuracy(runtime, method.members, dataset.test, views)
-            record |= test
-            if dataset.val is not None:
-                val, _ = measure_accuracy(runtime, method.members, dataset.val, views)
-                record["val_top1"] = val["top1"]
+            test, confusion, val_top1 = measure_splits(runtime, method.members, dataset, views)
+            record |= test | ({} if val_top1 is None else {"val_top1": val_top1})
             best = state["best_val_top1"]
-            better = dataset.val is None or best is None or record["val_top1"] > best
+            better = val_top1 is None or best is None or val_top1 > best
             if better:
                 state["best_top1"], state["best_step"] = test["top1"], step + 1
-                state["best_val_top1"] = record.get("val_top1")
+                state["best_val_top1"] = val_top1
                 log.confusion(confusion, dataset.classes)
             state.update(utils.measured(test, confusion, dataset.classes))
             state["oracle_top1"] = max(state["oracle_top1"], test["top1"])
@@ -398,18 +395,12 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
     batch_size = min(args.finetune_batch_size, len(dataset.labeled))
     steps = max(1, args.finetune_epochs * len(dataset.labeled) // (batch_size * runtime.world_size))
     loader = TrainLoader(dataset, batch_size, 0, args.seed + 1, runtime, args.workers)
+    rate, momentum, decay = args.finetune_lr, args.finetune_momentum, args.finetune_weight_decay
     learner = Learner(
         network,
         runtime,
-        optimizer=lambda network: sgd(
-            network,
-            args.finetune_lr,
-            args.finetune_momentum,
-            True,
-            args.finetune_weight_decay,
-            args.body_lr_scale,
-        ),
-        rate=lambda step: args.finetune_lr,
+        optimizer=lambda network: sgd(network, rate, momentum, True, decay, args.body_lr_scale),
+        rate=lambda step: rate,
     )
     network = learner.network
     members = {"student": network}
@@ -461,14 +452,12 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
         if (step + 1) % max(50, steps // 10) == 0 or step + 1 == steps:
             learner.sync_statistics()
             record = {"finetune_loss": meters.read()["finetune_loss"]}
-            test, confusion = measure_accuracy(runtime, members, dataset.test, views)
+            test, confusion, val_top1 = measure_splits(runtime, members, dataset, views)
             record["finetune_top1"] = test["top1"]
-            if dataset.val is not None:
-                val, _ = measure_accuracy(runtime, members, dataset.val, views)
-                record["finetune_val_top1"] = val["top1"]
+            record |= {} if val_top1 is None else {"finetune_val_top1": val_top1}
             meters.reset()
             log.record(steps_before + step + 1, record)
-            val_top1, best = record.get("finetune_val_top1"), state["best_val_top1"]
+            best = state["best_val_top1"]
             better = val_top1 is None or best is None or val_top1 > best
             if better:
                 state = {"best_val_top1": val_top1, "finetune_top1": test["top1"]}
@@ -523,18 +512,11 @@ def evaluate(runtime, found):
     for name, path in sources.items() if len(found) > 1 else ():
         utils.tell(runtime, f"{path}: top-1 {test[f'{name}_top1']:.2f} %")
 
-    # the record: of several checkpoints what they have in common
+    # the record
     name = "+".join(dict.fromkeys(each.name for each, _ in found))
     folder = runtime.on_main(lambda: commands.free_folder(args.results_path, name))
-    summaries = []
-    for each, saved in found:
-        each.name = os.path.basename(folder)
-        labeled = (saved.get("data") or {}).get("labeled")
-        figures = {"steps": saved["step"]} | utils.measured(test, confusion, first.classes)
-        num_labeled = each.num_labeled if labeled is None else len(labeled)
-        summaries.append(utils.summarize(each, runtime, figures, num_labeled, saved.get("run")))
-    common = [key for key, value in summaries[0].items() if all(other[key] == value for other in summaries)]
-    summary = dict.fromkeys(summaries[0]) | {key: summaries[0][key] for key in common}
+    args.name = os.path.basename(folder)
+    summary = utils.summarize_together(args.name, found, runtime, test, confusion, first.classes)
     args.resume = paths if len(paths) > 1 else paths[0]
     log = utils.RunLog(folder, args, start_step=None, tensorboard=False, active=runtime.is_main)
     log.record(max(saved["step"] for _, saved in found), test)
@@ -555,19 +537,11 @@ def read_data(args, record, labels_given):
     dataset = load_dataset(
         args.dataset,
         args.data_path,
-        num_labeled=args.num_labeled,
-        num_val=args.num_val,
-        seed=args.seed,
         resize=args.resize or (record["size"] or None if record else None),
         labeled_indices=args.labeled_indices if labels_given or not recorded else None,
-        unlabeled_path=args.unlabeled_path,
-        unlabeled_mode=args.unlabeled_mode,
-        test_fraction=args.test_fraction,
-        workers=args.workers,
-        skip_unreadable=args.skip_unreadable,
-        svhn_extra=args.svhn_extra,
         record=record,
         only_test=args.evaluate,
+        **{name: getattr(args, name) for name in OPTIONS},
     )
     if args.num_classes not in (None, dataset.num_classes):
         raise UserError(

@@ -473,6 +473,25 @@ def summarize(args, runtime, figures, num_labeled, run):
     )
 
 
+def summarize_together(name, found, runtime, test, confusion, classes):
+    """The content of summary.json for checkpoints that were evaluated together: what they have in common.
+
+    Args:
+        name: of the evaluation's record.
+        found: (arguments, content) of each checkpoint.
+        test, confusion: from ``measure_accuracy``.
+    """
+    summaries = []
+    for args, saved in found:
+        labeled = (saved.get("data") or {}).get("labeled")
+        figures = {"steps": saved["step"]} | measured(test, confusion, classes)
+        num_labeled = args.num_labeled if labeled is None else len(labeled)
+        summary = summarize(args, runtime, figures, num_labeled, saved.get("run"))
+        summaries.append(summary | {"name": name})
+    common = [key for key, value in summaries[0].items() if all(each[key] == value for each in summaries)]
+    return dict.fromkeys(summaries[0]) | {key: summaries[0][key] for key in common}
+
+
 def result_lines(summary):
     """What standard output ends with: two lines, the last one the result."""
     lines, parts = [], [f"top-1 {summary['top1']:.2f} %"]

@@ -124,9 +124,7 @@ def load(run, data_path=None, save_path=None, dataset=None, only_test=True):
 
 def read_dataset(run, record, data_path=None, only_test=True):
     """The data set of a run, in the same parts; ``record``: what its checkpoint knows of it."""
-    names = ("num_labeled", "num_val", "seed", "resize", "test_fraction", "workers", "skip_unreadable")
-    names += ("svhn_extra", "unlabeled_path", "unlabeled_mode")
-    options = {name: run.args[name] for name in names if name in run.args}
+    options = {name: run.args[name] for name in ("resize", *data.OPTIONS) if name in run.args}
     if record and not options.get("resize"):
         options["resize"] = record["size"] or None
     indices = run.folder / "labeled_indices.txt"  # earlier versions wrote it and recorded nothing
