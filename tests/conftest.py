@@ -6,6 +6,9 @@ import shutil
 import sysconfig
 import tempfile
 
+# one thread in every process, before any of them imports PyTorch: on small tensors faster than several
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
@@ -30,15 +33,6 @@ needs_compiler = pytest.mark.skipif(
     not (shutil.which("g++") and os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h"))),
     reason="torch.compile needs a C++ compiler and Python's headers",
 )
-
-
-@pytest.fixture
-def one_thread():
-    """PyTorch computes with one thread: on small tensors that is faster than several."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,9 @@
-"""Six steps of every method on given batches: started by test_distributed.py, alone and under torchrun.
+"""Five steps of every method on given batches: started by test_distributed.py, alone and under torchrun.
 
     torchrun --nproc-per-node 2 tests/distributed_worker.py FOLDER
 
 Each process takes its part of every batch. It writes FOLDER/WORLD_SIZE-RANK.pt: by the name of the case
-the networks after six steps, with the predictions of a fixed teacher where there are any, and, per step, the
+the networks after five steps, with the predictions of a fixed teacher where there are any, and, per step, the
 scalars of the meters.
 """
 
@@ -22,7 +22,7 @@ from methods import METHODS
 from models import build_model
 from runtime import Runtime
 
-STEPS, BATCH, MU, UNLABELED = 6, 8, 2, 37
+STEPS, BATCH, MU, UNLABELED = 5, 8, 2, 37
 COMMON = (
     f"--method mpl --total-steps 20 --batch-size {BATCH} --mu {MU} --warmup-steps 2 --uda-steps 4 --nesterov "
     "--threshold 0.3 --label-smoothing 0.1 --teacher-lr 0.02 --student-lr 0.02 --lambda-u 1 "
@@ -41,12 +41,35 @@ MPL = {
     "dot-mixup": "--feedback dot --mixup-alpha 0.5 --student-labeled-weight 0.5 --teacher-warmup-steps 3",
     "taylor-switch": "--feedback taylor --feedback-momentum 0.9 --align 0.2 --switch-every 4",
 }
-REDUCED = {
-    "taylor": "--feedback taylor --teacher-lr 1",
-    "exact": "--feedback exact --pseudo-label soft --teacher-lr 100",
+FLAGS_OF = {
+    "supervised": "--method supervised --grad-clip 0.5",
+    "supervised mixup": "--method supervised --mixup-alpha 0.5",
+    "semimeta": "--method semimeta --mixup-alpha 0.5",
+    "uda": "--method uda --align 0.2",
+    "uda ema": "--method uda --weak-pass ema",
+    "uda relative": "--method uda --confidence relative --threshold 0.9",
+    "fixmatch soft": "--method fixmatch --confidence soft --align 0.2",
+    "pseudo-label": "--method pseudo-label",
+    "reduced-mpl taylor": "--method reduced-mpl --feedback taylor --teacher-lr 1",
+    "reduced-mpl exact": "--method reduced-mpl --feedback exact --pseudo-label soft --teacher-lr 100",
+    **{f"mpl {name}": f"--method mpl {flags}" for name, flags in MPL.items()},
 }
 NETWORKS = {"mlp": "--dataset twomoons --model mlp-2-16-3", "sync-bn": "--model wrn-10-1 --sync-bn"}
-
+# these differ from another case by arithmetic on losses alone: the small network has to show it
+SMALL_ALONE = (
+    "supervised mixup",
+    "uda relative",
+    "fixmatch soft",
+    "mpl taylor-sum",
+    "mpl dot-sum",
+    "mpl none-soft",
+)
+CASES = {
+    f"{network} {method}": f"{common} {flags}"
+    for network, common in NETWORKS.items()
+    for method, flags in FLAGS_OF.items()
+    if network == "mlp" or method not in SMALL_ALONE
+}
 LOCAL = {
     "local-bn none": "--feedback none",
     "local-bn none-weak-ema": "--feedback none --weak-pass ema",
@@ -57,23 +80,10 @@ LOCAL = {
 
 
 def cases(folder):
-    for network, flags in NETWORKS.items():
-        yield f"{network} supervised", f"{flags} --method supervised --grad-clip 0.5"
-        yield f"{network} supervised mixup", f"{flags} --method supervised --mixup-alpha 0.5"
-        yield f"{network} semimeta", f"{flags} --method semimeta --mixup-alpha 0.5"
-        yield f"{network} uda", f"{flags} --method uda --align 0.2"
-        yield (
-            f"{network} pseudo-label",
-            f"{flags} --method pseudo-label --teacher-checkpoint {folder}/{network}.pt",
-        )
-        yield f"{network} uda relative", f"{flags} --method uda --confidence relative --threshold 0.9"
-        yield f"{network} fixmatch soft", f"{flags} --method fixmatch --confidence soft --align 0.2"
-        yield f"{network} uda ema", f"{flags} --method uda --weak-pass ema"
-        for name, feedback in MPL.items():
-            yield f"{network} mpl {name}", f"{flags} --method mpl {feedback}"
-        for name, feedback in REDUCED.items():
-            teacher = f"--teacher-checkpoint {folder}/{network}.pt"
-            yield f"{network} reduced-mpl {name}", f"{flags} --method reduced-mpl {teacher} {feedback}"
+    """The flags of every case by its name."""
+    for name, flags in CASES.items():
+        teacher = f" --teacher-checkpoint {folder}/{name.split()[0]}.pt"
+        yield name, flags + (teacher if "pseudo-label" in name or "reduced-mpl" in name else "")
     for name, flags in LOCAL.items():
         for when in ("seldom", "often"):
             yield f"{name} {when}", f"--model wrn-10-1 {flags}"
@@ -148,7 +158,6 @@ def run(folder):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     runtime = Runtime("cpu")
     results = run(sys.argv[1])
     torch.save(results, Path(sys.argv[1]) / f"{runtime.world_size}-{runtime.rank}.pt")

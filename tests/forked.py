@@ -14,18 +14,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["main", "torch.utils.tensorboard", "sklearn.datasets", "matplotlib.figure"])
+SERVER.set_forkserver_preload(
+    ["main", "torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "matplotlib.figure"]
+)
 
 
 def _main(arguments, cwd, outputs):
-    import torch
-
     import main
 
     os.chdir(cwd)
     for number, path in outputs.items():
         os.dup2(os.open(path, os.O_WRONLY), number)
-    torch.set_num_threads(1)
     sys.argv = [str(ROOT / "main.py"), *arguments]
     sys.exit(main.run(arguments))
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import matplotlib.figure  # noqa: F401, this and the next two imported here so that no fork has to
+import matplotlib.figure  # noqa: F401, this and the next ones imported here so that no fork has to
 import sklearn.datasets  # noqa: F401
 import torch
+import torch._dynamo
 from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
 import main
@@ -37,7 +38,6 @@ def start(folder):
     if pid == 0:
         os.chdir(folder)
         os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-        torch.set_num_threads(1)
         os._exit(main.run(FLAGS))
     return pid
 

@@ -39,14 +39,6 @@ MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def random_images():
     """(200, 3, 32, 32) uint8: noise over all levels, over few of them, smooth noise, and flat images."""
     generator = torch.Generator().manual_seed(0)

@@ -21,7 +21,6 @@ import benchmark
 from benchmark import PHASES, PlainImages, PlainStep, WatchedStep, Work, busy_and_gaps, fitted, kernels, limit
 from models import build_model, count_flops
 
-torch.set_num_threads(1)
 TINY = "--model wrn-10-1 --size 8 --batch-size 4 --mu 2 --repeats 2 --threads 1".split()
 
 

@@ -23,8 +23,6 @@ import data
 from data import load_dataset, split_labels, write_labeled
 from runtime import UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def picture(width, height, seed=0):
     """A smooth RGB image, as photographs are: what it looks like does not depend on how it is resized."""

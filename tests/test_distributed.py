@@ -1,29 +1,23 @@
 """Two processes with half the batch each against one process with the whole (torchrun, gloo)."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import LOCAL, MPL, NETWORKS, REDUCED, STEPS, run
+from distributed_worker import CASES, LOCAL, MPL, STEPS, run
 
 from models import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-UDA = ("uda", "uda ema", "uda relative", "fixmatch soft")
-METHODS = ("supervised", "supervised mixup", "semimeta", *UDA, "pseudo-label")
-METHODS = (*METHODS, *(f"mpl {name}" for name in MPL), *(f"reduced-mpl {name}" for name in REDUCED))
-CASES = [f"{network} {method}" for network in NETWORKS for method in METHODS]
 
 
 def torchrun(*command, **options):
     """The command in two processes that find each other on this machine."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*LAUNCH, *map(str, command)], capture_output=True, text=True, env=environment, timeout=500, **options
+        [*LAUNCH, *map(str, command)], capture_output=True, text=True, timeout=500, **options
     )
 
 

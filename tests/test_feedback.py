@@ -18,8 +18,6 @@ from learner import Learner, sgd
 from models import build_model
 from runtime import Runtime, UserError
 
-torch.set_num_threads(1)
-
 
 class Small(nn.Module):
     """A convolution, optionally batch norm and dropout, a linear layer."""

@@ -16,8 +16,6 @@ from loader import TrainLoader, batches, random_crop_box, read_crop, read_image
 from models import build_model
 from runtime import Runtime, UserError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def process(rank=0, world_size=1):
     """A CPU runtime that believes to be one of several processes."""

@@ -28,7 +28,6 @@ from methods import (
 from models import build_model
 from runtime import Runtime, UserError
 
-torch.set_num_threads(1)
 FLAGS = (
     "--dataset digits --model wrn-10-1 --batch-size 4 --mu 2 --nesterov --teacher-lr 0.1 --student-lr 0.1 "
     "--total-steps 100 --uda-steps 10 --label-smoothing 0.1 --lambda-u 2 --threshold 0.05"

@@ -24,8 +24,6 @@ from models import (
     head_of,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def on_meta(*args, **options):
     with torch.device("meta"):

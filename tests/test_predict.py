@@ -26,8 +26,6 @@ from augmentation import ImageViews
 from data import ORIENTATION
 from runtime import Runtime
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(main.__file__).parent
 COLUMNS = ["image", "class", "probability", "class_2", "probability_2"]
 FOLDER = (
@@ -471,8 +469,7 @@ def test_a_full_disk_leaves_the_old_file(arguments, here, capsys):
 def start(*arguments, **options):
     """The program in a process of its own."""
     command = [sys.executable, ROOT / "predict.py", *map(str, arguments), *PLAIN]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
 
 
 def test_a_full_disk_behind_standard_output(here):

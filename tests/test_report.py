@@ -32,8 +32,7 @@ STEPS = "--model wrn-10-1 --resize 8 --num-labeled 8 --batch-size 4 --mu 1 --tot
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with a run on images whose names hold markup, its evaluation, and a run on two moons."""
-    folder, before, threads = tmp_path_factory.mktemp("report"), os.getcwd(), torch.get_num_threads()
-    torch.set_num_threads(1)
+    folder, before = tmp_path_factory.mktemp("report"), os.getcwd()
     os.chdir(folder)
     random = np.random.RandomState(0)
     for name in CLASSES:
@@ -49,7 +48,6 @@ def trained(tmp_path_factory):
         yield folder
     finally:
         os.chdir(before)
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture

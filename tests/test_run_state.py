@@ -274,8 +274,8 @@ def test_pictures_of_a_run_from_anywhere(copied, monkeypatch, capsys):
     args |= {"save_path": str(copied / "checkpoint")}
     Path("results/run/args.json").write_text(json.dumps(args))
     monkeypatch.chdir(copied / "empty")
-    for picture in ("confusion", "features", "curves"):
-        visualize.main([picture, "../results/run"])
+    for picture, *flags in (("confusion",), ("features", "--projection", "pca"), ("curves",)):
+        visualize.main([picture, "../results/run", *flags])
         assert (copied / f"results/run/{picture}.png").is_file()
 
 
@@ -618,9 +618,7 @@ def test_a_name_that_is_being_trained_is_refused_until_its_process_ends(here, ca
         "--log-step",
         "1",
     ]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "main.py", *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=-3
-    )
+    process = subprocess.Popen([sys.executable, ROOT / "main.py", *words], stderr=-3)
     try:
         while not Path("checkpoint/run_last.pth.tar").exists():
             assert process.poll() is None
@@ -681,7 +679,7 @@ def test_pictures_of_a_moved_run(copied, monkeypatch):
     args = json.loads(Path("results/run/args.json").read_text())
     args |= {"save_path": "/gone/checkpoint", "results_path": "/gone/results"}
     Path("results/run/args.json").write_text(json.dumps(args))
-    visualize.main(["features", "results/run"])
+    visualize.main(["features", "results/run", "--projection", "pca"])
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "/tmp/a", ".hidden", "x" * 250, "a\nb"])
@@ -1135,7 +1133,6 @@ def test_a_fifo_is_no_image(here):
         capture_output=True,
         text=True,
         timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0 and "1 ignored: not a regular file 1" in done.stderr
 

@@ -22,8 +22,6 @@ from runtime import Runtime, SyncBatchNorm, UserError, with_norms
 timm = pytest.importorskip("timm")
 from safetensors.torch import save_file  # noqa: E402 (comes with timm)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KINDS = [  # the smallest of each kind; image size, name of the classifier, features
     ("timm/resnet18", 32, "fc", 512),
     ("timm/resnet50", 32, "fc", 2048),

@@ -29,14 +29,13 @@ SEARCHES = [
     *("--search", "pseudo-label=argmax,sample", "--search", "nesterov=yes,no"),
 ]
 WORDS = [*SEARCHES, "--study", "study", *FLAGS]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def start(folder, *words):
     """tune.py in its own process."""
     command = [sys.executable, ROOT / "tune.py", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, **pipes)
+    return subprocess.Popen(command, cwd=folder, **pipes)
 
 
 def trials_of(folder, name="study"):
@@ -82,7 +81,6 @@ def prepared(folder, *words, searches, values):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
 
 

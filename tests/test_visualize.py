@@ -39,8 +39,6 @@ def runs(tmp_path_factory):
     """A folder in which main.py trained four short runs: the working directory of this module."""
     folder, before = tmp_path_factory.mktemp("runs"), os.getcwd()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # networks this small are slower on several
     os.chdir(folder)
     try:
         main.main(["--name", "sup", "--method", "supervised", *MOONS])
@@ -52,7 +50,6 @@ def runs(tmp_path_factory):
         yield folder
     finally:
         os.chdir(before)
-        torch.set_num_threads(threads)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

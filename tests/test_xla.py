@@ -73,7 +73,7 @@ def assert_same_losses(one, other, tolerance):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_losses_are_those_of_the_cpu(on_xla, name, tmp_path, one_thread):
+def test_losses_are_those_of_the_cpu(on_xla, name, tmp_path):
     here = xla_worker.train("cpu", RUNS[name], str(tmp_path))
     tolerance = 5e-3 if name == "semimeta" else 1e-3  # its labels amplify rounding
     assert_same_losses(on_xla[name], here, tolerance)

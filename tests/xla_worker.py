@@ -70,7 +70,6 @@ def train(device, flags, folder):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     runs, path = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     results = {name: train("xla", flags, str(path.with_name(name))) for name, flags in runs.items()}
     path.write_text(json.dumps(results))
