@@ -5,6 +5,7 @@ here and no network runs: ``visualize.py`` finds the values.
 """
 
 import functools
+import io
 import itertools
 import math
 import os
@@ -173,6 +174,15 @@ def lay_out(figure):
         figure.set_layout_engine(None)
 
 
+def encoded(figure, kind):
+    """The bytes of a figure as "png" or "svg"."""
+    lay_out(figure)
+    file = io.BytesIO()
+    # without the date two SVGs of one figure are equal
+    figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    return file.getvalue()
+
+
 def save(figure, path):
     """Write the figure as PNG or SVG, by the end of the path, whole or not at all; returns the path.
 
@@ -180,12 +190,10 @@ def save(figure, path):
     """
     path = Path(path)
     kind = picture_path(path).suffix[1:]
-    lay_out(figure)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    # without the date two SVGs of one figure are equal
-    metadata = {"Date": None} if kind == "svg" else None
-    write_atomically(path, lambda file: figure.savefig(file, format=kind, metadata=metadata))
+    content = encoded(figure, kind)
+    write_atomically(path, lambda file: file.write(content))
     return str(path)
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from drawing import STUDENT, TEACHER, method_of, things_of
+from drawing import STUDENT, TEACHER, encoded, method_of, things_of
 from evaluation import predictions
 from loader import batches
 from runtime import write_atomically
@@ -259,10 +259,8 @@ def picture(png, alt, attributes=""):
 
 def chart(figure, alt):
     """A figure over the whole width, which a narrow screen moves sideways."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
     label = f'tabindex="0" role="group" aria-label="{escape(alt)}"'  # so that keys can move it, too
-    return f'<div class="wide" {label}>{picture(file.getvalue(), alt)}</div>'
+    return f'<div class="wide" {label}>{picture(encoded(figure, "png"), alt)}</div>'
 
 
 def table(head, rows, numbers):
