@@ -18,7 +18,10 @@ from PIL import Image
 from test_data import write_cifar, write_stl10, write_svhn
 
 import main
+import visualize
+from evaluation import measure_accuracy
 from runtime import UserError
+from utils import read_run
 
 ROOT = Path(main.__file__).parent
 TINY = (
@@ -163,18 +166,35 @@ def test_terminated_saves_and_resumes(tmp_path):
 
 
 def test_validation_chooses_and_the_test_set_does_not(tmp_path):
-    arguments = "--num-val 50 --total-steps 12 --eval-step 2 --name run --finetune-epochs 0".split()
+    arguments = "--num-val 50 --total-steps 12 --eval-step 2 --name run --finetune-epochs 20 --seed 3".split()
     run(*TINY, *arguments, cwd=tmp_path)
     lines = (tmp_path / "results" / "run" / "metrics.jsonl").read_text().splitlines()
     lines = [json.loads(line) for line in lines]
     summary = json.loads((tmp_path / "results" / "run" / "summary.json").read_text())
-    best = max(lines, key=lambda line: line["val_top1"])  # the first of equals
+    *lines, finetuned = lines
+    best = max(lines, key=lambda line: line.get("val_top1", 0))  # the first of equals
+    assert best["top1"] < max(line.get("top1", 0) for line in lines)  # the test set would have chosen another
     assert summary["selection"] == "val"
     assert (summary["best_step"], summary["best_top1"]) == (best["step"], best["top1"])
     assert checkpoint(tmp_path, "run_best")["step"] == best["step"]
     counts = json.loads((tmp_path / "results" / "run" / "confusion.json").read_text())["counts"]
     right = sum(counts[i][i] for i in range(10))
     assert 100 * right / sum(map(sum, counts)) == best["top1"]  # of the network that was chosen
+
+    # by images that are no test images
+    networks, dataset, views, runtime = visualize.load(
+        read_run(tmp_path / "results/run"), save_path=str(tmp_path / "checkpoint"), only_test=False
+    )
+    student = networks[visualize.STUDENT]
+    for line, prefix in ((best, ""), (finetuned, "finetune_")):
+        student.load_state_dict(checkpoint(tmp_path, f"run_{prefix}best")["avg_state_dict"])
+        for image_set, name in ((dataset.val, "val_top1"), (dataset.test, "top1")):
+            measured, _ = measure_accuracy(runtime, {"student": student}, image_set, views)
+            assert measured["top1"] == line[prefix + name]
+    held_out, test = (
+        {image.numpy().tobytes() for image in part.images} for part in (dataset.val, dataset.test)
+    )
+    assert len(dataset.val) == 50 and not held_out & test
 
 
 # ---------------------------------------------------------------- the command line
