@@ -481,12 +481,12 @@ def summarize_together(name, found, runtime, test, confusion, classes):
         found: (arguments, content) of each checkpoint.
         test, confusion: from ``measure_accuracy``.
     """
-    summaries = []
+    summaries, figures = [], measured(test, confusion, classes)
     for args, saved in found:
         labeled = (saved.get("data") or {}).get("labeled")
-        figures = {"steps": saved["step"]} | measured(test, confusion, classes)
         num_labeled = args.num_labeled if labeled is None else len(labeled)
-        summary = summarize(args, runtime, figures, num_labeled, saved.get("run"))
+        steps = {"steps": saved["step"]}
+        summary = summarize(args, runtime, steps | figures, num_labeled, saved.get("run"))
         summaries.append(summary | {"name": name})
     common = [key for key, value in summaries[0].items() if all(each[key] == value for each in summaries)]
     return dict.fromkeys(summaries[0]) | {key: summaries[0][key] for key in common}

@@ -169,11 +169,10 @@ def test_validation_chooses_and_the_test_set_does_not(tmp_path):
     arguments = "--num-val 50 --total-steps 12 --eval-step 2 --name run --finetune-epochs 20 --seed 3".split()
     run(*TINY, *arguments, cwd=tmp_path)
     lines = (tmp_path / "results" / "run" / "metrics.jsonl").read_text().splitlines()
-    lines = [json.loads(line) for line in lines]
+    *lines, finetuned = [json.loads(line) for line in lines]
     summary = json.loads((tmp_path / "results" / "run" / "summary.json").read_text())
-    *lines, finetuned = lines
-    best = max(lines, key=lambda line: line.get("val_top1", 0))  # the first of equals
-    assert best["top1"] < max(line.get("top1", 0) for line in lines)  # the test set would have chosen another
+    best = max(lines, key=lambda line: line["val_top1"])  # the first of equals
+    assert best["top1"] < max(line["top1"] for line in lines)  # the test set would have chosen another
     assert summary["selection"] == "val"
     assert (summary["best_step"], summary["best_top1"]) == (best["step"], best["top1"])
     assert checkpoint(tmp_path, "run_best")["step"] == best["step"]

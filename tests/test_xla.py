@@ -37,7 +37,7 @@ RUNS = {name: [*COMMON, *flags.split()] for name, flags in RUNS.items()}
 LOSSES = ("labeled_loss", "uda_loss", "student_loss", "consistency_loss")
 
 
-def python(*command, devices=1, cwd=None):
+def python(*command, devices=1):
     environment = os.environ | {
         "PJRT_DEVICE": "CPU",
         "CPU_NUM_DEVICES": str(devices),
@@ -48,7 +48,6 @@ def python(*command, devices=1, cwd=None):
         capture_output=True,
         text=True,
         env=environment,
-        cwd=cwd,
         timeout=800,
     )
     assert result.returncode == 0, result.stderr
@@ -109,16 +108,16 @@ def test_views_are_those_of_the_cpu(on_xla, name):
 
 def test_the_digits_recipe_trains_saves_resumes_and_evaluates(tmp_path, monkeypatch):
     """The recipe's own flags, small steps; its checkpoint goes on and is evaluated, on the CPU too."""
+    monkeypatch.chdir(tmp_path)
     recipe = (ROOT / "run_digits.sh").read_text().split("main.py", 1)[1]
     small = "--eval-step 1 --batch-size 4 --resize 4".split()
-    monkeypatch.chdir(tmp_path)
     train = [*recipe.replace("\\\n", " ").replace('"$@"', "").split(), *small]
 
     def run(*flags):
         if "cpu" in flags:
             assert main.run([*train, *flags]) == 0
         else:
-            python(ROOT / "main.py", *train, *flags, cwd=tmp_path)
+            python(ROOT / "main.py", *train, *flags)
 
     run("--device", "xla", "--finetune-epochs", "0", "--total-steps", "1")
     last = "checkpoint/digits_last.pth.tar"
