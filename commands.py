@@ -31,7 +31,7 @@ IDENTITY = (
     "svhn_extra",
 )
 # flags whose change is not worth a line
-INCIDENTAL = (*OF_COMMAND, "name", "device", "workers", "keep", "log_step", "expand_labels")
+INCIDENTAL = (*OF_COMMAND, "name", "device", "workers", "keep", "pictures", "log_step", "expand_labels")
 
 # the default network of a data set, where it is not WRN-28-2
 MODELS = {"twomoons": "mlp-2-8-8-2", "cifar100": "wrn-28-8", "stl10": "wrn-37-2", "imagenet": "resnet50"}

@@ -55,6 +55,7 @@ def build_parser():
     add("--seed", type=utils.between(int, 0, 2**63 - 1), default=0, help="of labels, initial weights, batches, augmentation")
     add("--resume", metavar="CKPT", help="checkpoint to continue, finetune or evaluate; flags that are not given are taken from it. auto: the last of this --name, if there is one")
     add("--keep", type=count, default=0, metavar="N", help="also keep the checkpoints of the last N evaluations")
+    add("--pictures", action=yes_or_no, default=True, help="draw the run's curves and confusion when it ends, which takes about a second; visualize.py draws them at any time")
     add("--overwrite", action="store_true", help="replace a run of the same --name, once the first checkpoint of this one is written")
     add("--evaluate", action="store_true", help="only evaluate the checkpoint of --resume, or the mean of the probabilities of several: --resume A --resume B; the record goes to results/CKPT or results/NAME")
     add("--finetune", action="store_true", help="only finetune the checkpoint of --resume")
@@ -270,6 +271,7 @@ def train(args, runtime, saved, labels_given):
             log.summary(summary)
     if runtime.is_main:
         print("\n".join(utils.result_lines(summary)), flush=True)
+    if runtime.is_main and args.pictures:
         try:
             visualize.finished_run(folder, dataset)
         except Exception as error:  # a warning: the run is finished and saved

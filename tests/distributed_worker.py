@@ -1,18 +1,11 @@
-"""Five steps of every method on given batches: started by test_distributed.py, alone and under torchrun.
+"""Five steps of every method on given batches: what test_distributed.py runs in one process and in two.
 
-    torchrun --nproc-per-node 2 tests/distributed_worker.py FOLDER
-
-Each process takes its part of every batch. It writes FOLDER/WORLD_SIZE-RANK.pt: by the name of the case
-the networks after five steps, with the predictions of a fixed teacher where there are any, and, per step, the
-scalars of the meters.
+Each process takes its part of every batch.
 """
 
-import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main
 from augmentation import ImageViews, PointViews, Views
@@ -116,7 +109,7 @@ def prepare(method, network, folder):
 
 
 def run(folder):
-    """{case: {"networks": states, "scalars": of each step}} of this process.
+    """{case: {"networks": states after five steps, "scalars": those of the meters of each step}}.
 
     "predictions" are those for seven points, gathered from all processes.
     Where batch norm is each process's own, "often" agrees on running statistics after every step.
@@ -157,8 +150,9 @@ def run(folder):
     return results | {"predictions": gathered(seen, points, runtime)}
 
 
-if __name__ == "__main__":
+def save(folder):
+    """What ``run`` returns, into FOLDER/WORLD_SIZE-RANK.pt."""
     runtime = Runtime("cpu")
-    results = run(sys.argv[1])
-    torch.save(results, Path(sys.argv[1]) / f"{runtime.world_size}-{runtime.rank}.pt")
+    results = run(folder)
+    torch.save(results, Path(folder) / f"{runtime.world_size}-{runtime.rank}.pt")
     runtime.close()

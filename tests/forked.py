@@ -1,41 +1,96 @@
 """Runs main.py in processes of their own, forked from one that has imported it: they start at once.
 
 A process that starts as ``python main.py`` spends seconds on importing PyTorch; tests that need to see that
-(signals at the start, scripts, the import itself) start it so.
+(signals at the start, scripts, the import itself, torchrun's restarts) start it so.
 """
 
+import importlib
 import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["main", "torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "matplotlib.figure"]
+    ["main", "tune", "torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "matplotlib.figure"]
 )
 
 
-def _main(arguments, cwd, outputs):
-    import main
-
-    os.chdir(cwd)
+def _call(function, arguments, environment, outputs):
+    os.environ.update(environment)
     for number, path in outputs.items():
-        os.dup2(os.open(path, os.O_WRONLY), number)
-    sys.argv = [str(ROOT / "main.py"), *arguments]
-    sys.exit(main.run(arguments))
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+    sys.exit(function(*arguments))
 
 
-def run_main(arguments, cwd, timeout=300):
-    """``python main.py ARGUMENTS`` in ``cwd``, on one thread; returns a ``subprocess.CompletedProcess``."""
-    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        process = SERVER.Process(target=_main, args=(arguments, str(cwd), {1: out.name, 2: err.name}))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            raise subprocess.TimeoutExpired(arguments, timeout)
-        return subprocess.CompletedProcess(arguments, process.exitcode, out.read(), err.read())
+class Started:
+    """``function(*arguments)`` in ``processes`` that find each other as those of torchrun do.
+
+    With what tests use of ``subprocess.Popen``. ``returncode`` is the largest of what the function returned
+    in each process; what they all write is one text.
+    """
+
+    def __init__(self, function, *arguments, processes=1):
+        self.arguments, self.returncode = arguments, None
+        self.folder = tempfile.TemporaryDirectory()
+        self.streams = {1: f"{self.folder.name}/out", 2: f"{self.folder.name}/err"}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        self.processes = []
+        for rank in map(str, range(processes)):
+            group = place | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes)}
+            environment = group if processes > 1 else {}
+            self.processes.append(
+                SERVER.Process(target=_call, args=(function, arguments, environment, self.streams))
+            )
+            self.processes[-1].start()
+        self.pid = self.processes[0].pid
+
+    def poll(self):
+        codes = [process.exitcode for process in self.processes]
+        self.returncode = None if None in codes else max(codes)
+        return self.returncode
+
+    def send_signal(self, number):
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout=500):
+        """The standard output and error, once all have ended."""
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+        if self.poll() is None:
+            self.kill()
+            raise subprocess.TimeoutExpired(self.arguments, timeout)
+        return [Path(path).read_text() for path in self.streams.values()]
+
+
+def run(function, *arguments, processes=1):
+    """``Started`` to its end, as a ``subprocess.CompletedProcess``."""
+    started = Started(function, *arguments, processes=processes)
+    said = started.communicate()
+    return subprocess.CompletedProcess(arguments, started.returncode, *said)
+
+
+def script(name, arguments, cwd):
+    """What ``python NAME.py ARGUMENTS`` does in ``cwd``; returns its status."""
+    os.chdir(cwd)
+    sys.argv = [str(ROOT / f"{name}.py"), *arguments]
+    return importlib.import_module(name).run(arguments)
+
+
+def run_main(arguments, cwd, processes=1):
+    """``python main.py ARGUMENTS`` in ``cwd``, on one thread a process."""
+    return run(script, "main", [str(argument) for argument in arguments], str(cwd), processes=processes)

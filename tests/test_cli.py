@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
-from forked import run_main
 from PIL import Image
 from test_data import write_cifar, write_stl10, write_svhn
 
@@ -27,16 +27,18 @@ ROOT = Path(main.__file__).parent
 TINY = (
     "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --mu 2 --nesterov "
     "--teacher-lr 0.02 --student-lr 0.02 --warmup-steps 2 --uda-steps 4 --label-smoothing 0.1 --device cpu "
-    "--student-dropout 0.3 --teacher-dropout 0.3 --finetune-epochs 2 --workers 0"
+    "--student-dropout 0.3 --teacher-dropout 0.3 --finetune-epochs 2 --workers 0 --no-pictures"
 ).split()
 RUN = [*TINY, *"--total-steps 24 --eval-step 6 --pseudo-label sample --name run".split()]
 RUN += "--weak-pass ema --pseudo-label-view strong".split()
-MOONS = "--dataset twomoons --num-labeled 6 --batch-size 6 --mu 4 --device cpu --finetune-epochs 0".split()
+MOONS = (
+    "--dataset twomoons --num-labeled 6 --batch-size 6 --mu 4 --device cpu --finetune-epochs 0 --no-pictures"
+).split()
 
 
 def run(*arguments, cwd, check=True):
     """Run main.py in ``cwd``."""
-    done = run_main([str(argument) for argument in arguments], cwd)
+    done = forked.run_main(arguments, cwd)
     if check:
         assert done.returncode == 0, done.stderr
     return done
@@ -66,7 +68,7 @@ def assert_same_checkpoint(a, b):
 def unbroken(tmp_path_factory):
     """A finished run of 24 steps, all that is random switched on."""
     folder = tmp_path_factory.mktemp("unbroken")
-    done = run(*RUN, cwd=folder)
+    done = run(*RUN, "--pictures", cwd=folder)
     return folder, done
 
 
@@ -124,15 +126,14 @@ def test_finetune_alone(unbroken, tmp_path):
 def test_killed_and_resumed_is_bit_identical(unbroken, tmp_path):
     """SIGKILL between two checkpoints; the resumed run ends with the tensors of the unbroken one."""
     folder, _ = unbroken
-    program = [sys.executable, str(ROOT / "main.py"), *RUN]
-    process = subprocess.Popen(program, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = forked.Started(forked.script, "main", RUN, str(tmp_path))
     metrics = tmp_path / "results" / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.communicate()
     step = checkpoint(tmp_path, "run_last")["step"]
     assert 0 < step < 24, "the run was not killed half-way"
     run(*RUN, "--resume", "checkpoint/run_last.pth.tar", cwd=tmp_path)
@@ -403,7 +404,8 @@ def test_imagenet_recipe_in_two_processes(tmp_path):
     photographs(tmp_path / "imagenet", ("train", "val"), sizes)
     tiny = "--resize 64 --model wrn-10-1 --workers 1 --batch-size 2 --accumulate 2 --mu 2 --total-steps 2"
     rest = (
-        "--eval-step 2 --warmup-steps 1 --student-wait-steps 0 --uda-steps 1 --finetune-epochs 1 --device cpu"
+        "--eval-step 2 --warmup-steps 1 --student-wait-steps 0 --uda-steps 1 --finetune-epochs 1 "
+        "--no-pictures --device cpu"
     )
     flags = [*tiny.split(), *rest.split(), "--data-path", tmp_path / "imagenet"]
     done = script("run_imagenet.sh", *flags, cwd=tmp_path, GPUS="2")
@@ -427,6 +429,7 @@ def test_folder_recipe_on_large_photographs(tmp_path):
         "cpu",
         "--finetune-epochs",
         1,
+        "--no-pictures",
         "--data-path",
         tmp_path / "mine",
     ]
@@ -455,7 +458,7 @@ def test_the_benchmark_of_methods_goes_on(tmp_path):
 
     def call():
         flags = {"cwd": tmp_path, "SEEDS": "3", "STEPS": "9"} | environment
-        return start("benchmark_methods.sh", "--device", "cpu", **flags)
+        return start("benchmark_methods.sh", "--device", "cpu", "--no-pictures", **flags)
 
     def finished():
         return [name for name in names if (results / name / "finished").exists()]
@@ -489,7 +492,8 @@ def test_the_benchmark_of_methods_goes_on(tmp_path):
 
 ROUNDS = (
     "--rounds 1 --name ns --dataset twomoons --num-labeled 6 --model mlp-2-8-8-2 --batch-size 6 --mu 4 "
-    "--total-steps 300 --eval-step 100 --warmup-steps 10 --finetune-epochs 100 --device cpu"
+    "--total-steps 300 --eval-step 100 --warmup-steps 10 --finetune-epochs 100 --no-pictures "
+    "--device cpu"
 ).split()
 
 
@@ -569,7 +573,7 @@ def test_imagenet_finetunes_with_the_published_batch():
 
 TINY_RECIPE = (
     "--total-steps 2 --eval-step 2 --batch-size 2 --mu 2 --warmup-steps 1 --student-wait-steps 0 "
-    "--finetune-epochs 1 --uda-steps 1 --num-labeled 10 --device cpu"
+    "--finetune-epochs 1 --uda-steps 1 --num-labeled 10 --no-pictures --device cpu"
 ).split()
 
 

@@ -1,24 +1,12 @@
-"""Two processes with half the batch each against one process with the whole (torchrun, gloo)."""
+"""Two processes with half the batch each against one process with the whole (gloo)."""
 
-import subprocess
-import sys
-from pathlib import Path
-
+import distributed_worker
+import forked
 import pytest
 import torch
-from distributed_worker import CASES, LOCAL, MPL, STEPS, run
+from distributed_worker import CASES, LOCAL, MPL, STEPS
 
 from models import build_model
-
-ROOT = Path(__file__).resolve().parents[1]
-LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-
-
-def torchrun(*command, **options):
-    """The command in two processes that find each other on this machine."""
-    return subprocess.run(
-        [*LAUNCH, *map(str, command)], capture_output=True, text=True, timeout=500, **options
-    )
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +17,9 @@ def runs(tmp_path_factory):
     for network, model in (("mlp", "mlp-2-16-3"), ("sync-bn", "wrn-10-1")):
         state = build_model(model, 3, image_size=8).state_dict()
         torch.save({"student_state_dict": state}, folder / f"{network}.pt")
-    result = torchrun(ROOT / "tests/distributed_worker.py", folder)
-    assert result.returncode == 0, result.stderr
-    alone = run(str(folder))
+    pair = forked.run(distributed_worker.save, str(folder), processes=2)
+    assert pair.returncode == 0, pair.stderr
+    alone = distributed_worker.run(str(folder))
     return alone, [torch.load(folder / f"2-{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

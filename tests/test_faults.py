@@ -14,20 +14,22 @@ import time
 import zipfile
 from pathlib import Path
 
+import forked
+import kill_worker
 import numpy as np
 import pytest
 import torch
 from conftest import teacher_file
 from PIL import Image
 from test_cli import assert_same_checkpoint
-from test_distributed import LAUNCH, torchrun
 
 import main
 
 ROOT = Path(main.__file__).parent
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TINY = (
     "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --mu 2 --device cpu "
-    "--total-steps 4 --eval-step 2 --finetune-epochs 0 --workers 0 --name run"
+    "--total-steps 4 --eval-step 2 --finetune-epochs 0 --workers 0 --no-pictures --name run"
 ).split()
 
 
@@ -305,15 +307,14 @@ def load(path):
 @pytest.mark.parametrize(
     ("kills", "flags"),
     [
-        ("6", ()),
-        ("3", ("--method", "semimeta", "--mixup-alpha", "0.5")),
-        ("3", ("--method", "reduced-mpl", "--teacher-checkpoint", teacher_file("wrn-10-1", 10, 8))),
+        (6, ()),
+        (3, ("--method", "semimeta", "--mixup-alpha", "0.5")),
+        (3, ("--method", "reduced-mpl", "--teacher-checkpoint", teacher_file("wrn-10-1", 10, 8))),
     ],
 )
 def test_killed_at_random_moments(tmp_path, kills, flags):
     """Every checkpoint is readable at any moment, and the run ends as an unbroken one, bit for bit."""
-    worker = [sys.executable, ROOT / "tests/kill_worker.py", tmp_path, kills, *flags]
-    done = subprocess.run(worker, capture_output=True, text=True, timeout=800)
+    done = forked.run(kill_worker.run, str(tmp_path), kills, *flags)
     assert done.returncode == 0, done.stderr
     assert f"{kills} kills" in done.stdout
     finished = sorted(tmp_path.glob("broken-*/checkpoint/run_last.pth.tar"))
@@ -349,11 +350,11 @@ def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
     flags = [*TINY, "--eval-step", "4", "--resume", "auto"]
     (tmp_path / "whole").mkdir()
     (tmp_path / "broken").mkdir()
-    whole = torchrun(ROOT / "main.py", *flags, "--total-steps", "24", cwd=tmp_path / "whole")
+    whole = forked.run_main([*flags, "--total-steps", "24"], tmp_path / "whole", processes=2)
     assert whole.returncode == 0, whole.stderr
     with open(tmp_path / "log.txt", "w") as log:
         process = subprocess.Popen(
-            [*LAUNCH, "--max-restarts", "2", ROOT / "main.py", *flags, "--total-steps", "24"],
+            [*TORCHRUN, "--max-restarts", "2", ROOT / "main.py", *flags, "--total-steps", "24"],
             cwd=tmp_path / "broken",
             stderr=log,
         )
@@ -379,7 +380,7 @@ def test_two_processes_stop_together(tmp_path):
     flags = [*folder_flags(tmp_path / "own"), "--resize", "70", "--workers", "1", "--num-val", "2"]
     photographs(tmp_path / "own", (70, 70))
     flags += ["--name", "run", "--batch-size", "2", "--resume", "auto"]
-    command = [*LAUNCH, ROOT / "main.py", *TINY, *flags]
+    command = [*TORCHRUN, ROOT / "main.py", *TINY, *flags]
     with open(tmp_path / "log.txt", "w") as log:
         process = subprocess.Popen(
             [*command, "--total-steps", "100000"],
@@ -399,7 +400,7 @@ def test_two_processes_stop_together(tmp_path):
     assert log.count("stopped after step") == 1, log
     step = load(last)["step"]
     flags = [*flags, "--total-steps", str(step + 2), "--eval-step", "1", "--finetune-epochs", "1"]
-    done = torchrun(ROOT / "main.py", *TINY, *flags, cwd=tmp_path)
+    done = forked.run_main([*TINY, *flags], tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "results/run/summary.json").read_text())
     assert summary["steps"] == step + 2 and summary["selection"] == "val"

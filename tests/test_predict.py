@@ -30,7 +30,8 @@ ROOT = Path(main.__file__).parent
 COLUMNS = ["image", "class", "probability", "class_2", "probability_2"]
 FOLDER = (
     "--dataset folder --data-path mine --num-labeled 12 --model wrn-10-1 --batch-size 6 --device cpu "
-    "--workers 0 --finetune-epochs 0 --method supervised --student-lr 0.1 --nesterov"
+    "--workers 0 --finetune-epochs 0 --method supervised --student-lr 0.1 --nesterov "
+    "--no-pictures"
 ).split()
 
 

@@ -40,7 +40,7 @@ def trained(tmp_path_factory):
         for number in range(10):
             image = Image.fromarray(random.randint(0, 256, (9, 8, 3), dtype=np.uint8))
             image.save(Path("mine", name, f'{number}" onload="x.png'))
-    plain = ["--finetune-epochs", "0", "--device", "cpu", "--workers", "0"]
+    plain = ["--finetune-epochs", "0", "--device", "cpu", "--workers", "0", "--no-pictures"]
     try:
         main.main(["--name", "run", "--dataset", "folder", "--data-path", "mine", *STEPS.split(), *plain])
         main.main(["--evaluate", "--resume", "checkpoint/run_last.pth.tar", "--device", "cpu"])

@@ -30,12 +30,12 @@ from runtime import Runtime, UserError
 DIGITS = (
     "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --device cpu --workers 0 "
     "--student-dropout 0.3 --total-steps 8 --eval-step 4 --finetune-epochs 30 --finetune-batch-size 2 "
-    "--finetune-lr 0.01 --amp --channels-last --name run"
+    "--finetune-lr 0.01 --amp --channels-last --no-pictures --name run"
 ).split()
 MPL = [*DIGITS, *"--mu 2 --align 0.2 --teacher-dropout 0.3 --pseudo-label sample".split()]
 FOLDER = (
     "--dataset folder --num-labeled 6 --model wrn-10-1 --resize 12 --batch-size 6 --mu 2 --device cpu "
-    "--workers 0 --total-steps 4 --eval-step 2 --finetune-epochs 0 --method uda"
+    "--workers 0 --total-steps 4 --eval-step 2 --finetune-epochs 0 --no-pictures --method uda"
 ).split()
 
 
@@ -668,7 +668,8 @@ def test_a_finished_run_leaves_nothing_to_train_for_another_name(copied, capsys)
     assert "trained to its end, step 8" in refused(capsys, *words, "--name", "other")
     assert command(*words) == 0
     assert "--total-steps 8 is reached: nothing is left to train" in capsys.readouterr().err
-    assert command(*words, "--finetune", "--name", "tuned", "--finetune-lr", "0.1") == 0
+    assert not list(copied.rglob("*.png"))  # --no-pictures
+    assert command(*words, "--finetune", "--name", "tuned", "--finetune-lr", "0.1", "--pictures") == 0
     assert (copied / "results/tuned/confusion.png").exists()
     assert counted("results/tuned") == summary("tuned")["finetune_top1"] != summary("tuned")["top1"]
     assert command("--resume", "auto", "--name", "tuned") == 0  # has been finetuned alone
@@ -802,7 +803,7 @@ def test_the_result_comes_before_the_pictures_and_survives_them(here, monkeypatc
         raise ValueError("no ink")
 
     monkeypatch.setattr(visualize, "finished_run", broken)
-    assert command(*DIGITS, "--method", "supervised", "--finetune-epochs", "0") == 0
+    assert command(*DIGITS, "--method", "supervised", "--finetune-epochs", "0", "--pictures") == 0
     done = capsys.readouterr()
     assert "could not be drawn: no ink" in done.err and done.out.splitlines()[-1].startswith("top-1 ")
 
@@ -816,7 +817,7 @@ def test_ctrl_c_is_one_line_and_130(place, here, monkeypatch, capsys):
         monkeypatch.setattr(visualize, "finished_run", pressed)
     else:
         monkeypatch.setattr(main, place, pressed)
-    assert command(*DIGITS, "--method", "supervised", "--finetune-epochs", "0") == 130
+    assert command(*DIGITS, "--method", "supervised", "--finetune-epochs", "0", "--pictures") == 130
     assert capsys.readouterr().err.splitlines()[-1] == "main.py: interrupted"
 
 

@@ -7,14 +7,14 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import optuna
 import pytest
 from optuna.trial import TrialState
-from test_run_state import ROOT, everything
+from test_run_state import everything
 
 import main
 import tune
@@ -22,7 +22,7 @@ from runtime import UserError
 
 FLAGS = (
     "--dataset twomoons --num-labeled 6 --num-val 100 --batch-size 6 --mu 4 --device cpu --workers 0 "
-    "--total-steps 60 --eval-step 20 --student-lr 0.2"
+    "--total-steps 60 --eval-step 20 --student-lr 0.2 --no-pictures"
 ).split()
 SEARCHES = [
     *("--search", "temperature=0.3:3", "--search", "lambda-u=0.1:20:log"),
@@ -33,9 +33,7 @@ WORDS = [*SEARCHES, "--study", "study", *FLAGS]
 
 def start(folder, *words):
     """tune.py in its own process."""
-    command = [sys.executable, ROOT / "tune.py", *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, **pipes)
+    return forked.Started(forked.script, "tune", words, str(folder))
 
 
 def trials_of(folder, name="study"):
