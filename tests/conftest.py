@@ -43,5 +43,5 @@ def same_random_numbers():
 
 def pytest_collection_modifyitems(items):
     """The files that take longest first: two processes share the files, and end at about the same time."""
-    longest = ("test_xla.py", "test_faults.py", "test_cli.py")
+    longest = [f"test_{name}.py" for name in ("xla", "faults", "cli", "run_state", "tune", "methods")]
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

@@ -416,7 +416,7 @@ def test_imagenet_recipe_in_two_processes(tmp_path):
 
 def test_folder_recipe_on_large_photographs(tmp_path):
     photographs(tmp_path / "mine", ("train", "test"), [(300, 400)] * 4 + [(150, 97)])
-    flags = "--no-pretrained --no-freeze-body --resize 64 --num-labeled 0.4 --batch-size 4 --mu 1"
+    flags = "--no-pretrained --no-freeze-body --resize 32 --num-labeled 0.4 --batch-size 4 --mu 1"
     flags = [
         *flags.split(),
         "--total-steps",
