@@ -445,7 +445,10 @@ class Runtime:
         nothing to go on with the same random numbers.
         """
         seed = int(np.random.SeedSequence((*key, self.rank)).generate_state(1)[0])
-        torch.manual_seed(seed)
+        if self.kind in ("cuda", "mps"):
+            torch.manual_seed(seed)
+        else:  # without a search for other devices, which takes longer than a small operation
+            torch.default_generator.manual_seed(seed)
         if self.kind == "xla":
             self.xla.manual_seed(seed)
 

@@ -29,7 +29,7 @@ from runtime import Runtime, UserError
 
 DIGITS = (
     "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --device cpu --workers 0 "
-    "--student-dropout 0.3 --total-steps 8 --eval-step 4 --finetune-epochs 30 --finetune-batch-size 2 "
+    "--student-dropout 0.3 --total-steps 8 --eval-step 4 --finetune-epochs 8 --finetune-batch-size 2 "
     "--finetune-lr 0.01 --amp --channels-last --no-pictures --name run"
 ).split()
 MPL = [*DIGITS, *"--mu 2 --align 0.2 --teacher-dropout 0.3 --pseudo-label sample".split()]
@@ -763,7 +763,7 @@ def test_an_interrupted_finetuning_is_continued(trained, here):
     shutil.copytree("checkpoint", copies)
     assert command("--resume", "checkpoint/run_finetune_last.pth.tar") == 0
     again = load("checkpoint/run_finetune_last.pth.tar")
-    assert again["finetune_step"] == whole["finetune_step"] == 150
+    assert again["finetune_step"] == whole["finetune_step"] == 40
     assert_same_networks(again["avg_state_dict"], whole["avg_state_dict"])
     assert summary("run")["finetune_top1"] == whole["finetune_top1"]
     lines = [line for line in metrics("run") if "finetune_top1" in line]
@@ -866,7 +866,7 @@ def test_a_line_a_minute_without_a_terminal(here, monkeypatch, capsys):
     assert command(*DIGITS, "--method", "supervised", "--log-step", "2") == 0
     said = capsys.readouterr().err.splitlines()
     assert any(line.startswith("run  3/8  ") and "left" in line and "loss" in line for line in said)
-    assert any(line.startswith("run, finetuning  20/150  ") for line in said)
+    assert any(line.startswith("run, finetuning  20/40  ") for line in said)
 
 
 def test_what_is_said_of_a_folder(here, capsys):
