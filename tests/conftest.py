@@ -10,9 +10,8 @@ import tempfile
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
 
-from models import build_model
+# PyTorch is imported where it is needed: the process that hands out the tests does not need it
 
 TEACHERS = tempfile.TemporaryDirectory()  # checkpoints of fixed teachers, removed when the tests end
 
@@ -20,6 +19,10 @@ TEACHERS = tempfile.TemporaryDirectory()  # checkpoints of fixed teachers, remov
 @functools.cache
 def teacher_file(model, num_classes, image_size):
     """The path of a checkpoint that can be given as ``--teacher-checkpoint``: a network as it starts."""
+    import torch
+
+    from models import build_model
+
     path = os.path.join(TEACHERS.name, f"{model}-{num_classes}-{image_size}.pt")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -38,6 +41,8 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     """A test's random numbers do not depend on the tests before it."""
+    import torch
+
     torch.manual_seed(0)
 
 

@@ -497,11 +497,22 @@ ROUNDS = (
 ).split()
 
 
+def noisy_student_rounds(flags, cwd, then=":"):
+    """The words behind main.py in every round, as the shell hands them to it; ``then``: what it would do."""
+    stand_in = f'python() {{ printf "%s " "${{@:2}}"; echo; {then}; }}; . "$0"'
+    command = ["bash", "-c", stand_in, ROOT / "run_noisy_student.sh", *flags]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=True).stdout
+    return [line.split() for line in told.splitlines()]
+
+
 def test_noisy_student_goes_on_wherever_it_was_killed(tmp_path):
     """In a round's finetuning and in the next round: it ends as if nothing had happened."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
-    script("run_noisy_student.sh", *ROUNDS, cwd=whole)
+    (tmp_path / "checkpoint").mkdir()
+    leave = 'touch "$folder/$name-${round}_finetune_best.pth.tar"'
+    for words in noisy_student_rounds(ROUNDS, tmp_path, then=leave):
+        assert forked.run_main(words, whole).returncode == 0
     for killed_at in ("ns-0_finetune_last", "ns-1_last"):
         process = start("run_noisy_student.sh", *ROUNDS, cwd=broken)
         deadline = time.monotonic() + 200
@@ -524,17 +535,19 @@ def test_noisy_student_goes_on_wherever_it_was_killed(tmp_path):
 def test_the_rounds_of_noisy_student(tmp_path):
     """The student of a round is the teacher of the next; flags, a folder among them, reach every round."""
     flags = "--rounds 2 --student-model wrn-28-4 --save-path there --seed 7 --mu 2".split()
-    stand_in = 'python() { printf "%s " "${@:2}"; echo; }; . "$0"'
-    command = ["bash", "-c", stand_in, ROOT / "run_noisy_student.sh", *flags]
-    told = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
-    rounds = [main.parse_arguments(line.split()) for line in told.replace("--resume auto", "").splitlines()]
+    told = noisy_student_rounds(flags, tmp_path)
+    for words in told:
+        place = words.index("--resume")
+        assert words[place + 1] == "auto"
+        del words[place : place + 2]
+    rounds = [main.parse_arguments(words) for words in told]
     there = os.path.abspath("there")
     assert [args.name for args in rounds] == [f"noisy-student-{number}" for number in range(3)]
     assert [args.method for args in rounds] == ["supervised", "pseudo-label", "pseudo-label"]
     teachers = [None, *(f"{there}/noisy-student-{number}_best.pth.tar" for number in (0, 1))]
     assert [args.teacher_checkpoint for args in rounds] == teachers
     assert {(args.seed, args.save_path) for args in rounds} == {(7, there)}
-    assert told.count("--resume auto") == 3 and rounds[2].student_model == "wrn-28-4"
+    assert rounds[2].student_model == "wrn-28-4"
 
 
 @pytest.mark.parametrize("flags", (["--rounds", "two"], ["--rounds"]))
