@@ -252,7 +252,12 @@ def parameter_groups(network, weight_decay, body_scale=1.0):
 
 def sgd(network, rate, momentum, nesterov, weight_decay, body_scale=1.0):
     groups = parameter_groups(network, weight_decay, body_scale)
-    return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov and momentum > 0)
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov and momentum > 0)
+    if momentum:  # what the first step would make of its gradient: all steps are the same operations
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 class RMSProp(torch.optim.Optimizer):

@@ -306,6 +306,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
         content |= {"step": step + 1, "args": vars(args), "data": record_of_data}
         commands.save(args, runtime, log, content, kinds)
 
+    runtime.finish_step()  # on XLA the set-up is no part of the first step
     for step in range(args.start_step, args.total_steps):
         # a batch, its views, a step of the method
         batch = next(loader)
@@ -443,6 +444,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
         loss = F.cross_entropy(learner(images), targets)
         return loss, {"finetune_loss": loss}
 
+    runtime.finish_step()
     for step in range(done, steps):
         batch = next(loader)
         runtime.seed(args.seed + 1, step)

@@ -207,6 +207,8 @@ class Runtime:
     def _start_xla(self):
         if self.world_size > 1:
             raise UserError("--device xla is one process per host, started without torchrun")
+        # a number that happens to be 0 or 1 is otherwise part of the graph, which is compiled anew for it
+        os.environ.setdefault("XLA_NO_SPECIAL_SCALARS", "1")
         try:
             import torch_xla
             import torch_xla.distributed.spmd as spmd
@@ -265,7 +267,9 @@ class Runtime:
         elif self.kind == "xla":
             network = with_norms(network, XLABatchNorm)
         memory_format = torch.channels_last if self.channels_last else torch.preserve_format
-        return network.to(self.device, memory_format=memory_format)
+        network = network.to(self.device, memory_format=memory_format)
+        self.replicate(network.state_dict().values())
+        return network
 
     def parallel(self, network):
         """What to call for a training pass through a placed network, so that ``backward`` averages the
@@ -301,12 +305,17 @@ class Runtime:
                     self.spmd.mark_sharding(tensor, self.mesh, ("data", *[None] * (tensor.ndim - 1)))
         return tensors
 
+    def replicate(self, tensors):
+        """XLA: tell of each tensor what holds after a step anyway, that each device has the whole of it."""
+        if self.kind == "xla":
+            for tensor in tensors:
+                self.spmd.mark_sharding(tensor, self.mesh, (None,) * tensor.ndim)
+
     def scalar(self, value):
         """A number that changes from step to step, for arithmetic with tensors.
 
-        On XLA a tensor, made of one with a dimension: numbers become constants of a graph there if they are 0
-        or 1, and share one input if they are equal, so that another graph would have to be compiled for such
-        steps.
+        On XLA a tensor: numbers that are equal share one input of a graph there, so that another one would
+        have to be compiled for such steps.
         """
         return torch.tensor([value]).to(self.device)[0] if self.kind == "xla" else value
 
@@ -314,6 +323,16 @@ class Runtime:
         """The end of a step or of a batch of evaluation. XLA now compiles and runs what was recorded."""
         if self.kind == "xla":
             self.xla.sync()
+
+    def zeros(self, *shape):
+        """Float32 zeros on the device.
+
+        On XLA they are data, whereas ``torch.zeros`` is an operation of the next graph, which would be
+        another one than that of a later step.
+        """
+        zeros = torch.zeros(shape, device="cpu" if self.kind == "xla" else self.device).to(self.device)
+        self.replicate([zeros])
+        return zeros
 
     def wait(self):
         """Until the device has done all that it was asked to: for measuring time."""

@@ -174,8 +174,8 @@ class Meters:
         values = torch.stack([value.detach().float() for value in scalars.values()])
         if self.names is None:
             self.names, self.first_step = list(scalars), step
-            self.mean, self.squares, self.bad = (torch.zeros_like(values) for _ in range(3))
-            self.count = torch.zeros_like(values[0])
+            self.mean, self.squares, self.bad = (self.runtime.zeros(len(values)) for _ in range(3))
+            self.count = self.runtime.zeros()
         self.count += 1
         first_bad = ~torch.isfinite(values) & (self.bad == 0)
         self.bad = torch.where(first_bad, self.count, self.bad)

@@ -1,6 +1,10 @@
 """What test_xla.py runs in a process of its own, on the XLA CPU client.
 
-    PJRT_DEVICE=CPU CPU_NUM_DEVICES=2 python tests/xla_worker.py RUNS.json RESULTS.json
+    PJRT_DEVICE=CPU CPU_NUM_DEVICES=2 python tests/xla_worker.py train RUNS.json RESULTS.json
+    PJRT_DEVICE=CPU CPU_NUM_DEVICES=1 python tests/xla_worker.py call COMMANDS.json RESULTS.json
+
+COMMANDS.json holds the flags of main.py for one run after the other. RESULTS.json, for each run: the number
+of compilations after the set-up and after every step and batch.
 
 RUNS.json holds the flags of each run by its name. Every run trains on digits for some steps. The method is
 given views made on the host, so that devices can be compared; on XLA the same views are made there too, with
@@ -23,6 +27,7 @@ from data import load_dataset
 from loader import TrainLoader
 from methods import METHODS
 from runtime import Runtime
+from utils import Meters
 
 
 def train(device, flags, folder):
@@ -34,7 +39,9 @@ def train(device, flags, folder):
     method = METHODS[args.method](args, dataset.num_classes, dataset.size, runtime)
     method.prepare(dataset, device_views, folder)
     loader = TrainLoader(dataset, args.batch_size, args.mu, args.seed, host)
+    meters = Meters(runtime, "")
     losses, compilations, differing, views = [], [], [], None
+    runtime.finish_step()
     if device == "xla":
         import torch_xla
         from torch_xla.debug import metrics
@@ -48,6 +55,7 @@ def train(device, flags, folder):
         views = Views(*(None if tensor is None else tensor.to(runtime.device) for tensor in drawn[:4]))
         views = runtime.shard(views)._replace(indices=batch.indices_u.to(runtime.device))
         losses.append(method.step(views, step, batch.targets_u.to(runtime.device)))
+        meters.update(losses[-1], step)
         if device == "xla":
             loader.generator.set_state(before)
             images_l, targets, images_u = (tensor.to(runtime.device) for tensor in batch[:3])
@@ -58,6 +66,8 @@ def train(device, flags, folder):
         runtime.finish_step()
         if device == "xla":
             compilations.append(metrics.metric_data("CompileTime")[0])
+        if step == 2:  # as where a line is written
+            meters.reset()
     result = {"compilations": compilations}
     if device == "xla":
         names = [name for name in metrics.counter_names() if name.startswith("aten::")]
@@ -69,7 +79,25 @@ def train(device, flags, folder):
     return result
 
 
+def call(flags):
+    compilations = []
+
+    class Counting(Runtime):
+        def finish_step(self):
+            from torch_xla.debug import metrics  # not before the runtime imports it
+
+            super().finish_step()
+            compilations.append((metrics.metric_data("CompileTime") or [0])[0])
+
+    main.Runtime = Counting
+    assert main.run(flags) == 0
+    return compilations
+
+
 if __name__ == "__main__":
-    runs, path = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    results = {name: train("xla", flags, str(path.with_name(name))) for name, flags in runs.items()}
+    given, path = json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
+    if sys.argv[1] == "call":
+        results = [call(flags) for flags in given]
+    else:
+        results = {name: train("xla", flags, str(path.with_name(name))) for name, flags in given.items()}
     path.write_text(json.dumps(results))
