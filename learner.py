@@ -30,6 +30,8 @@ class Learner:
         self.training_network = runtime.parallel(self.network)
         self.runtime, self.rate, self.grad_clip = runtime, rate, grad_clip
         self.optimizer = optimizer(self.network)
+        if runtime.kind == "xla" and isinstance(self.optimizer, torch.optim.SGD):
+            begin_momentum(self.optimizer)
         self.scaler = runtime.grad_scaler()
         self.ema = ModelEMA(self.network, ema) if ema is not None else None
         self.compiled_ema = runtime.compile(self.ema.network) if self.ema else None
@@ -252,12 +254,17 @@ def parameter_groups(network, weight_decay, body_scale=1.0):
 
 def sgd(network, rate, momentum, nesterov, weight_decay, body_scale=1.0):
     groups = parameter_groups(network, weight_decay, body_scale)
-    optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov and momentum > 0)
-    if momentum:  # what the first step would make of its gradient: all steps are the same operations
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-    return optimizer
+    return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov and momentum > 0)
+
+
+def begin_momentum(optimizer):
+    """Give SGD its momentum as zeros, which its first step otherwise makes of the gradient.
+
+    Then the first step is the same operations as all others, and XLA need not compile it by itself.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"] if group.get("momentum") else ():
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 class RMSProp(torch.optim.Optimizer):
