@@ -71,7 +71,7 @@ def prepared(folder, *words, searches, values):
     distributions = {name: search.distribution for name, search in space.items()}
     for value in values:
         trial = tuning.study.ask(distributions)
-        trial.report(value, 500)
+        trial.report(value, 100)
         tuning.study.tell(trial, value)
     return tuning
 
@@ -189,7 +189,7 @@ def child(process):
 
 def test_stopped_and_killed(tmp_path):
     """In the first trial Ctrl-C, then the search alone is killed; in the second one the run alone."""
-    words = ["--trials", "2", *WORDS, "--total-steps", "1000", "--eval-step", "100"]
+    words = ["--trials", "2", *WORDS, "--total-steps", "500", "--eval-step", "50"]
     log = tmp_path / "results/study/trial-0000.log"
     saved = [tmp_path / f"checkpoint/study-trial-000{number}_last.pth.tar" for number in range(2)]
     search = start(tmp_path, *words)
@@ -236,7 +236,7 @@ def test_a_trial_is_taken_up_when_its_last_process_has_ended(here):
 
 def test_a_bad_trial_is_pruned_and_a_refused_one_fails(here, capsys):
     """Five trials with more than 100 % are the median that the sixth stays below."""
-    words = "--total-steps 2000 --eval-step 100 --accumulate 2".split()
+    words = "--total-steps 400 --eval-step 20 --accumulate 2".split()
     tuning = prepared(here, *words, searches=["batch-size=6,9"], values=[101.0] * 5)
     tuning.study.enqueue_trial({"batch_size": "6"})
     tuning.study.enqueue_trial({"batch_size": "9"})
@@ -244,8 +244,8 @@ def test_a_bad_trial_is_pruned_and_a_refused_one_fails(here, capsys):
     assert tune.run(["--trials", "7", *command]) == 0
     said = capsys.readouterr().err
     *_, pruned, failed = trials_of(here)
-    assert pruned.state == TrialState.PRUNED and list(pruned.intermediate_values) == [100, 200, 300, 400, 500]
-    assert "trial 5: pruned after step 500" in said
+    assert pruned.state == TrialState.PRUNED and list(pruned.intermediate_values) == [20, 40, 60, 80, 100]
+    assert "trial 5: pruned after step 100" in said
     assert failed.state == TrialState.FAIL
     assert "trial 6: failed with status 2: main.py: --batch-size 9 cannot be taken" in said
 

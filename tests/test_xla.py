@@ -109,7 +109,7 @@ def test_the_digits_recipe_trains_saves_resumes_and_evaluates(tmp_path, monkeypa
     """The recipe's own flags, small steps; its checkpoint goes on and is evaluated, on the CPU too."""
     monkeypatch.chdir(tmp_path)
     recipe = (ROOT / "run_digits.sh").read_text().split("main.py", 1)[1]
-    small = "--eval-step 3 --batch-size 4 --resize 4 --no-pictures".split()
+    small = "--model wrn-10-1 --eval-step 3 --batch-size 4 --resize 4 --no-pictures".split()
     train = [*recipe.replace("\\\n", " ").replace('"$@"', "").split(), *small]
 
     def summary(name):
