@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import functools
+import gc
 import os
 import shutil
 import sysconfig
@@ -44,6 +45,12 @@ def same_random_numbers():
     import torch
 
     torch.manual_seed(0)
+
+
+def pytest_collection_finish():
+    """What has been imported is no garbage: it is not searched again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,7 @@ A process that starts as ``python main.py`` spends seconds on importing PyTorch;
 (signals at the start, scripts, the import itself, torchrun's restarts) start it so.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ SERVER.set_forkserver_preload(
 
 
 def _call(function, arguments, environment, outputs):
+    gc.freeze()
     os.environ.update(environment)
     for number, path in outputs.items():
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
