@@ -71,7 +71,7 @@ def prepared(folder, *words, searches, values):
     distributions = {name: search.distribution for name, search in space.items()}
     for value in values:
         trial = tuning.study.ask(distributions)
-        trial.report(value, 100)
+        trial.report(value, 500)
         tuning.study.tell(trial, value)
     return tuning
 
@@ -236,7 +236,7 @@ def test_a_trial_is_taken_up_when_its_last_process_has_ended(here):
 
 def test_a_bad_trial_is_pruned_and_a_refused_one_fails(here, capsys):
     """Five trials with more than 100 % are the median that the sixth stays below."""
-    words = "--total-steps 400 --eval-step 20 --accumulate 2".split()
+    words = "--total-steps 2000 --eval-step 100 --accumulate 2".split()
     tuning = prepared(here, *words, searches=["batch-size=6,9"], values=[101.0] * 5)
     tuning.study.enqueue_trial({"batch_size": "6"})
     tuning.study.enqueue_trial({"batch_size": "9"})
@@ -244,8 +244,8 @@ def test_a_bad_trial_is_pruned_and_a_refused_one_fails(here, capsys):
     assert tune.run(["--trials", "7", *command]) == 0
     said = capsys.readouterr().err
     *_, pruned, failed = trials_of(here)
-    assert pruned.state == TrialState.PRUNED and list(pruned.intermediate_values) == [20, 40, 60, 80, 100]
-    assert "trial 5: pruned after step 100" in said
+    assert pruned.state == TrialState.PRUNED and list(pruned.intermediate_values) == [100, 200, 300, 400, 500]
+    assert "trial 5: pruned after step 500" in said
     assert failed.state == TrialState.FAIL
     assert "trial 6: failed with status 2: main.py: --batch-size 9 cannot be taken" in said
 
