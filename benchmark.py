@@ -284,6 +284,7 @@ def runtime_of(options):
         options.amp_dtype,
         channels_last=options.channels_last,
         compiled=options.compile,
+        graphed=options.cuda_graph,
     )
 
 
@@ -333,12 +334,14 @@ class WatchedStep:
     """A training step, from the draw of its images to the meters, that knows at any moment its phase.
 
     A phase within another one interrupts it: ``teacher backward`` is without the forward passes and the
-    losses that the learner evaluates on the way. Marks are around compiled networks, never inside.
+    losses that the learner evaluates on the way. Marks are around compiled networks, never inside. In a CUDA
+    graph they are events of the graph, recorded anew by every replay.
     """
 
     def __init__(self, args):
         torch.set_num_threads(args.threads)
         self.loader, self.views, self.method, self.runtime = training_step(args)
+        self.take = self.runtime.graph(self._take, self.loader.generator)
         self.meters = Meters(self.runtime, "")
         self.number = 0
         self.running = ["rest"]  # the phases that are not over, the innermost one last
@@ -388,13 +391,16 @@ class WatchedStep:
     def __call__(self):
         with self.phase("drawing"):
             batch = next(self.loader)
-        with self.phase("views"):
-            views = self.views(batch.images_l, batch.targets, batch.images_u, self.loader.generator)
-        with self.phase("labels and losses"):
-            scalars = self.method.step(views, self.number, batch.targets_u)
+        scalars = self.take(batch, self.number)
         with self.phase("metering"):
             self.meters.update(scalars, self.number)
         self.number += 1
+
+    def _take(self, batch, number):
+        with self.phase("views"):
+            views = self.views(batch.images_l, batch.targets, batch.images_u, self.loader.generator)
+        with self.phase("labels and losses"):
+            return self.method.step(views, number, batch.targets_u)
 
     def amounts(self, read, difference, steps=1):
         """Take steps, one after the other without a wait; for each, {phase: how much of a quantity it took}.
@@ -414,6 +420,30 @@ class WatchedStep:
         self.runtime.wait()
         return [self._by_phase(readings, difference) for readings in records]
 
+    def graph_amounts(self, read, difference, steps):
+        """As ``amounts``, of a step captured anew with its marks; waits for the device after every step."""
+        graph = self.take = self.runtime.graph(self._take, self.loader.generator)
+        graph.warm_up, records, within = 0, [], []
+
+        def read_here():
+            return read(external=self.runtime.numbers is not None)
+
+        for _ in range(steps):
+            self.read, self.readings = read_here, []
+            self._note()
+            with self.phase("drawing"):
+                batch = next(self.loader)
+            before = len(self.readings)
+            graph(batch, self.number)
+            within = within or self.readings[before:]  # noted while it was captured
+            self.readings[before:] = within
+            self._note()
+            self.number += 1
+            self.runtime.wait()
+            records.append(self._by_phase(self.readings, difference))
+        self.read = None
+        return records
+
     @staticmethod
     def _by_phase(readings, difference):
         first = readings[0][1]
@@ -428,13 +458,18 @@ class WatchedStep:
         On CUDA the device's own clock: events in the queue of its work, between which it may also idle.
         """
 
-        def recorded():
-            event = torch.cuda.Event(enable_timing=True)
+        def recorded(external=False):
+            event = torch.cuda.Event(enable_timing=True, external=external)
             event.record()
             return event
 
-        if self.runtime.kind == "cuda":
-            records = self.amounts(recorded, lambda later, earlier: earlier.elapsed_time(later) / 1000, steps)
+        def elapsed(later, earlier):
+            return earlier.elapsed_time(later) / 1000
+
+        if self.runtime.graphed:
+            records = self.graph_amounts(recorded, elapsed, steps)
+        elif self.runtime.kind == "cuda":
+            records = self.amounts(recorded, elapsed, steps)
         else:
             records = self.amounts(time.perf_counter, operator.sub, steps)
         return sorted(records, key=lambda record: sum(record.values()))[(steps - 1) // 2]
@@ -442,10 +477,13 @@ class WatchedStep:
     def work(self):
         """{phase: [FLOP, bytes, bytes of products alone]} of one step, as ``Work`` counts them.
 
-        What a compiled step would do without being compiled.
+        What a compiled step would do without being compiled, and a replayed one when it is taken as it is.
         """
+        take, self.take = self.take, self._take
         with self.runtime.uncompiled(), Work() as work:
-            return self.amounts(work.amounts.copy, np.subtract)[0]
+            amounts = self.amounts(work.amounts.copy, np.subtract)[0]
+        self.take = take
+        return amounts
 
 
 def describe_step(args, runtime):

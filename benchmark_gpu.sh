@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What wants a CUDA device, in calls of at most ten minutes each that leave their files in $OUT (default: gpu):
-#   bash benchmark_gpu.sh check           the tests of CUDA, then a step taken apart, as it is and compiled
+#   bash benchmark_gpu.sh check           the tests of CUDA, then a step taken apart: as it is, compiled, as a CUDA graph
 #   bash benchmark_gpu.sh step            every feedback, a plain step beside it, and how the cost grows
 #   bash benchmark_gpu.sh train [FLAGS]   CIFAR-10 with 4,000 labels and the full recipe; each call goes on where the
 #                                         last one was stopped. STEPS (15000) is the length of the schedule, ROOM
@@ -9,21 +9,27 @@ set -euo pipefail
 OUT=${OUT:-gpu} STEPS=${STEPS:-15000} ROOM=${ROOM:-540} DATA=${DATA:-data/cifar10-jpg}
 mkdir -p "$OUT"
 recipe="--device cuda --model wrn-28-2 --batch-size 128 --mu 7 --amp --channels-last"
+photographs="--device cuda --model resnet50 --size 224 --batch-size 32 --mu 7 --amp --channels-last"
 ema="--weak-pass ema --feedback-view strong"
 nvidia-smi --query-gpu=name,memory.used,utilization.gpu --format=csv | tee "$OUT/gpu.csv"
+
+profile() {  # NAME FLAGS
+    python benchmark.py profile "${@:2}" --repeats 20 --json "$OUT/$1.json" | tee "$OUT/$1.txt"
+}
 
 case ${1:-check} in
 check)
     python -m pytest tests/test_cuda.py tests/test_runtime.py 2>&1 | tail -20 | tee "$OUT/tests.txt"
-    for form in "" "--compile" "--compile $ema"; do
-        name=profile$(tr -cd 'a-z' <<< "$form")
-        python benchmark.py profile $recipe $form --repeats 20 --json "$OUT/$name.json" | tee "$OUT/$name.txt"
-    done
-    python benchmark.py augment --device cuda --static | tee "$OUT/augment.txt"
+    profile eager $recipe
+    profile compiled $recipe --compile
+    profile graph $recipe --compile --cuda-graph
+    profile graph-ema $recipe --compile --cuda-graph $ema
+    profile photographs $photographs --compile --cuda-graph
     ;;
 step)
+    python benchmark.py augment --device cuda --static | tee "$OUT/augment.txt"
     python benchmark.py step $recipe --repeats 20 | tee "$OUT/step.txt"
-    python benchmark.py step --plain $recipe --compile $ema --repeats 5 --steps 20 | tee "$OUT/plain.txt"
+    python benchmark.py step --plain $recipe --compile --cuda-graph $ema --repeats 5 --steps 20 | tee "$OUT/plain.txt"
     python benchmark.py cost $recipe --repeats 10 --batches 32 64 128 256 --json "$OUT/cost.json" \
         --picture "$OUT/cost.png" | tee "$OUT/cost.txt"
     ;;
@@ -34,9 +40,11 @@ train)
     fi
     # SIGTERM saves; the next call goes on from there, bit for bit but for what CUDA adds up in another order
     timeout --signal TERM --kill-after 30 "$ROOM" bash run_cifar10.sh --name gpu-cifar10-4k --resume auto --compile \
-        --dataset folder --data-path "$DATA" --total-steps "$STEPS" --eval-step 1000 --warmup-steps $((STEPS / 60)) \
-        --student-wait-steps $((STEPS / 100)) --uda-steps $((STEPS / 60)) "${@:2}" 2>&1 | tail -40 || true
-    cp checkpoint/gpu-cifar10-4k*_last.pth.tar "$OUT/" || true
+        --cuda-graph --dataset folder --data-path "$DATA" --total-steps "$STEPS" --eval-step 1000 \
+        --warmup-steps $((STEPS / 60)) --student-wait-steps $((STEPS / 100)) --uda-steps $((STEPS / 60)) "${@:2}" \
+        2>&1 | tail -40 || true
+    # in pieces, for those who can bring back small files alone: cat PIECES > gpu-cifar10-4k_last.pth.tar
+    split -b 15m checkpoint/gpu-cifar10-4k_last.pth.tar "$OUT/gpu-cifar10-4k_last.pth.tar." || true
     cp -r results/gpu-cifar10-4k "$OUT/" || true
     python - results/gpu-cifar10-4k/metrics.jsonl << 'EOF'
 import json, sys

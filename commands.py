@@ -110,7 +110,7 @@ def arguments(parser, argv, saved=None, path=None):
     name = default_name(args) if args.name is None else args.name
     args.name = check_name(name, trains=not args.evaluate and name != before.get("name"))
     if args.evaluate:
-        args.compile = False  # nothing is trained
+        args.compile = args.cuda_graph = False  # nothing is trained
     elif saved:
         check_continuation(args, saved, given, before)
     return args
@@ -170,6 +170,8 @@ def check_arguments(args, parser, before):
         parser.error(
             "--mixup-alpha mixes labelled images in pairs: give a --batch-size of pairs in each part"
         )
+    if args.cuda_graph and (obstacle := no_graph(args)):
+        parser.error(f"--cuda-graph repeats a step as it was captured: it does not go with {obstacle}")
     pushed = args.feedback_view if args.feedback_view == "strong" else args.pseudo_label_view
     if args.method == "mpl" and args.weak_pass != "joint" and args.feedback != "none" and pushed == "weak":
         parser.error(
@@ -194,6 +196,18 @@ def check_arguments(args, parser, before):
             "--feedback exact has one",
             file=sys.stderr,
         )
+
+
+def no_graph(args):
+    """The flag that makes a step more than kernels repeated on the device (``StepGraph``), or None."""
+    obstacles = {
+        "--method reduced-mpl": args.method == "reduced-mpl",  # looks labels up on the host
+        "--mixup-alpha": args.mixup_alpha,  # drawn on the host
+        "--switch-every": args.switch_every,
+        f"--optimizer {args.optimizer}": args.optimizer != "sgd",
+        "--amp-dtype fp16": args.amp and args.amp_dtype == "fp16",
+    }
+    return next((obstacle for obstacle, present in obstacles.items() if present), None)
 
 
 def describe_run(args, runtime, dataset, method, folder, step):

@@ -41,7 +41,7 @@ class StudentStep:
     images_u: torch.Tensor  # (N, …) the images that the student learned from
     images_l: torch.Tensor  # (B, …) labelled images, which stood behind them in its pass
     targets: torch.Tensor  # (B,) int64
-    rate: float  # η, the student's learning rate in this step
+    rate: float  # η, the student's learning rate in this step; a () tensor while a step is captured
     random_state: dict | None  # of the runtime, before the student's pass: to draw the same dropout again
     label_smoothing: float = 0.0  # α: the student learned (1 − α)·q + α/K
     micro_batches: int = 1  # the batch was taken in so many parts, each normalised by itself

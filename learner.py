@@ -30,9 +30,11 @@ class Learner:
         self.training_network = runtime.parallel(self.network)
         self.runtime, self.rate, self.grad_clip = runtime, rate, grad_clip
         self.optimizer = optimizer(self.network)
-        if runtime.kind == "xla" and isinstance(self.optimizer, torch.optim.SGD):
-            begin_momentum(self.optimizer)
         self.scaler = runtime.grad_scaler()
+        if isinstance(self.optimizer, torch.optim.SGD) and (
+            runtime.kind == "xla" or self.scaler.is_enabled()
+        ):
+            begin_momentum(self.optimizer)
         self.ema = ModelEMA(self.network, ema) if ema is not None else None
         self.compiled_ema = runtime.compile(self.ema.network) if self.ema else None
         self.forward_mode = True  # False once an operation of the network had no forward derivative
@@ -124,8 +126,8 @@ class Learner:
         return dict(zip(scalars, torch.stack(rows).mean(dim=0), strict=True))
 
     def update(self, rate):
-        """One optimiser step at ``rate``, scaled for each group, on the gradients of ``backward``, then the
-        EMA."""
+        """One optimiser step at ``rate`` (``Runtime.number``), scaled for each group, on the gradients of
+        ``backward``, then the EMA."""
         if self.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
         for group in self.optimizer.param_groups:
@@ -138,7 +140,7 @@ class Learner:
     def learn(self, loss, batches, step):
         """``backward``, then ``update`` at the rate of the step; returns the means of the scalars."""
         scalars = self.backward(loss, batches)
-        self.update(self.rate(step))
+        self.update(self.runtime.number(self.rate, step))
         return scalars
 
     def sync_statistics(self):
@@ -253,17 +255,28 @@ def parameter_groups(network, weight_decay, body_scale=1.0):
 
 
 def sgd(network, rate, momentum, nesterov, weight_decay, body_scale=1.0):
+    """SGD; on CUDA one kernel for each group, which can read the rate from a tensor (``Runtime.number``)."""
     groups = parameter_groups(network, weight_decay, body_scale)
-    return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov and momentum > 0)
+    fused = next(network.parameters()).is_cuda or None
+    nesterov = nesterov and momentum > 0
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, fused=fused)
+
+    def on_this_device(optimizer):  # whatever it was on where the state was saved
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+
+    optimizer.register_load_state_dict_post_hook(on_this_device)
+    return optimizer
 
 
 def begin_momentum(optimizer):
     """Give SGD its momentum as zeros, which its first step otherwise makes of the gradient.
 
-    Then the first step is the same operations as all others, and XLA need not compile it by itself.
+    Then the first step is the same operations as all others: XLA need not compile it by itself, and where the
+    fp16 scaler skips it, as it often does, CUDA's kernel leaves zeros, not memory that nothing has written.
     """
     for group in optimizer.param_groups:
-        for p in group["params"] if group.get("momentum") else ():
+        for p in group["params"] if group["momentum"] else ():
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 

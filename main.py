@@ -65,6 +65,7 @@ def build_parser():
     add("--amp-dtype", default="bf16", choices=("bf16", "fp16"), help="fp16 needs CUDA")
     add("--channels-last", action="store_true", help="memory order in which convolutions are faster (recipes for images)")
     add("--compile", action="store_true", help="torch.compile of networks and static views: a slow first step, then faster ones; needs a C++ compiler")
+    add("--cuda-graph", action=yes_or_no, default=False, help="CUDA, one process: capture a step once and replay it, so that the GPU does not wait for the processor that launches its kernels; for networks of many short kernels, such as WideResNets (CIFAR-10 recipe on a GPU: with --compile)")
     add("--sync-bn", action="store_true", help="batch statistics over the batches of all processes")
 
     add = parser.add_argument_group("data").add_argument
@@ -180,7 +181,9 @@ def main(argv):
         if args.evaluate and args.amp and args.amp_dtype == "fp16" and runtime.kind != "cuda":
             utils.tell(runtime, f"fp16 needs CUDA: evaluating in float32 on {runtime.kind}")
             args.amp = False
-        runtime.configure(args.amp, args.amp_dtype, args.channels_last, args.sync_bn, args.compile)
+        runtime.configure(
+            args.amp, args.amp_dtype, args.channels_last, args.sync_bn, args.compile, args.cuda_graph
+        )
         if args.evaluate:
             evaluate(runtime, [(args, saved), *(read_command(each, runtime) for each in more)])
         else:
@@ -300,6 +303,13 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     throughput = utils.Throughput(state, images_per_step, args.start_step)
     record_of_data = dataset.record()
 
+    def take_step(batch, step, diagnose=False):
+        batch_views = runtime.shard(views(batch.images_l, batch.targets, batch.images_u, loader.generator))
+        batch_views = batch_views._replace(indices=batch.indices_u)
+        return method.step(batch_views, step, batch.targets_u, diagnose=diagnose)
+
+    repeated_step = runtime.graph(take_step, loader.generator)
+
     def checkpoint(step, *kinds):
         state.update(meters=meters.state_dict(), loader=loader.state_dict())
         content = method.state_dict() | state
@@ -308,13 +318,11 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
 
     runtime.finish_step()  # on XLA the set-up is no part of the first step
     for step in range(args.start_step, args.total_steps):
-        # a batch, its views, a step of the method
+        # a batch, then its views and a step of the method
         batch = next(loader)
         runtime.seed(args.seed, step)
-        batch_views = runtime.shard(views(batch.images_l, batch.targets, batch.images_u, loader.generator))
-        batch_views = batch_views._replace(indices=batch.indices_u)
         evaluating = (step + 1) % args.eval_step == 0 or step + 1 == args.total_steps
-        scalars = method.step(batch_views, step, batch.targets_u, diagnose=evaluating)
+        scalars = take_step(batch, step, diagnose=True) if evaluating else repeated_step(batch, step)
         meters.update(scalars, step)
         runtime.finish_step()
 

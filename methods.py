@@ -171,7 +171,7 @@ class Consistency:
             offset, square = means.unbind()
             count = len(largest) * self.runtime.world_size
             variance = (square - offset.square()) * count / max(1, count - 1)
-            self.moments = self.moments + 0.001 * torch.stack([offset, variance - self.moments[1]])
+            self.moments += 0.001 * torch.stack([offset, variance - self.moments[1]])
 
     def weights(self, logits):
         """How much each image counts, (N,), from its aligned weak logits (N, K)."""
@@ -323,6 +323,10 @@ class Method:
             labeled=mixup(labeled, partners, shares), targets=mixup(targets, partner_targets, shares)
         )
 
+    def unlabeled_weight(self, step):
+        """λ(t), the weight of the unlabelled images' loss."""
+        return self.args.lambda_u * ramp_up(step, self.args.uda_steps, self.args.teacher_warmup_steps)
+
     @property
     def predictor(self):
         """The network that is evaluated: the EMA of the student."""
@@ -383,7 +387,7 @@ class UDA(Method):
 
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args
-        weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
+        weight = self.runtime.scalar(self.runtime.number(self.unlabeled_weight, step))
         batches = micro_batches(self.mixed(views, step), truth, args.accumulate)
         function = functools.partial(teacher_logits, self.student, weak_pass=args.weak_pass)
         passes = TeacherPass(self.runtime, batches, function, ahead=self.consistency.reads_batch)
@@ -498,7 +502,7 @@ class MPL(Method):
             images_u=views.strong,
             images_l=views.labeled,
             targets=views.targets,
-            rate=student.rate(step),
+            rate=self.runtime.number(student.rate, step),
             random_state=self.runtime.rng_state() if "random_state" in reads else None,
             label_smoothing=args.label_smoothing,
             micro_batches=len(batches),
@@ -530,8 +534,7 @@ class MPL(Method):
 
         # 4. The teacher takes its step: labels, consistency and feedback.
         self.consistency.observe(teacher_pass.logits)
-        ramp = ramp_up(step, args.uda_steps, args.teacher_warmup_steps)
-        weight = self.runtime.scalar(args.lambda_u * ramp)
+        weight = self.runtime.scalar(self.runtime.number(self.unlabeled_weight, step))
 
         def teacher_loss(k):
             logits, targets = teacher_pass.with_graph(k), teacher_batches[k].views.targets
@@ -697,12 +700,13 @@ class SemiMeta(Method):
 
     def step(self, views, step, truth=None, diagnose=False):
         args, student = self.args, self.student
-        weight = self.runtime.scalar(args.lambda_u * ramp_up(step, args.uda_steps))
+        weight = self.runtime.scalar(self.runtime.number(self.unlabeled_weight, step))
 
         # 1. The pseudo labels: predictions, moved to lower the labelled loss.
         v = feedback.labeled_gradient(student, student.predict, views.labeled, views.targets, args.accumulate)
         parts = views.weak.chunk(args.accumulate)
-        labels = [self.pseudo_labels(part, v, student.rate(step)) for part in parts]
+        rate = self.runtime.number(student.rate, step)
+        labels = [self.pseudo_labels(part, v, rate) for part in parts]
 
         # 2. A step on the labels and on the pseudo labels.
         views = self.mixed(views, step, views.weak[:: args.mu], torch.cat(labels)[:: args.mu])

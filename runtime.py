@@ -6,6 +6,7 @@ program reads as if there were one device. ``Runtime`` is made once, in ``main.p
 
 import contextlib
 import ctypes
+import gc
 import importlib.util
 import os
 import pickle
@@ -106,6 +107,7 @@ class Runtime:
         channels_last: keep images and filters in the memory order that convolutions are fastest in.
         sync_bn: batch norm takes its statistics over the batches of all processes.
         compiled: training passes go through ``torch.compile``.
+        graphed: training steps are replayed as a CUDA graph; without CUDA they are taken as they are.
         alone: this process does something by itself, whatever others it was started with.
 
     Raises:
@@ -130,6 +132,7 @@ class Runtime:
         channels_last=False,
         sync_bn=False,
         compiled=False,
+        graphed=False,
         alone=False,
     ):
         if device == "auto":
@@ -157,7 +160,7 @@ class Runtime:
             self._start_xla()
         elif self.world_size > 1 and not dist.is_initialized():
             self._join_processes()
-        self.configure(amp, amp_dtype, channels_last, sync_bn, compiled)
+        self.configure(amp, amp_dtype, channels_last, sync_bn, compiled, graphed)
 
     @classmethod
     def available(cls, device):
@@ -169,7 +172,9 @@ class Runtime:
         }
         return found.get(device, lambda: device in cls.KINDS)()
 
-    def configure(self, amp=False, amp_dtype="bf16", channels_last=False, sync_bn=False, compiled=False):
+    def configure(
+        self, amp=False, amp_dtype="bf16", channels_last=False, sync_bn=False, compiled=False, graphed=False
+    ):
         """Choose precision, memory order and the like, before any network is placed; as the constructor."""
         if amp and amp_dtype == "fp16" and self.kind != "cuda":
             raise UserError(f"--amp-dtype fp16 needs CUDA: use --amp-dtype bf16 on {self.kind}")
@@ -177,9 +182,15 @@ class Runtime:
             raise UserError("--device xla compiles by itself: leave --compile out")
         if compiled and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
             raise UserError("--compile needs a C++ compiler, and there is none here: install g++")
+        if graphed and self.world_size > 1:
+            raise UserError("--cuda-graph is for a single process: leave it out under torchrun")
         self.channels_last = channels_last
         self.sync_bn = sync_bn
         self.compiled = compiled
+        self.graphed = graphed and self.kind == "cuda"
+        self.numbers = None  # while a step is captured: what ``number`` was asked for
+        if graphed and not self.graphed and self.is_main and not self.alone:
+            print(f"--cuda-graph needs CUDA: steps are taken as they are on {self.kind}", file=sys.stderr)
         if compiled:
             # dropout draws the same with and without: the feedback repeats the student's pass
             torch._inductor.config.fallback_random = True
@@ -310,6 +321,21 @@ class Runtime:
         if self.kind == "xla":
             for tensor in tensors:
                 self.spmd.mark_sharding(tensor, self.mesh, (None,) * tensor.ndim)
+
+    def graph(self, function, *generators):
+        """A training step, (batch, step) → {name: () tensor}, as a ``StepGraph`` where that was asked for."""
+        return StepGraph(self, function, generators) if self.graphed else function
+
+    def number(self, function, step):
+        """``function(step)``, a number that changes from step to step.
+
+        In a captured step it is a () tensor, float32, which every replay fills with the number of its step.
+        """
+        if self.numbers is None:
+            return function(step)
+        tensor = torch.empty((), device=self.device)
+        self.numbers.append((tensor, function))
+        return tensor
 
     def scalar(self, value):
         """A number that changes from step to step, for arithmetic with tensors.
@@ -472,7 +498,12 @@ class Runtime:
             self.xla.manual_seed(seed)
 
     def rng_state(self):
-        """State of the default random generators, which dropout draws from; no wait for the device."""
+        """State of the default random generators, which dropout draws from; no wait for the device.
+
+        Empty while a step is captured: there it cannot be read, and nothing is drawn again (``replay``).
+        """
+        if self.numbers is not None:
+            return {}
         state = {"cpu": torch.get_rng_state()}
         if self.kind == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -484,6 +515,8 @@ class Runtime:
 
     def set_rng_state(self, state):
         """Continue from ``rng_state()``."""
+        if not state:
+            return
         torch.set_rng_state(state["cpu"])
         if self.kind == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.device)
@@ -494,8 +527,17 @@ class Runtime:
 
     @contextlib.contextmanager
     def replay(self, state):
-        """Context that draws the random numbers (the dropout masks) drawn after ``state`` once more."""
+        """Context that draws the random numbers (the dropout masks) drawn after ``state`` once more.
+
+        Raises:
+            UserError: there are some, but steps are replayed as a CUDA graph, which cannot do that.
+        """
         now = self.rng_state()
+        if self.graphed and any(not torch.equal(state[name], now[name]) for name in state):
+            raise UserError(
+                "--cuda-graph cannot draw the same dropout twice in a step, as --feedback exact and "
+                "--accumulate do: leave out this flag, or the dropout"
+            )
         self.set_rng_state(state)
         try:
             yield
@@ -525,6 +567,60 @@ class Runtime:
             UserError: no such file, or not a readable checkpoint.
         """
         return self.on_main(lambda: read_content(path))
+
+
+# ---------------------------------------------------------------- a step as a CUDA graph
+
+
+class StepGraph:
+    """A training step that a CUDA device repeats by itself, launched at once instead of kernel by kernel.
+
+    The first steps are taken as they are: compilers, cuDNN's search and the optimisers' state begin there.
+    The next one is captured, which computes nothing, and from then on a step is a replay: the same kernels on
+    the same memory, with another batch, other random numbers and other values of ``Runtime.number``.
+
+    Args:
+        runtime: on CUDA, the only process.
+        function: (batch, step) → {name: () tensor}; batch is a named tuple of tensors or None. It may not
+            wait for the device, and what it takes from Python is what it was when it was captured.
+        generators: those that it draws from, on the device, beside the default one; seeded before each step.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, runtime, function, generators):
+        self.runtime, self.function, self.generators = runtime, function, generators
+        self.warm_up = self.WARM_UP
+        self.graph = None
+
+    def __call__(self, batch, step):
+        """The scalars of the step, which the next one overwrites."""
+        if self.warm_up:
+            self.warm_up -= 1
+            return self.function(batch, step)
+        if self.graph is None:
+            self._capture(batch, step)
+        for tensor, new in zip(self.batch, batch, strict=True):
+            if tensor is not None:
+                tensor.copy_(new)
+        for tensor, function in self.numbers:
+            tensor.fill_(function(step))
+        self.graph.replay()
+        return self.scalars
+
+    def _capture(self, batch, step):
+        self.batch = type(batch)(*(None if tensor is None else tensor.clone() for tensor in batch))
+        self.numbers = self.runtime.numbers = []
+        self.graph = torch.cuda.CUDAGraph()
+        gc.collect()  # what is left of earlier steps' gradients would bind this one to their stream
+        for generator in self.generators:
+            self.graph.register_generator_state(generator)
+        try:
+            # other threads, such as those that pin images from disk, go on meanwhile
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.scalars = self.function(self.batch, step)
+        finally:
+            self.runtime.numbers = None
 
 
 # ---------------------------------------------------------------- batch norm on XLA and over processes

@@ -1,4 +1,4 @@
-"""CUDA: the steps of the CPU, no wait for the device, half precision, the program itself."""
+"""CUDA: the steps of the CPU, no wait for the device, a captured step, half precision, the program itself."""
 
 import json
 
@@ -8,7 +8,7 @@ from test_methods import build, double_views, in_double, make_views, weights
 
 import main
 from augmentation import Views
-from runtime import Runtime
+from runtime import Runtime, UserError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 STEPS = {
@@ -27,6 +27,7 @@ STEPS = {
     "mixup": ("mpl", "--feedback", "none", "--mixup-alpha", 0.5, "--student-labeled-weight", 0.5),
     "weak pass ema": ("mpl", "--feedback", "none", "--weak-pass", "ema"),
 }
+DROPOUT = ("--teacher-dropout", 0.2, "--student-dropout", 0.2)
 SAME_LABELS = [name for name in STEPS if "sampled" not in name]  # devices draw different numbers
 
 
@@ -56,7 +57,7 @@ def test_steps_are_those_of_the_cpu(name):
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("flags", [(), ("--teacher-dropout", 0.2, "--student-dropout", 0.2)])
+@pytest.mark.parametrize("flags", [(), DROPOUT])
 def test_a_step_does_not_wait_for_the_device(name, flags):
     runtime = Runtime("cuda", amp=True, channels_last=True)
     method, views = method_of(name, runtime, *flags), on_cuda(make_views())
@@ -68,6 +69,61 @@ def test_a_step_does_not_wait_for_the_device(name, flags):
         method.step(views, 2, torch.zeros(8, dtype=torch.long, device="cuda"), diagnose=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+CAPTURED = {
+    "supervised": DROPOUT,
+    "uda": ("--confidence", "soft", *DROPOUT),
+    "none": ("--grad-clip", 1, *DROPOUT),
+    "taylor": DROPOUT,
+    "dot, sampled": (*DROPOUT, "--body-lr-scale", 0.5),
+    "exact, forward": ("--teacher-dropout", 0.2),
+    "exact, difference": ("--teacher-dropout", 0.2),
+    "in parts": (),
+    "weak pass ema": DROPOUT,
+    "semimeta, difference": (),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", CAPTURED)
+def test_replayed_steps_are_the_steps(name, compiled):
+    """In float64; steps taken as they are come before, between and behind the replays."""
+    if compiled and name not in ("taylor", "exact, difference"):
+        pytest.skip("compiled: two of them")
+
+    def train(graphed):
+        runtime = Runtime("cuda", graphed=graphed, compiled=compiled)
+        method = in_double(method_of(name, runtime, "--warmup-steps", 50, *CAPTURED[name]))
+        generator, scalars = runtime.generator(0), []
+
+        def step_of(views, step, diagnose=False):
+            noise = torch.randn(views.labeled.shape, generator=generator, device="cuda")
+            views = views._replace(labeled=views.labeled + 0.1 * noise)
+            return method.step(views, step, diagnose=diagnose)
+
+        repeated = runtime.graph(step_of, generator)
+        for step in range(9):
+            views = on_cuda(double_views(step))
+            runtime.seed(0, step)
+            generator.manual_seed(step)
+            each = step_of(views, step, diagnose=True) if step == 6 else repeated(views, step)
+            scalars.append(torch.stack(list(each.values())).clone())
+        assert (getattr(repeated, "graph", None) is not None) == graphed
+        state = method.state_dict()
+        learned = {key: value for key, value in state.items() if key.endswith("state_dict")}
+        return torch.stack(scalars), learned
+
+    (scalars, learned), (expected_scalars, expected) = train(True), train(False)
+    torch.testing.assert_close(scalars, expected_scalars, rtol=1e-4, atol=1e-6)
+    for key, network in expected.items():
+        torch.testing.assert_close(learned[key], network, rtol=1e-5, atol=1e-7)
+
+
+def test_a_captured_step_draws_no_dropout_twice():
+    method = method_of("exact, forward", Runtime("cuda", graphed=True), *DROPOUT)
+    with pytest.raises(UserError, match="cannot draw the same dropout twice"):
+        method.step(on_cuda(make_views()), 0)
 
 
 @pytest.mark.parametrize("dtype", ("bf16", "fp16"))
@@ -88,12 +144,13 @@ def test_half_precision(name, dtype):
     assert not torch.equal(weights(half.student.network), before)
 
 
-def test_the_program_on_cuda(tmp_path, monkeypatch):
-    """Trains in fp16, goes on after a stop, evaluates what it saved to the last digit."""
+@pytest.mark.parametrize("form", ("--amp-dtype fp16", "--cuda-graph"))
+def test_the_program_on_cuda(form, tmp_path, monkeypatch):
+    """Trains, goes on after a stop, evaluates what it saved to the last digit."""
     monkeypatch.chdir(tmp_path)
     recipe = (
         "--dataset digits --num-labeled 40 --model wrn-10-1 --batch-size 16 --mu 2 --eval-step 20 --amp "
-        "--amp-dtype fp16 --channels-last --nesterov --finetune-epochs 2 --device cuda --warmup-steps 5"
+        f"{form} --channels-last --nesterov --finetune-epochs 2 --device cuda --warmup-steps 5"
     ).split()
     assert main.run([*recipe, "--total-steps", "20"]) == 0
     assert main.run([*recipe, "--total-steps", "40", "--resume", "auto"]) == 0

@@ -159,6 +159,21 @@ FLAGS = (
 )
 
 
+@pytest.mark.parametrize(
+    ("flags", "obstacle"),
+    [
+        ("--mixup-alpha 1", "--mixup-alpha"),
+        ("--switch-every 2", "--switch-every"),
+        ("--optimizer adamw", "--optimizer adamw"),
+        ("--amp --amp-dtype fp16", "--amp-dtype fp16"),
+        ("--method reduced-mpl --feedback exact --teacher-checkpoint x", "--method reduced-mpl"),
+    ],
+)
+def test_what_a_cuda_graph_does_not_go_with(flags, obstacle, here, capsys):
+    sentence = refused(capsys, "--cuda-graph", *flags.split())
+    assert f"--cuda-graph repeats a step as it was captured: it does not go with {obstacle}" in sentence
+
+
 @pytest.mark.parametrize("flags", FLAGS)
 def test_absurd_flags(flags, here, trained, capsys):
     name, value = flags.split()[:2]

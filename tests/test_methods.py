@@ -1248,3 +1248,40 @@ def test_compiled_steps_are_the_steps(method, flags):
     torch.compiler.reset()
     for compiled, plain in zip(train(True), train(False), strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-8, atol=1e-10)
+
+
+# ---------------------------------------------------------------- a captured step
+
+
+class Replayed(Runtime):
+    """Gives every number of a step as of step 37, as the replay of a captured step does."""
+
+    def number(self, function, step):
+        return function(37)
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("supervised", ""),
+        ("uda", "--weak-pass ema"),
+        ("fixmatch", "--confidence soft"),
+        ("pseudo-label", ""),
+        ("mpl", "--feedback taylor --teacher-warmup-steps 2"),
+        ("mpl", "--feedback dot --feedback-momentum 0.9"),
+        ("mpl", "--feedback exact --body-lr-scale 0.5"),
+        ("semimeta", ""),
+    ],
+)
+def test_a_replay_needs_to_know_no_other_number(method, flags):
+    """A step is that of another one as soon as ``Runtime.number`` is: nothing else in it knows its number."""
+    words = (*flags.split(), "--warmup-steps", 60, "--uda-steps", 90)
+
+    def after(runtime, step):
+        each = build(*words, method=method, runtime=runtime)
+        each.step(make_views(), step)
+        return torch.cat([weights(learner.network) for learner in each.learners.values()])
+
+    replayed = after(Replayed("cpu"), 5)
+    assert torch.equal(replayed, after(Runtime("cpu"), 37))
+    assert not torch.equal(replayed, after(Runtime("cpu"), 5))

@@ -34,6 +34,15 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
         Runtime("cpu", compiled=True)
 
 
+def test_a_cuda_graph_needs_cuda_and_one_process(monkeypatch, capsys):
+    runtime, step = Runtime("cpu", graphed=True), object()
+    assert "steps are taken as they are on cpu" in capsys.readouterr().err
+    assert runtime.graph(step) is step
+    monkeypatch.setattr(runtime, "world_size", 2)
+    with pytest.raises(UserError, match="single process"):
+        runtime.configure(graphed=True)
+
+
 def test_replay_draws_the_same_and_leaves_no_trace():
     runtime = Runtime("cpu")
     state = runtime.rng_state()
