@@ -188,7 +188,7 @@ class Runtime:
         self.sync_bn = sync_bn
         self.compiled = compiled
         self.graphed = graphed and self.kind == "cuda"
-        self.numbers = None  # while a step is captured: what ``number`` was asked for
+        self.captured = None  # the StepGraph that is being captured
         if graphed and not self.graphed and self.is_main and not self.alone:
             print(f"--cuda-graph needs CUDA: steps are taken as they are on {self.kind}", file=sys.stderr)
         if compiled:
@@ -331,11 +331,7 @@ class Runtime:
 
         In a captured step it is a () tensor, float32, which every replay fills with the number of its step.
         """
-        if self.numbers is None:
-            return function(step)
-        tensor = torch.empty((), device=self.device)
-        self.numbers.append((tensor, function))
-        return tensor
+        return self.captured.number(function) if self.captured else function(step)
 
     def scalar(self, value):
         """A number that changes from step to step, for arithmetic with tensors.
@@ -502,7 +498,7 @@ class Runtime:
 
         Empty while a step is captured: there it cannot be read, and nothing is drawn again (``replay``).
         """
-        if self.numbers is not None:
+        if self.captured:
             return {}
         state = {"cpu": torch.get_rng_state()}
         if self.kind == "cuda":
@@ -587,6 +583,7 @@ class StepGraph:
     """
 
     WARM_UP = 3
+    NUMBERS = 16  # at most, in a step
 
     def __init__(self, runtime, function, generators):
         self.runtime, self.function, self.generators = runtime, function, generators
@@ -603,24 +600,39 @@ class StepGraph:
         for tensor, new in zip(self.batch, batch, strict=True):
             if tensor is not None:
                 tensor.copy_(new)
-        for tensor, function in self.numbers:
+        for tensor, function in zip(self.numbers, self.functions, strict=False):
             tensor.fill_(function(step))
         self.graph.replay()
         return self.scalars
 
+    def number(self, function):
+        """The () tensor that stands for a number in the step; before each replay it becomes
+        ``function(step)``."""
+        self.functions.append(function)
+        return self.numbers[len(self.functions) - 1]
+
     def _capture(self, batch, step):
+        # what comes from outside lies in memory of its own: the graph's, which is given out while it is
+        # captured, is given out more than once, so that a replay would overwrite it before it is read
         self.batch = type(batch)(*(None if tensor is None else tensor.clone() for tensor in batch))
-        self.numbers = self.runtime.numbers = []
-        self.graph = torch.cuda.CUDAGraph()
+        self.numbers = torch.zeros(self.NUMBERS, device=self.runtime.device).unbind()
+        self.functions = []
         gc.collect()  # what is left of earlier steps' gradients would bind this one to their stream
-        for generator in self.generators:
-            self.graph.register_generator_state(generator)
+        self.runtime.captured = self
         try:
-            # other threads, such as those that pin images from disk, go on meanwhile
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.graph, capturing = self._new_graph()
+            with capturing:
                 self.scalars = self.function(self.batch, step)
         finally:
-            self.runtime.numbers = None
+            self.runtime.captured = None
+
+    def _new_graph(self):
+        """A graph without contents, and the context in which it gets them."""
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        # other threads, such as those that pin images from disk, go on meanwhile
+        return graph, torch.cuda.graph(graph, capture_error_mode="thread_local")
 
 
 # ---------------------------------------------------------------- batch norm on XLA and over processes

@@ -4,7 +4,16 @@ import json
 
 import pytest
 import torch
-from test_methods import build, double_views, in_double, make_views, weights
+from test_methods import (
+    CAPTURED,
+    DROPOUT,
+    build,
+    captured_training,
+    double_views,
+    in_double,
+    make_views,
+    weights,
+)
 
 import main
 from augmentation import Views
@@ -27,7 +36,6 @@ STEPS = {
     "mixup": ("mpl", "--feedback", "none", "--mixup-alpha", 0.5, "--student-labeled-weight", 0.5),
     "weak pass ema": ("mpl", "--feedback", "none", "--weak-pass", "ema"),
 }
-DROPOUT = ("--teacher-dropout", 0.2, "--student-dropout", 0.2)
 SAME_LABELS = [name for name in STEPS if "sampled" not in name]  # devices draw different numbers
 
 
@@ -71,53 +79,17 @@ def test_a_step_does_not_wait_for_the_device(name, flags):
         torch.cuda.set_sync_debug_mode("default")
 
 
-CAPTURED = {
-    "supervised": DROPOUT,
-    "uda": ("--confidence", "soft", *DROPOUT),
-    "none": ("--grad-clip", 1, *DROPOUT),
-    "taylor": DROPOUT,
-    "dot, sampled": (*DROPOUT, "--body-lr-scale", 0.5),
-    "exact, forward": ("--teacher-dropout", 0.2),
-    "exact, difference": ("--teacher-dropout", 0.2),
-    "in parts": (),
-    "weak pass ema": DROPOUT,
-    "semimeta, difference": (),
-}
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", CAPTURED)
+@pytest.mark.parametrize(
+    "name, compiled",
+    [*((name, False) for name in CAPTURED), ("taylor", True), ("exact, difference", True)],
+)
 def test_replayed_steps_are_the_steps(name, compiled):
-    """In float64; steps taken as they are come before, between and behind the replays."""
-    if compiled and name not in ("taylor", "exact, difference"):
-        pytest.skip("compiled: two of them")
-
-    def train(graphed):
-        runtime = Runtime("cuda", graphed=graphed, compiled=compiled)
-        method = in_double(method_of(name, runtime, "--warmup-steps", 50, *CAPTURED[name]))
-        generator, scalars = runtime.generator(0), []
-
-        def step_of(views, step, diagnose=False):
-            noise = torch.randn(views.labeled.shape, generator=generator, device="cuda")
-            views = views._replace(labeled=views.labeled + 0.1 * noise)
-            return method.step(views, step, diagnose=diagnose)
-
-        repeated = runtime.graph(step_of, generator)
-        for step in range(9):
-            views = on_cuda(double_views(step))
-            runtime.seed(0, step)
-            generator.manual_seed(step)
-            each = step_of(views, step, diagnose=True) if step == 6 else repeated(views, step)
-            scalars.append(torch.stack(list(each.values())).clone())
-        assert (getattr(repeated, "graph", None) is not None) == graphed
-        state = method.state_dict()
-        learned = {key: value for key, value in state.items() if key.endswith("state_dict")}
-        return torch.stack(scalars), learned
-
-    (scalars, learned), (expected_scalars, expected) = train(True), train(False)
-    torch.testing.assert_close(scalars, expected_scalars, rtol=1e-4, atol=1e-6)
-    for key, network in expected.items():
-        torch.testing.assert_close(learned[key], network, rtol=1e-5, atol=1e-7)
+    """Steps taken as they are come before, between and behind the replays."""
+    rows, learned = captured_training(name, Runtime("cuda", graphed=True, compiled=compiled))
+    expected_rows, expected = captured_training(name, Runtime("cuda", compiled=compiled))
+    torch.testing.assert_close(rows, expected_rows, rtol=1e-4, atol=1e-6)
+    for key, value in expected.items():
+        torch.testing.assert_close(learned[key], value, rtol=1e-5, atol=1e-7)
 
 
 def test_a_captured_step_draws_no_dropout_twice():

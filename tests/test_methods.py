@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from conftest import needs_compiler, teacher_file
 from test_cli import tensors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.ops import StochasticDepth
 
 import feedback
@@ -26,7 +28,7 @@ from methods import (
     teacher_logits,
 )
 from models import build_model
-from runtime import Runtime, UserError
+from runtime import Runtime, StepGraph, UserError
 
 FLAGS = (
     "--dataset digits --model wrn-10-1 --batch-size 4 --mu 2 --nesterov --teacher-lr 0.1 --student-lr 0.1 "
@@ -1253,35 +1255,112 @@ def test_compiled_steps_are_the_steps(method, flags):
 # ---------------------------------------------------------------- a captured step
 
 
-class Replayed(Runtime):
-    """Gives every number of a step as of step 37, as the replay of a captured step does."""
+class Recording(TorchDispatchMode):
+    """What a CUDA graph does, on the CPU: operators that are repeated on the memory of the first time.
 
-    def number(self, function, step):
-        return function(37)
+    Context in which they are recorded and leave nothing behind: all memory that they write to, and the random
+    generators, are as before when it is left.
+    """
+
+    def __init__(self, generators):
+        super().__init__()
+        self.generators = [torch.default_generator, *generators]
+        self.calls, self.overwritten = [], {}
+
+    def __enter__(self):
+        self.states = [generator.get_state() for generator in self.generators]
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for storage, content in self.overwritten.values():
+            storage.copy_(content)
+        for generator, state in zip(self.generators, self.states, strict=True):
+            generator.set_state(state)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        undeclared = "batch_norm" in function.name()  # writes running statistics
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            if undeclared or (argument.alias_info and argument.alias_info.is_write):
+                for tensor in tree_leaves(value):
+                    if not isinstance(tensor, torch.Tensor):
+                        continue
+                    storage = tensor.untyped_storage()
+                    self.overwritten.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        result = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, result))
+        return result
+
+    def replay(self):
+        with torch.no_grad():
+            for function, args, kwargs, result in self.calls:
+                if function.is_view:
+                    continue
+                for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
+                    if isinstance(old, torch.Tensor) and old is not new and not old._is_zerotensor():
+                        old.detach().copy_(new)
 
 
-@pytest.mark.parametrize(
-    ("method", "flags"),
-    [
-        ("supervised", ""),
-        ("uda", "--weak-pass ema"),
-        ("fixmatch", "--confidence soft"),
-        ("pseudo-label", ""),
-        ("mpl", "--feedback taylor --teacher-warmup-steps 2"),
-        ("mpl", "--feedback dot --feedback-momentum 0.9"),
-        ("mpl", "--feedback exact --body-lr-scale 0.5"),
-        ("semimeta", ""),
-    ],
-)
-def test_a_replay_needs_to_know_no_other_number(method, flags):
-    """A step is that of another one as soon as ``Runtime.number`` is: nothing else in it knows its number."""
-    words = (*flags.split(), "--warmup-steps", 60, "--uda-steps", 90)
+class RecordedStep(StepGraph):
+    def _new_graph(self):
+        recording = Recording(self.generators)
+        return recording, recording
 
-    def after(runtime, step):
-        each = build(*words, method=method, runtime=runtime)
-        each.step(make_views(), step)
-        return torch.cat([weights(learner.network) for learner in each.learners.values()])
 
-    replayed = after(Replayed("cpu"), 5)
-    assert torch.equal(replayed, after(Runtime("cpu"), 37))
-    assert not torch.equal(replayed, after(Runtime("cpu"), 5))
+DROPOUT = ("--teacher-dropout", 0.2, "--student-dropout", 0.2)
+CAPTURED = {
+    "supervised": ("supervised", "--grad-clip", 1, *DROPOUT),
+    "uda, soft": ("uda", "--confidence", "soft", *DROPOUT),
+    "fixmatch, relative": ("fixmatch", "--confidence", "relative", "--align", 0.2, *DROPOUT),
+    "pseudo-label": ("pseudo-label", *DROPOUT),
+    "none, waiting": ("mpl", "--feedback", "none", "--student-wait-steps", 4, *DROPOUT),
+    "taylor": ("mpl", "--feedback", "taylor", "--teacher-warmup-steps", 6, *DROPOUT),
+    "dot, sampled": (
+        *("mpl", "--feedback", "dot", "--pseudo-label", "sample", "--feedback-momentum", 0.9),
+        *("--body-lr-scale", 0.5, *DROPOUT),
+    ),
+    "exact, forward": ("mpl", "--feedback", "exact", "--feedback-jvp", "forward", "--teacher-dropout", 0.2),
+    "exact, difference": ("mpl", "--feedback", "exact", "--feedback-jvp", "difference"),
+    "in parts": ("mpl", "--feedback", "exact", "--accumulate", 2),
+    "weak pass ema": ("mpl", "--feedback", "none", "--weak-pass", "ema", *DROPOUT),
+    "semimeta": ("semimeta",),
+}
+
+
+def captured_training(name, runtime, step_graph=None):
+    """Seven steps in float64, the sixth with its diagnosis and not replayed: their scalars, (7, M), and what
+    was learned, {name: state}. ``step_graph``: how they are repeated, if not as ``runtime`` says."""
+    method, *flags = CAPTURED[name]
+    each = in_double(build("--warmup-steps", 5, *flags, method=method, runtime=runtime))
+    if hasattr(each, "teacher_network") and method == "pseudo-label":
+        each.teacher_network.double()
+    for learner in each.learners.values():
+        for group in learner.optimizer.param_groups:
+            group["fused"] = True  # reads its rate from a tensor
+    generator, rows = runtime.generator(0), []
+
+    def step_of(views, step, diagnose=False):
+        noise = torch.randn(views.labeled.shape, generator=generator, device=runtime.device)
+        views = views._replace(labeled=views.labeled + 0.1 * noise)
+        return each.step(views, step, diagnose=diagnose)
+
+    repeated = step_graph(runtime, step_of, [generator]) if step_graph else runtime.graph(step_of, generator)
+    for step in range(7):
+        views = Views(*(tensor.to(runtime.device) for tensor in double_views(step)))
+        runtime.seed(0, step)
+        generator.manual_seed(step)
+        scalars = step_of(views, step, diagnose=True) if step == 5 else repeated(views, step)
+        rows.append(torch.stack([scalar.detach().double() for scalar in scalars.values()]).clone())
+    state = each.state_dict()
+    return torch.stack(rows), {key: value for key, value in state.items() if "optimizer" not in key}
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_replayed_steps_are_the_steps(name):
+    """What a step needs to know of its number comes by ``Runtime.number``, all else lies where it lay."""
+    rows, learned = captured_training(name, Runtime("cpu"), RecordedStep)
+    expected_rows, expected = captured_training(name, Runtime("cpu"))
+    torch.testing.assert_close(rows, expected_rows, rtol=1e-5, atol=1e-7)
+    for key, value in expected.items():
+        torch.testing.assert_close(learned[key], value, rtol=1e-5, atol=1e-7)
