@@ -304,9 +304,8 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     record_of_data = dataset.record()
 
     def take_step(batch, step, diagnose=False):
-        batch_views = runtime.shard(views(batch.images_l, batch.targets, batch.images_u, loader.generator))
-        batch_views = batch_views._replace(indices=batch.indices_u)
-        return method.step(batch_views, step, batch.targets_u, diagnose=diagnose)
+        made = runtime.shard(views(batch.images_l, batch.targets, batch.images_u, loader.generator))
+        return method.step(made._replace(indices=batch.indices_u), step, batch.targets_u, diagnose=diagnose)
 
     repeated_step = runtime.graph(take_step, loader.generator)
 

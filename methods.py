@@ -154,6 +154,7 @@ class Consistency:
         self.align = DistributionAlignment(args.align, num_classes, runtime, target)
         self.least = args.threshold  # of the largest probability; relative sets it anew in every step
         self.moments = torch.tensor([1 / num_classes, 1.0], device=runtime.device)  # μ and σ²
+        runtime.replicate([self.moments])
         self.reads_batch = args.confidence != "threshold"  # before the first of its micro-batches has a loss
 
     @torch.no_grad()
