@@ -1,4 +1,4 @@
-"""Five steps of every method on given batches: what test_distributed.py runs in one process and in two.
+"""Some steps of every method on given batches: what test_distributed.py runs in one process and in two.
 
 Each process takes its part of every batch.
 """
@@ -16,6 +16,7 @@ from models import build_model
 from runtime import Runtime
 
 STEPS, BATCH, MU, UNLABELED = 5, 8, 2, 37
+STEPS_OF_IMAGES = 3  # two processes wait for each other in every batch norm
 COMMON = (
     f"--method mpl --total-steps 20 --batch-size {BATCH} --mu {MU} --warmup-steps 2 --uda-steps 4 --nesterov "
     "--threshold 0.3 --label-smoothing 0.1 --teacher-lr 0.02 --student-lr 0.02 --lambda-u 1 "
@@ -32,7 +33,7 @@ MPL = {
     "none-soft": "--feedback none --confidence soft",
     "none-weak-ema": "--feedback none --weak-pass ema",
     "dot-mixup": "--feedback dot --mixup-alpha 0.5 --student-labeled-weight 0.5 --teacher-warmup-steps 3",
-    "taylor-switch": "--feedback taylor --feedback-momentum 0.9 --align 0.2 --switch-every 4",
+    "taylor-switch": "--feedback taylor --feedback-momentum 0.9 --align 0.2 --switch-every 2",
 }
 FLAGS_OF = {
     "supervised": "--method supervised --grad-clip 0.5",
@@ -67,7 +68,7 @@ LOCAL = {
     "local-bn none": "--feedback none",
     "local-bn none-weak-ema": "--feedback none --weak-pass ema",
     "local-bn uda-weak-ema": "--weak-pass ema --method uda",
-    "local-bn none-weak-ema-switch": "--feedback none --weak-pass ema --switch-every 4",
+    "local-bn none-weak-ema-switch": "--feedback none --weak-pass ema --switch-every 2",
     "local-bn semimeta": "--method semimeta",
 }
 
@@ -109,7 +110,7 @@ def prepare(method, network, folder):
 
 
 def run(folder):
-    """{case: {"networks": states after five steps, "scalars": those of the meters of each step}}.
+    """{case: {"networks": states after its steps, "scalars": those of the meters of each step}}.
 
     "predictions" are those for seven points, gathered from all processes.
     Where batch norm is each process's own, "often" agrees on running statistics after every step.
@@ -127,7 +128,7 @@ def run(folder):
         if args.method == "reduced-mpl":
             prepare(method, name.split()[0], f"{folder}/{runtime.world_size}/{name}")
         scalars = []
-        for step in range(STEPS):
+        for step in range(STEPS_OF_IMAGES if "wrn" in flags else STEPS):
             views = random_views(name.split()[0], step, runtime.rank, runtime.world_size)
             values = method.step(views, step, diagnose=True)
             scalars.append({key: value.detach() for key, value in (values | method.diagnostics).items()})
