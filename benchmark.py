@@ -907,19 +907,21 @@ def step_worker(args, flags, estimators, whole, pipe):
     for name, value in estimators.items():
         feedback.ESTIMATORS[name] = feedback.ESTIMATORS[name]._replace(value=value)
 
-    def draw():
-        batch = next(loader)
-        return views(batch.images_l, batch.targets, batch.images_u, loader.generator), batch.targets_u
+    def drawn(batch):
+        return views(batch.images_l, batch.targets, batch.images_u, loader.generator)
 
-    drawn, truth = draw()
+    def whole_step(batch, number):
+        return method.step(drawn(batch), number, batch.targets_u)
+
+    batch = next(loader)
+    take = runtime.graph(whole_step, loader.generator) if whole else runtime.graph(method.step)
+    inputs = loader if whole else itertools.repeat(drawn(batch))
     numbers = itertools.count()
     while count := pipe.recv():
         runtime.wait()
         start = time.perf_counter()
-        for number in itertools.islice(numbers, count):
-            if whole:
-                drawn, truth = draw()
-            method.step(drawn, number, truth)
+        for number, each in zip(itertools.islice(numbers, count), inputs, strict=False):
+            take(each, number)
         runtime.wait()
         seconds = time.perf_counter() - start
         if runtime.kind == "cuda":

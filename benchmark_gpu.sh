@@ -4,17 +4,20 @@
 #   bash benchmark_gpu.sh step            every feedback, a plain step beside it, and how the cost grows
 #   bash benchmark_gpu.sh train [FLAGS]   CIFAR-10 with 4,000 labels and the full recipe; each call goes on where the
 #                                         last one was stopped. STEPS (15000) is the length of the schedule, ROOM
-#                                         (540) the seconds of a call, DATA a folder of images, or its archive .tar.xz
+#                                         (540) the seconds of a call, DATA a folder of images, or its archive .tar.xz;
+#                                         FORM (--compile --cuda-graph) how steps are taken
 set -euo pipefail
 OUT=${OUT:-gpu} STEPS=${STEPS:-15000} ROOM=${ROOM:-540} DATA=${DATA:-data/cifar10-jpg}
+FORM=${FORM---compile --cuda-graph}
 mkdir -p "$OUT"
 recipe="--device cuda --model wrn-28-2 --batch-size 128 --mu 7 --amp --channels-last"
 photographs="--device cuda --model resnet50 --size 224 --batch-size 32 --mu 7 --amp --channels-last"
 ema="--weak-pass ema --feedback-view strong"
 nvidia-smi --query-gpu=name,memory.used,utilization.gpu --format=csv | tee "$OUT/gpu.csv"
 
-profile() {  # NAME FLAGS
-    python benchmark.py profile "${@:2}" --repeats 20 --json "$OUT/$1.json" | tee "$OUT/$1.txt"
+profile() { # NAME FLAGS
+    timeout 120 python benchmark.py profile "${@:2}" --repeats 5 --json "$OUT/$1.json" | tee "$OUT/$1.txt" ||
+        echo "the profile $1 ended early"
 }
 
 case ${1:-check} in
@@ -39,8 +42,8 @@ train)
         tar -xJf "$DATA.tar.xz" -C "$DATA"
     fi
     # SIGTERM saves; the next call goes on from there, bit for bit but for what CUDA adds up in another order
-    timeout --signal TERM --kill-after 30 "$ROOM" bash run_cifar10.sh --name gpu-cifar10-4k --resume auto --compile \
-        --cuda-graph --dataset folder --data-path "$DATA" --total-steps "$STEPS" --eval-step 1000 \
+    timeout --signal TERM --kill-after 30 "$ROOM" bash run_cifar10.sh --name gpu-cifar10-4k --resume auto \
+        $FORM --dataset folder --data-path "$DATA" --total-steps "$STEPS" --eval-step 1000 \
         --warmup-steps $((STEPS / 60)) --student-wait-steps $((STEPS / 100)) --uda-steps $((STEPS / 60)) "${@:2}" \
         2>&1 | tail -40 || true
     # in pieces, for those who can bring back small files alone: cat PIECES > gpu-cifar10-4k_last.pth.tar
