@@ -387,12 +387,18 @@ def candidates(args):
     """The files that ``--resume`` may mean, the first that is there; for ``auto`` those of the run's name.
 
     The best is written before the last: a run that was killed between its first two files has the best alone.
+    Beside it may be files of the run that it was about to replace: those of the newest file's run count.
     """
     if args.resume != "auto":
         return [args.resume] if args.resume else []
     name = args.name or default_name(argparse.Namespace(**vars(args) | {"resume": None}))
     kinds = ("last", "finetune_last", "best", "finetune_best")
-    return [os.path.join(args.save_path, f"{check_name(name)}_{kind}.pth.tar") for kind in kinds]
+    paths = [os.path.join(args.save_path, f"{check_name(name)}_{kind}.pth.tar") for kind in kinds]
+    runs = {path: peek(path).get("run") for path in filter(os.path.isfile, paths)}
+    if len(set(runs.values())) < 2:
+        return paths
+    newest = max(runs, key=os.path.getmtime)
+    return [path for path in paths if runs.get(path) == runs[newest]]
 
 
 def read_checkpoint(args, runtime, starts):
@@ -559,7 +565,12 @@ def claim(args, saved):
     make_folder(args.results_path)
     make_folder(args.save_path)
     lock(args)
-    return replaces(args, saved)
+    replacing, run = replaces(args, saved), saved.get("run")
+    if run and is_own(args, saved):
+        for path in checkpoints_of(args):
+            if peek(path).get("run", run) != run:  # it was about to be replaced by this one, which was killed
+                os.remove(path)
+    return replacing
 
 
 def replaces(args, saved):
@@ -569,8 +580,9 @@ def replaces(args, saved):
     ways = "--overwrite replaces it, another --name leaves it untouched"
     if is_own(args, saved):
         if not args.overwrite and not args.finetune and args.resume != last and os.path.isfile(last):
-            step = peek(last).get("step", 0)
-            if step > saved["step"]:
+            there = peek(last)
+            step = there.get("step", 0)
+            if step > saved["step"] and there.get("run") == saved.get("run"):  # not of one that it replaces
                 raise UserError(
                     f"{args.name} has come to step {step}, and {args.resume} is of step {saved['step']}: "
                     f"--resume auto continues the former, {ways}"

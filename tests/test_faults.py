@@ -360,6 +360,27 @@ def test_killed_between_its_first_two_checkpoints(tmp_path, monkeypatch):
     assert load("checkpoint/tuned_finetune_best.pth.tar")["finetune_step"] == whole["finetune_step"]
 
 
+def test_killed_while_it_replaces_another_run(tmp_path, monkeypatch):
+    """Between its first two files, one of which is still the other run's: it goes on with its own."""
+    alone, here = tmp_path / "alone", tmp_path / "here"
+    alone.mkdir(), here.mkdir()
+    own = [*TINY, "--seed", "1"]
+    assert forked.run_main(own, alone).returncode == 0
+    assert forked.run_main([*TINY, "--finetune-epochs", "1"], here).returncode == 0
+    killed = forked.run(kill_worker.killed_behind_its_first_file, [*own, "--overwrite"], str(here))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    monkeypatch.chdir(here)
+    runs = {kind: load(f"checkpoint/run_{kind}.pth.tar")["run"] for kind in ("best", "last", "finetune_last")}
+    assert runs["best"] != runs["last"] == runs["finetune_last"]
+    assert main.run(["--name", "run", "--resume", "auto"]) == 0
+    last = load("checkpoint/run_last.pth.tar")
+    assert last["run"] == runs["best"]
+    assert_same_checkpoint(last, load(alone / "checkpoint/run_last.pth.tar"))
+    lines = Path("results/run/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4]
+    assert sorted(os.listdir("checkpoint")) == [".run.lock", "run_best.pth.tar", "run_last.pth.tar"]
+
+
 def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
     """torchrun starts both again from the last checkpoint; the run ends as one that lost none."""
     flags = [*TINY, "--eval-step", "4", "--resume", "auto"]
