@@ -426,7 +426,7 @@ class WatchedStep:
         graph.warm_up, records, within = 0, [], []
 
         def read_here():
-            return read(external=self.runtime.captured is not None)
+            return read(external=self.runtime.capturing is not None)
 
         for _ in range(steps):
             self.read, self.readings = read_here, []

@@ -143,6 +143,11 @@ def check_arguments(args, parser, before):
         parser.error("--finetune with --finetune-epochs 0 has nothing to do: give --finetune-epochs N")
     if args.evaluate and args.finetune:
         parser.error("--evaluate and --finetune are two commands: give one of them")
+    if args.cuda_graph and (obstacle := no_graph(args)):
+        parser.error(
+            f"--cuda-graph repeats a step as it was captured and does not go with {obstacle}: leave out one "
+            "of them (--no-cuda-graph)"
+        )
     flags = METHODS[args.method].flags
     if "teacher_checkpoint" in flags and not args.teacher_checkpoint:
         parser.error(f"--method {args.method} needs --teacher-checkpoint FILE")
@@ -170,8 +175,6 @@ def check_arguments(args, parser, before):
         parser.error(
             "--mixup-alpha mixes labelled images in pairs: give a --batch-size of pairs in each part"
         )
-    if args.cuda_graph and (obstacle := no_graph(args)):
-        parser.error(f"--cuda-graph repeats a step as it was captured: it does not go with {obstacle}")
     pushed = args.feedback_view if args.feedback_view == "strong" else args.pseudo_label_view
     if args.method == "mpl" and args.weak_pass != "joint" and args.feedback != "none" and pushed == "weak":
         parser.error(
@@ -200,7 +203,10 @@ def check_arguments(args, parser, before):
 
 def no_graph(args):
     """The flag that makes a step more than kernels repeated on the device (``StepGraph``), or None."""
+    exact = "feedback" in METHODS[args.method].flags and args.feedback == "exact"
     obstacles = {
+        "--feedback exact and --student-dropout": exact and args.student_dropout,  # drawn twice
+        "--accumulate and dropout": args.accumulate > 1 and (args.teacher_dropout or args.student_dropout),
         "--method reduced-mpl": args.method == "reduced-mpl",  # looks labels up on the host
         "--mixup-alpha": args.mixup_alpha,  # drawn on the host
         "--switch-every": args.switch_every,
@@ -394,11 +400,18 @@ def candidates(args):
     name = args.name or default_name(argparse.Namespace(**vars(args) | {"resume": None}))
     kinds = ("last", "finetune_last", "best", "finetune_best")
     paths = [os.path.join(args.save_path, f"{check_name(name)}_{kind}.pth.tar") for kind in kinds]
+    left = of_other_runs(paths)
+    return [path for path in paths if path not in left]
+
+
+def of_other_runs(paths):
+    """Those of a name's checkpoints that are not of the run of the newest file.
+
+    There are some where a run was killed while it replaced another one: behind its first file.
+    """
     runs = {path: peek(path).get("run") for path in filter(os.path.isfile, paths)}
-    if len(set(runs.values())) < 2:
-        return paths
-    newest = max(runs, key=os.path.getmtime)
-    return [path for path in paths if runs.get(path) == runs[newest]]
+    newest = max(runs, key=os.path.getmtime, default=None)
+    return {path for path, run in runs.items() if run != runs[newest]}
 
 
 def read_checkpoint(args, runtime, starts):
@@ -565,11 +578,11 @@ def claim(args, saved):
     make_folder(args.results_path)
     make_folder(args.save_path)
     lock(args)
-    replacing, run = replaces(args, saved), saved.get("run")
-    if run and is_own(args, saved):
-        for path in checkpoints_of(args):
-            if peek(path).get("run", run) != run:  # it was about to be replaced by this one, which was killed
-                os.remove(path)
+    replacing = replaces(args, saved)
+    if is_own(args, saved) and (left := of_other_runs(checkpoints_of(args))):
+        for path in left:
+            os.remove(path)
+        print(f"removed {len(left)} checkpoints of the run that {args.name} replaces", file=sys.stderr)
     return replacing
 
 
@@ -579,10 +592,14 @@ def replaces(args, saved):
     last, folder = checkpoint_path(args, "last"), os.path.join(args.results_path, args.name)
     ways = "--overwrite replaces it, another --name leaves it untouched"
     if is_own(args, saved):
+        if args.resume in of_other_runs(checkpoints_of(args)):
+            raise UserError(
+                f"{args.resume} is of a run that another one was replacing when it was killed: --resume auto "
+                "goes on with that one, another --name with this one"
+            )
         if not args.overwrite and not args.finetune and args.resume != last and os.path.isfile(last):
-            there = peek(last)
-            step = there.get("step", 0)
-            if step > saved["step"] and there.get("run") == saved.get("run"):  # not of one that it replaces
+            step = peek(last).get("step", 0)
+            if step > saved["step"] and last not in of_other_runs(checkpoints_of(args)):
                 raise UserError(
                     f"{args.name} has come to step {step}, and {args.resume} is of step {saved['step']}: "
                     f"--resume auto continues the former, {ways}"

@@ -65,7 +65,7 @@ def build_parser():
     add("--amp-dtype", default="bf16", choices=("bf16", "fp16"), help="fp16 needs CUDA")
     add("--channels-last", action="store_true", help="memory order in which convolutions are faster (recipes for images)")
     add("--compile", action="store_true", help="torch.compile of networks and static views: a slow first step, then faster ones; needs a C++ compiler")
-    add("--cuda-graph", action=yes_or_no, default=False, help="CUDA, one process: capture a step once and replay it, so that the GPU does not wait for the processor that launches its kernels; for networks of many short kernels, such as WideResNets (CIFAR-10 recipe on a GPU: with --compile)")
+    add("--cuda-graph", action=yes_or_no, default=False, help="CUDA, one process, SGD: capture a training step once and replay it, so that the GPU does not wait for the processor that launches its kernels; best with --compile, for networks of many short kernels, such as WideResNets; new, and not yet trained with to the end on a GPU")
     add("--sync-bn", action="store_true", help="batch statistics over the batches of all processes")
 
     add = parser.add_argument_group("data").add_argument
@@ -87,7 +87,7 @@ def build_parser():
     add = parser.add_argument_group("augmentation").add_argument
     add("--randaug", type=utils.between(int, 0, 100), nargs=2, default=[2, 16], metavar=("LAYERS", "MAGNITUDE"), help="RandAugment of the strong view: operations per image, and their strength on a scale where 10 is an operation's full range; larger goes beyond (CIFAR-10 recipe: 2 16)")
     add("--labeled-view", default="weak", choices=("weak", "strong"), help="augmentation of the labelled images (strong: RandAugment, as in the paper's Table 10)")
-    add("--mixup-alpha", type=rate, default=0.0, metavar="F", help="supervised, uda, mpl, semimeta: mixup of the labelled images in the loss of the teacher (of the only network), shares drawn from Beta(F, F): with each other, with semimeta with unlabelled ones; 0: none (semimeta recipe: 1)")
+    add("--mixup-alpha", type=rate, default=0.0, metavar="F", help="supervised, uda, fixmatch, mpl, semimeta: mixup of the labelled images in the loss of the teacher (of the only network), shares drawn from Beta(F, F): with each other, with semimeta with unlabelled ones; 0: none (semimeta recipe: 1)")
     add("--jitter", type=rate, nargs=2, default=[0.0, 0.3], metavar=("WEAK", "STRONG"), help="two moons: standard deviation of the noise of each view")
 
     add = parser.add_argument_group("networks").add_argument
@@ -307,7 +307,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
         made = runtime.shard(views(batch.images_l, batch.targets, batch.images_u, loader.generator))
         return method.step(made._replace(indices=batch.indices_u), step, batch.targets_u, diagnose=diagnose)
 
-    repeated_step = runtime.graph(take_step, loader.generator)
+    repeated_step = runtime.graph(take_step, loader.generator)  # take_step itself without --cuda-graph
 
     def checkpoint(step, *kinds):
         state.update(meters=meters.state_dict(), loader=loader.state_dict())

@@ -182,13 +182,13 @@ class Runtime:
             raise UserError("--device xla compiles by itself: leave --compile out")
         if compiled and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
             raise UserError("--compile needs a C++ compiler, and there is none here: install g++")
-        if graphed and self.world_size > 1:
-            raise UserError("--cuda-graph is for a single process: leave it out under torchrun")
         self.channels_last = channels_last
         self.sync_bn = sync_bn
         self.compiled = compiled
         self.graphed = graphed and self.kind == "cuda"
-        self.captured = None  # the StepGraph that is being captured
+        self.capturing = None  # the StepGraph that is being captured
+        if self.graphed and self.world_size > 1:
+            raise UserError("--cuda-graph is for a single process: give --no-cuda-graph under torchrun")
         if graphed and not self.graphed and self.is_main and not self.alone:
             print(f"--cuda-graph needs CUDA: steps are taken as they are on {self.kind}", file=sys.stderr)
         if compiled:
@@ -331,7 +331,7 @@ class Runtime:
 
         In a captured step it is a () tensor, float32, which every replay fills with the number of its step.
         """
-        return self.captured.number(function) if self.captured else function(step)
+        return self.capturing.number(function) if self.capturing else function(step)
 
     def scalar(self, value):
         """A number that changes from step to step, for arithmetic with tensors.
@@ -498,7 +498,7 @@ class Runtime:
 
         Empty while a step is captured: there it cannot be read, and nothing is drawn again (``replay``).
         """
-        if self.captured:
+        if self.capturing:
             return {}
         state = {"cpu": torch.get_rng_state()}
         if self.kind == "cuda":
@@ -583,7 +583,7 @@ class StepGraph:
     """
 
     WARM_UP = 3
-    NUMBERS = 16  # at most, in a step
+    NUMBERS = 16  # more than a step has
 
     def __init__(self, runtime, function, generators):
         self.runtime, self.function, self.generators = runtime, function, generators
@@ -600,7 +600,7 @@ class StepGraph:
         for tensor, new in zip(self.batch, batch, strict=True):
             if tensor is not None:
                 tensor.copy_(new)
-        for tensor, function in zip(self.numbers, self.functions, strict=False):
+        for tensor, function in zip(self.numbers, self.functions, strict=False):  # some are not used
             tensor.fill_(function(step))
         self.graph.replay()
         return self.scalars
@@ -618,13 +618,13 @@ class StepGraph:
         self.numbers = torch.zeros(self.NUMBERS, device=self.runtime.device).unbind()
         self.functions = []
         gc.collect()  # what is left of earlier steps' gradients would bind this one to their stream
-        self.runtime.captured = self
+        self.runtime.capturing = self
         try:
             self.graph, capturing = self._new_graph()
             with capturing:
                 self.scalars = self.function(self.batch, step)
         finally:
-            self.runtime.captured = None
+            self.runtime.capturing = None
 
     def _new_graph(self):
         """A graph without contents, and the context in which it gets them."""

@@ -166,12 +166,14 @@ FLAGS = (
         ("--switch-every 2", "--switch-every"),
         ("--optimizer adamw", "--optimizer adamw"),
         ("--amp --amp-dtype fp16", "--amp-dtype fp16"),
-        ("--method reduced-mpl --feedback exact --teacher-checkpoint x", "--method reduced-mpl"),
+        ("--feedback exact --student-dropout 0.2", "--feedback exact and --student-dropout"),
+        ("--accumulate 2 --teacher-dropout 0.2", "--accumulate and dropout"),
+        ("--method reduced-mpl", "--method reduced-mpl"),
     ],
 )
 def test_what_a_cuda_graph_does_not_go_with(flags, obstacle, here, capsys):
     sentence = refused(capsys, "--cuda-graph", *flags.split())
-    assert f"--cuda-graph repeats a step as it was captured: it does not go with {obstacle}" in sentence
+    assert f"--cuda-graph repeats a step as it was captured and does not go with {obstacle}:" in sentence
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -360,7 +362,7 @@ def test_killed_between_its_first_two_checkpoints(tmp_path, monkeypatch):
     assert load("checkpoint/tuned_finetune_best.pth.tar")["finetune_step"] == whole["finetune_step"]
 
 
-def test_killed_while_it_replaces_another_run(tmp_path, monkeypatch):
+def test_killed_while_it_replaces_another_run(tmp_path, monkeypatch, capsys):
     """Between its first two files, one of which is still the other run's: it goes on with its own."""
     alone, here = tmp_path / "alone", tmp_path / "here"
     alone.mkdir(), here.mkdir()
@@ -372,6 +374,9 @@ def test_killed_while_it_replaces_another_run(tmp_path, monkeypatch):
     monkeypatch.chdir(here)
     runs = {kind: load(f"checkpoint/run_{kind}.pth.tar")["run"] for kind in ("best", "last", "finetune_last")}
     assert runs["best"] != runs["last"] == runs["finetune_last"]
+    assert main.run(["--resume", "checkpoint/run_last.pth.tar", "--total-steps", "6"]) == 2
+    assert "run_last.pth.tar is of a run that another one was replacing" in capsys.readouterr().err
+    assert load("checkpoint/run_best.pth.tar")["run"] == runs["best"]
     assert main.run(["--name", "run", "--resume", "auto"]) == 0
     last = load("checkpoint/run_last.pth.tar")
     assert last["run"] == runs["best"]

@@ -39,6 +39,7 @@ def test_a_cuda_graph_needs_cuda_and_one_process(monkeypatch, capsys):
     assert "steps are taken as they are on cpu" in capsys.readouterr().err
     assert runtime.graph(step) is step
     monkeypatch.setattr(runtime, "world_size", 2)
+    monkeypatch.setattr(runtime, "kind", "cuda")
     with pytest.raises(UserError, match="single process"):
         runtime.configure(graphed=True)
 
