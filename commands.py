@@ -407,9 +407,10 @@ def candidates(args):
 def of_other_runs(paths):
     """Those of a name's checkpoints that are not of the run of the newest file.
 
-    There are some where a run was killed while it replaced another one: behind its first file.
+    There are some where a run was killed while it replaced another one: behind its first file. Damaged files
+    and those of earlier versions do not say which run they are of.
     """
-    runs = {path: peek(path).get("run") for path in filter(os.path.isfile, paths)}
+    runs = {path: run for path in paths if (run := peek(path).get("run"))}
     newest = max(runs, key=os.path.getmtime, default=None)
     return {path for path, run in runs.items() if run != runs[newest]}
 
