@@ -10,8 +10,8 @@ import tempfile
 # one thread in every process, before any of them imports PyTorch: on small tensors faster than several
 os.environ["OMP_NUM_THREADS"] = "1"
 # Inductor writes code without vector instructions: to find out which of them the compiler knows takes it ten
-# to twenty seconds in each process
-os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "0"
+# to twenty seconds in each process. Nor does it start processes that compile: two run tests already
+os.environ |= {"TORCHINDUCTOR_VEC_ISA_OK": "0", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 import pytest
 

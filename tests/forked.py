@@ -24,6 +24,15 @@ SERVER.set_forkserver_preload(
 )
 
 
+def places(count):
+    """What each of several processes on this machine finds in its environment, as torchrun's do."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    ranks = map(str, range(count))
+    return [meeting | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(count)} for rank in ranks]
+
+
 def _call(function, arguments, environment, outputs):
     gc.freeze()
     os.environ.update(environment)
@@ -43,13 +52,8 @@ class Started:
         self.arguments, self.returncode = arguments, None
         self.folder = tempfile.TemporaryDirectory()
         self.streams = {1: f"{self.folder.name}/out", 2: f"{self.folder.name}/err"}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
         self.processes = []
-        for rank in map(str, range(processes)):
-            group = place | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes)}
-            environment = group if processes > 1 else {}
+        for environment in places(processes) if processes > 1 else [{}]:
             self.processes.append(
                 SERVER.Process(target=_call, args=(function, arguments, environment, self.streams))
             )

@@ -85,8 +85,8 @@ def test_a_step_does_not_wait_for_the_device(name, flags):
 )
 def test_replayed_steps_are_the_steps(name, compiled):
     """Steps taken as they are come before, between and behind the replays."""
-    rows, learned = captured_training(name, Runtime("cuda", graphed=True, compiled=compiled))
-    expected_rows, expected = captured_training(name, Runtime("cuda", compiled=compiled))
+    rows, learned = captured_training(name, Runtime("cuda", graphed=True, compiled=compiled), 7)
+    expected_rows, expected = captured_training(name, Runtime("cuda", compiled=compiled), 7)
     torch.testing.assert_close(rows, expected_rows, rtol=1e-4, atol=1e-6)
     for key, value in expected.items():
         torch.testing.assert_close(learned[key], value, rtol=1e-5, atol=1e-7)

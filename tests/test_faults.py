@@ -417,26 +417,23 @@ def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
 
 
 def test_two_processes_stop_together(tmp_path):
-    """SIGTERM to the whole group, twice, as launchers send it: both save, and finish when started again."""
+    """SIGTERM to both, twice, as launchers send it: they save one step, and finish when started again."""
     flags = [*folder_flags(tmp_path / "own"), "--resize", "70", "--workers", "1", "--num-val", "2"]
     photographs(tmp_path / "own", (70, 70))
     flags += ["--name", "run", "--batch-size", "2", "--resume", "auto"]
-    command = [*TORCHRUN, ROOT / "main.py", *TINY, *flags]
+    command = [sys.executable, ROOT / "main.py", *TINY, *flags, "--total-steps", "100000"]
     with open(tmp_path / "log.txt", "w") as log:
-        process = subprocess.Popen(
-            [*command, "--total-steps", "100000"],
-            cwd=tmp_path,
-            stderr=log,
-        )
+        places = forked.places(2)
+        pair = [subprocess.Popen(command, cwd=tmp_path, stderr=log, env=os.environ | each) for each in places]
     last = tmp_path / "checkpoint/run_last.pth.tar"
     while not last.exists():
-        assert process.poll() is None, (tmp_path / "log.txt").read_text()
+        assert pair[0].poll() is None, (tmp_path / "log.txt").read_text()
         time.sleep(0.05)
     for _ in range(2):
-        for pid, _ in children(process.pid):
-            os.killpg(os.getpgid(int(pid)), signal.SIGTERM)
+        for process in pair:
+            process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
-    process.wait(timeout=100)
+    assert [process.wait(timeout=100) for process in pair] == [128 + signal.SIGTERM] * 2
     log = (tmp_path / "log.txt").read_text()
     assert log.count("stopped after step") == 1, log
     step = load(last)["step"]
