@@ -325,8 +325,12 @@ class Method:
         )
 
     def unlabeled_weight(self, step):
-        """λ(t), the weight of the unlabelled images' loss."""
-        return self.args.lambda_u * ramp_up(step, self.args.uda_steps, self.args.teacher_warmup_steps)
+        """λ(t), the weight of the unlabelled images' loss, for arithmetic with tensors."""
+
+        def weight(step):
+            return self.args.lambda_u * ramp_up(step, self.args.uda_steps, self.args.teacher_warmup_steps)
+
+        return self.runtime.scalar(self.runtime.number(weight, step))
 
     @property
     def predictor(self):
@@ -388,7 +392,7 @@ class UDA(Method):
 
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args
-        weight = self.runtime.scalar(self.runtime.number(self.unlabeled_weight, step))
+        weight = self.unlabeled_weight(step)
         batches = micro_batches(self.mixed(views, step), truth, args.accumulate)
         function = functools.partial(teacher_logits, self.student, weak_pass=args.weak_pass)
         passes = TeacherPass(self.runtime, batches, function, ahead=self.consistency.reads_batch)
@@ -535,7 +539,7 @@ class MPL(Method):
 
         # 4. The teacher takes its step: labels, consistency and feedback.
         self.consistency.observe(teacher_pass.logits)
-        weight = self.runtime.scalar(self.runtime.number(self.unlabeled_weight, step))
+        weight = self.unlabeled_weight(step)
 
         def teacher_loss(k):
             logits, targets = teacher_pass.with_graph(k), teacher_batches[k].views.targets
@@ -701,7 +705,7 @@ class SemiMeta(Method):
 
     def step(self, views, step, truth=None, diagnose=False):
         args, student = self.args, self.student
-        weight = self.runtime.scalar(self.runtime.number(self.unlabeled_weight, step))
+        weight = self.unlabeled_weight(step)
 
         # 1. The pseudo labels: predictions, moved to lower the labelled loss.
         v = feedback.labeled_gradient(student, student.predict, views.labeled, views.targets, args.accumulate)
