@@ -26,7 +26,6 @@ from test_cli import assert_same_checkpoint
 import main
 
 ROOT = Path(main.__file__).parent
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TINY = (
     "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --mu 2 --device cpu "
     "--total-steps 4 --eval-step 2 --finetune-epochs 0 --workers 0 --no-pictures --name run"
@@ -324,7 +323,7 @@ def load(path):
 @pytest.mark.parametrize(
     ("kills", "flags"),
     [
-        (6, ()),
+        (4, ()),
         (3, ("--method", "semimeta", "--mixup-alpha", "0.5")),
         (3, ("--method", "reduced-mpl", "--teacher-checkpoint", teacher_file("wrn-10-1", 10, 8))),
     ],
@@ -386,6 +385,24 @@ def test_killed_while_it_replaces_another_run(tmp_path, monkeypatch, capsys):
     assert sorted(os.listdir("checkpoint")) == [".run.lock", "run_best.pth.tar", "run_last.pth.tar"]
 
 
+def start_pair(arguments, folder, restarts):
+    """``torchrun --nproc-per-node 2 --max-restarts RESTARTS main.py ARGUMENTS`` in a folder."""
+    return forked.Started(numbered, [str(argument) for argument in arguments], str(folder), restarts=restarts)
+
+
+def numbered(arguments, folder):
+    """``main.py``, which leaves the number of its process in FOLDER/pid-RANK."""
+    Path(folder, f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
+    return forked.script("main", arguments, folder)
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.said()[1]
+        time.sleep(0.05)
+
+
 def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
     """torchrun starts both again from the last checkpoint; the run ends as one that lost none."""
     flags = [*TINY, "--eval-step", "4", "--resume", "auto"]
@@ -393,18 +410,12 @@ def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
     (tmp_path / "broken").mkdir()
     whole = forked.run_main([*flags, "--total-steps", "24"], tmp_path / "whole", processes=2)
     assert whole.returncode == 0, whole.stderr
-    with open(tmp_path / "log.txt", "w") as log:
-        process = subprocess.Popen(
-            [*TORCHRUN, "--max-restarts", "2", ROOT / "main.py", *flags, "--total-steps", "24"],
-            cwd=tmp_path / "broken",
-            stderr=log,
-        )
+    pair = start_pair([*flags, "--total-steps", "24"], tmp_path / "broken", restarts=2)
     checkpoint = tmp_path / "broken/checkpoint/run_last.pth.tar"
-    while not checkpoint.exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(int(children(process.pid)[-1][0]), signal.SIGKILL)
-    assert process.wait(timeout=200) == 0, (tmp_path / "log.txt").read_text()
+    wait_for(checkpoint, pair)
+    os.kill(int((tmp_path / "broken/pid-1").read_text()), signal.SIGKILL)
+    errors = pair.communicate(timeout=200)[1]
+    assert pair.returncode == 0 and "continuing" in errors, errors
     summaries = [
         json.loads((tmp_path / f"{kind}/results/run/summary.json").read_text())
         for kind in ("whole", "broken")
@@ -417,28 +428,22 @@ def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
 
 
 def test_two_processes_stop_together(tmp_path):
-    """SIGTERM to both, twice, as launchers send it: they save one step, and finish when started again."""
-    flags = [*folder_flags(tmp_path / "own"), "--resize", "70", "--workers", "1", "--num-val", "2"]
+    """SIGTERM to torchrun and to both, as launchers send it: they save one step, and finish when started
+    again."""
+    flags = [*TINY, *folder_flags(tmp_path / "own"), "--resize", "70", "--workers", "1", "--num-val", "2"]
     photographs(tmp_path / "own", (70, 70))
     flags += ["--name", "run", "--batch-size", "2", "--resume", "auto"]
-    command = [sys.executable, ROOT / "main.py", *TINY, *flags, "--total-steps", "100000"]
-    with open(tmp_path / "log.txt", "w") as log:
-        places = forked.places(2)
-        pair = [subprocess.Popen(command, cwd=tmp_path, stderr=log, env=os.environ | each) for each in places]
+    pair = start_pair([*flags, "--total-steps", "100000"], tmp_path, restarts=0)
     last = tmp_path / "checkpoint/run_last.pth.tar"
-    while not last.exists():
-        assert pair[0].poll() is None, (tmp_path / "log.txt").read_text()
-        time.sleep(0.05)
-    for _ in range(2):
-        for process in pair:
-            process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
-    assert [process.wait(timeout=100) for process in pair] == [128 + signal.SIGTERM] * 2
-    log = (tmp_path / "log.txt").read_text()
-    assert log.count("stopped after step") == 1, log
+    wait_for(last, pair)
+    members = [int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1)]
+    for pid in (*members, pair.pid):
+        os.kill(pid, signal.SIGTERM)
+    errors = pair.communicate(timeout=100)[1]
+    assert errors.count("stopped after step") == 1, errors
     step = load(last)["step"]
     flags = [*flags, "--total-steps", str(step + 2), "--eval-step", "1", "--finetune-epochs", "1"]
-    done = forked.run_main([*TINY, *flags], tmp_path, processes=2)
+    done = forked.run_main(flags, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "results/run/summary.json").read_text())
     assert summary["steps"] == step + 2 and summary["selection"] == "val"
