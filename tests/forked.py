@@ -97,6 +97,13 @@ class Started:
         self.returncode = None if None in codes else max(codes)
         return self.returncode
 
+    def wait_for(self, condition, timeout=200):
+        """Until ``condition()`` holds, which it does before the processes end."""
+        end = time.monotonic() + timeout
+        while not condition():
+            assert self.poll() is None and time.monotonic() < end, self.said()
+            time.sleep(0.005)
+
     def send_signal(self, number):
         for process in self.processes:
             os.kill(process.pid, number)

@@ -128,10 +128,7 @@ def test_killed_and_resumed_is_bit_identical(unbroken, tmp_path):
     folder, _ = unbroken
     process = forked.Started(forked.script, "main", RUN, str(tmp_path))
     metrics = tmp_path / "results" / "run" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 2):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
+    process.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2)
     process.kill()
     process.communicate()
     step = checkpoint(tmp_path, "run_last")["step"]

@@ -396,13 +396,6 @@ def numbered(arguments, folder):
     return forked.script("main", arguments, folder)
 
 
-def wait_for(path, process):
-    deadline = time.monotonic() + 200
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.said()[1]
-        time.sleep(0.05)
-
-
 def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
     """torchrun starts both again from the last checkpoint; the run ends as one that lost none."""
     flags = [*TINY, "--eval-step", "4", "--resume", "auto"]
@@ -412,7 +405,7 @@ def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
     assert whole.returncode == 0, whole.stderr
     pair = start_pair([*flags, "--total-steps", "24"], tmp_path / "broken", restarts=2)
     checkpoint = tmp_path / "broken/checkpoint/run_last.pth.tar"
-    wait_for(checkpoint, pair)
+    pair.wait_for(checkpoint.exists)
     os.kill(int((tmp_path / "broken/pid-1").read_text()), signal.SIGKILL)
     errors = pair.communicate(timeout=200)[1]
     assert pair.returncode == 0 and "continuing" in errors, errors
@@ -428,20 +421,22 @@ def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
 
 
 def test_two_processes_stop_together(tmp_path):
-    """SIGTERM to torchrun and to both, as launchers send it: they save one step, and finish when started
-    again."""
+    """SIGTERM to one of them, twice, as launchers send it, and then to torchrun, which hands it on: they save
+    one step, and go on from there when started again."""
     flags = [*TINY, *folder_flags(tmp_path / "own"), "--resize", "70", "--workers", "1", "--num-val", "2"]
     photographs(tmp_path / "own", (70, 70))
     flags += ["--name", "run", "--batch-size", "2", "--resume", "auto"]
-    pair = start_pair([*flags, "--total-steps", "100000"], tmp_path, restarts=0)
-    last = tmp_path / "checkpoint/run_last.pth.tar"
-    wait_for(last, pair)
-    members = [int((tmp_path / f"pid-{rank}").read_text()) for rank in (0, 1)]
-    for pid in (*members, pair.pid):
-        os.kill(pid, signal.SIGTERM)
-    errors = pair.communicate(timeout=100)[1]
-    assert errors.count("stopped after step") == 1, errors
-    step = load(last)["step"]
+    last, step = tmp_path / "checkpoint/run_last.pth.tar", 0
+    for to_one in (True, False):
+        pair = start_pair([*flags, "--total-steps", "100000"], tmp_path, restarts=0)
+        pair.wait_for(lambda before=step: last.exists() and load(last)["step"] > before)
+        pid = int((tmp_path / "pid-1").read_text()) if to_one else pair.pid
+        for _ in range(1 + to_one):
+            os.kill(pid, signal.SIGTERM)
+        errors = pair.communicate(timeout=100)[1]
+        assert errors.count("stopped after step") == 1, errors
+        step = load(last)["step"]
+        assert f"stopped after step {step};" in errors
     flags = [*flags, "--total-steps", str(step + 2), "--eval-step", "1", "--finetune-epochs", "1"]
     done = forked.run_main(flags, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import forked
@@ -176,12 +175,6 @@ def test_a_finished_search_is_only_summed_up(copied, capsys):
 # ---------------------------------------------------------------- stopped, killed
 
 
-def wait_for(condition, process):
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-
-
 def child(process):
     told = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
     return int(told.stdout.split()[0])
@@ -193,19 +186,19 @@ def test_stopped_and_killed(tmp_path):
     log = tmp_path / "results/study/trial-0000.log"
     saved = [tmp_path / f"checkpoint/study-trial-000{number}_last.pth.tar" for number in range(2)]
     search = start(tmp_path, *words)
-    wait_for(saved[0].exists, search)
+    search.wait_for(saved[0].exists)
     search.send_signal(signal.SIGINT)
     errors = search.communicate(timeout=100)[1]
     assert search.returncode == 130 and "stopped: the same command goes on" in errors, errors
     assert "stopped after step" in log.read_text()
 
     search = start(tmp_path, *words)
-    wait_for(lambda: "continuing (as study-trial-0000)" in log.read_text(), search)
+    search.wait_for(lambda: "continuing (as study-trial-0000)" in log.read_text())
     search.kill()
     search.communicate()
 
     search = start(tmp_path, *words)
-    wait_for(saved[1].exists, search)
+    search.wait_for(saved[1].exists)
     os.kill(child(search), signal.SIGKILL)
     errors = search.communicate(timeout=100)[1]
     assert search.returncode == 0, errors
