@@ -422,26 +422,22 @@ class WatchedStep:
 
     def graph_amounts(self, read, difference, steps):
         """As ``amounts``, of a step captured anew with its marks; waits for the device after every step."""
-        graph = self.take = self.runtime.graph(self._take, self.loader.generator)
-        graph.warm_up, records, within = 0, [], []
+        graph, within = self.runtime.graph(self._take, self.loader.generator), []
+        graph.warm_up = 0
+
+        def take(batch, number):
+            before = len(self.readings)
+            scalars = graph(batch, number)
+            within.extend(self.readings[before:])  # noted while it was captured, in the first step alone
+            self.readings[before:] = within
+            return scalars
 
         def read_here():
             return read(external=self.runtime.capturing is not None)
 
-        for _ in range(steps):
-            self.read, self.readings = read_here, []
-            self._note()
-            with self.phase("drawing"):
-                batch = next(self.loader)
-            before = len(self.readings)
-            graph(batch, self.number)
-            within = within or self.readings[before:]  # noted while it was captured
-            self.readings[before:] = within
-            self._note()
-            self.number += 1
-            self.runtime.wait()
-            records.append(self._by_phase(self.readings, difference))
-        self.read = None
+        self.take = take
+        records = [self.amounts(read_here, difference)[0] for _ in range(steps)]
+        self.take = graph
         return records
 
     @staticmethod

@@ -592,22 +592,23 @@ def replaces(args, saved):
     lock(args, make=False)
     last, folder = checkpoint_path(args, "last"), os.path.join(args.results_path, args.name)
     ways = "--overwrite replaces it, another --name leaves it untouched"
+    checkpoints = checkpoints_of(args)
     if is_own(args, saved):
-        if args.resume in of_other_runs(checkpoints_of(args)):
+        of_others = of_other_runs(checkpoints)
+        if args.resume in of_others:
             raise UserError(
                 f"{args.resume} is of a run that another one was replacing when it was killed: --resume auto "
                 "goes on with that one, another --name with this one"
             )
         if not args.overwrite and not args.finetune and args.resume != last and os.path.isfile(last):
             step = peek(last).get("step", 0)
-            if step > saved["step"] and last not in of_other_runs(checkpoints_of(args)):
+            if step > saved["step"] and last not in of_others:
                 raise UserError(
                     f"{args.name} has come to step {step}, and {args.resume} is of step {saved['step']}: "
                     f"--resume auto continues the former, {ways}"
                 )
         return False
-    checkpoints = checkpoints_of(args)  # without any, a run that was killed early may start again
-    if not args.overwrite and checkpoints:
+    if not args.overwrite and checkpoints:  # without any, a run that was killed early may start again
         raise UserError(f"{args.name} was trained before: --resume auto continues it, {ways}")
     if not args.overwrite and os.path.exists(os.path.join(folder, "summary.json")):
         raise UserError(f"there is a record of {args.name} in {folder} already: {ways}")

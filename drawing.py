@@ -623,7 +623,7 @@ def draw_calibration(calibration, heading):
 
     calibration: ``report.Calibration``.
     """
-    bins, share = len(calibration.counts), 100 * calibration.counts / calibration.counts.sum()
+    bins, share = len(calibration.counts), (100 * calibration.counts / calibration.counts.sum()).numpy()
     middles = (np.arange(bins) + 0.5) / bins
     figure = new_figure(4.1)
     figure.suptitle(legible(heading), **HEADING)

@@ -274,9 +274,9 @@ def train(args, runtime, saved, labels_given):
             log.summary(summary)
     if runtime.is_main:
         print("\n".join(utils.result_lines(summary)), flush=True)
-    if runtime.is_main and args.pictures:
         try:
-            visualize.finished_run(folder, dataset)
+            if args.pictures:
+                visualize.finished_run(folder, dataset)
         except Exception as error:  # a warning: the run is finished and saved
             print(f"a picture could not be drawn: {error}", file=sys.stderr)
 
@@ -297,7 +297,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     loader.load_state_dict(state.get("loader", {"position": args.start_step}))
     meters = utils.Meters(runtime, commands.checkpoint_path(args, "last"))
     if "meters" in state:
-        meters.load_state_dict(state["meters"], runtime.device)
+        meters.load_state_dict(state["meters"])
     progress = utils.Progress(args.name, args.total_steps, args.start_step, runtime.is_main)
     images_per_step = args.batch_size * (1 + mu) * runtime.world_size
     throughput = utils.Throughput(state, images_per_step, args.start_step)
@@ -421,7 +421,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
         utils.load_state(network, before["avg_state_dict"], commands.checkpoint_path(args, "finetune_last"))
         learner.optimizer.load_state_dict(before["optimizer"])
         learner.scaler.load_state_dict(before["scaler"])
-        meters.load_state_dict(before["meters"], runtime.device)
+        meters.load_state_dict(before["meters"])
         loader.load_state_dict(before["loader"])
         state = {key: before[key] for key in state}
         if done >= steps:

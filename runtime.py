@@ -352,9 +352,13 @@ class Runtime:
         On XLA they are data, whereas ``torch.zeros`` is an operation of the next graph, which would be
         another one than that of a later step.
         """
-        zeros = torch.zeros(shape, device="cpu" if self.kind == "xla" else self.device).to(self.device)
-        self.replicate([zeros])
-        return zeros
+        return self.put(torch.zeros(shape, device="cpu" if self.kind == "xla" else self.device))
+
+    def put(self, tensor):
+        """The tensor on the device; where the device is several, on each the whole of it."""
+        tensor = tensor.to(self.device)
+        self.replicate([tensor])
+        return tensor
 
     def wait(self):
         """Until the device has done all that it was asked to: for measuring time."""
@@ -623,6 +627,13 @@ class StepGraph:
             self.graph, capturing = self._new_graph()
             with capturing:
                 self.scalars = self.function(self.batch, step)
+        except RuntimeError:
+            print(
+                "the step cannot become a CUDA graph; the traceback says where: does it wait for the device "
+                "there, as .item() and a branch on a tensor do? --no-cuda-graph takes it as it is",
+                file=sys.stderr,
+            )
+            raise
         finally:
             self.runtime.capturing = None
 

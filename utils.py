@@ -207,9 +207,9 @@ class Meters:
         keys = ("names", "first_step", "count", "mean", "squares", "bad")
         return {key: getattr(self, key) for key in keys}
 
-    def load_state_dict(self, state, device):
+    def load_state_dict(self, state):
         for key, value in state.items():
-            setattr(self, key, value.to(device) if isinstance(value, torch.Tensor) else value)
+            setattr(self, key, self.runtime.put(value) if isinstance(value, torch.Tensor) else value)
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import needs_compiler
 from PIL import Image
+from recorded import RecordedStep
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -209,6 +210,25 @@ def test_phases_follow_the_roles():
     assert step.method.switched
     for phase in PHASES[2:6]:
         assert first[phase][0] == second[phase][0]
+
+
+def test_phases_of_a_replayed_step():
+    """The marks within a captured step are read anew at every replay, those around it as they come."""
+    step, readings = WatchedStep(arguments("--feedback", "taylor")), torch.zeros((), dtype=torch.float64)
+    for learner in step.method.learners.values():
+        for group in learner.optimizer.param_groups:
+            group["fused"] = True  # reads its rate from a tensor
+
+    def read(external=False):
+        return readings.add_(1).clone()
+
+    expected = step.amounts(read, torch.sub)[0]
+    step.runtime.graph = lambda function, *generators: RecordedStep(step.runtime, function, generators)
+    for steps in (1, 3):
+        for record in step.graph_amounts(read, torch.sub, steps):
+            assert record == expected
+    assert expected["optimisers and EMA"] == 2 and expected["metering"] == 1
+    step()  # and goes on without a meter
 
 
 @needs_compiler

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import needs_compiler, teacher_file
+from recorded import RecordedStep
 from test_cli import tensors
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torchvision.ops import StochasticDepth
 
 import feedback
@@ -28,7 +27,7 @@ from methods import (
     teacher_logits,
 )
 from models import LinearHead, build_model
-from runtime import Runtime, StepGraph, UserError
+from runtime import Runtime, UserError
 
 FLAGS = (
     "--dataset digits --model wrn-10-1 --batch-size 4 --mu 2 --nesterov --teacher-lr 0.1 --student-lr 0.1 "
@@ -1271,61 +1270,6 @@ def test_compiled_steps_are_the_steps(method, flags, monkeypatch):
 # ---------------------------------------------------------------- a captured step
 
 
-class Recording(TorchDispatchMode):
-    """What a CUDA graph does, on the CPU: operators that are repeated on the memory of the first time.
-
-    Context in which they are recorded and leave nothing behind: all memory that they write to, and the random
-    generators, are as before when it is left.
-    """
-
-    def __init__(self, generators):
-        super().__init__()
-        self.generators = [torch.default_generator, *generators]
-        self.calls, self.overwritten = [], {}
-
-    def __enter__(self):
-        self.states = [generator.get_state() for generator in self.generators]
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        for storage, content in self.overwritten.values():
-            storage.copy_(content)
-        for generator, state in zip(self.generators, self.states, strict=True):
-            generator.set_state(state)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        undeclared = "batch_norm" in function.name()  # writes running statistics
-        for argument, value in zip(function._schema.arguments, args, strict=False):
-            if undeclared or (argument.alias_info and argument.alias_info.is_write):
-                for tensor in tree_leaves(value):
-                    if not isinstance(tensor, torch.Tensor):
-                        continue
-                    storage = tensor.untyped_storage()
-                    self.overwritten.setdefault(storage.data_ptr(), (storage, storage.clone()))
-        result = function(*args, **kwargs)
-        self.calls.append((function, args, kwargs, result))
-        return result
-
-    def replay(self):
-        with torch.no_grad():
-            for function, args, kwargs, result in self.calls:
-                if function.is_view:
-                    continue
-                for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
-                    if isinstance(old, torch.Tensor) and old is not new and not old._is_zerotensor():
-                        old.detach().copy_(new)
-
-
-class RecordedStep(StepGraph):
-    WARM_UP = 1  # in which momentum begins
-
-    def _new_graph(self):
-        recording = Recording(self.generators)
-        return recording, recording
-
-
 DROPOUT = ("--teacher-dropout", 0.2, "--student-dropout", 0.2)
 CAPTURED = {
     "supervised": ("supervised", "--grad-clip", 1, *DROPOUT),
@@ -1351,7 +1295,7 @@ def captured_training(name, runtime, steps, step_graph=None):
     what was learned, {name: state}. ``step_graph``: how they are repeated, if not as ``runtime`` says."""
     method, *flags = CAPTURED[name]
     each = in_double(build("--warmup-steps", 5, *flags, method=method, runtime=runtime))
-    if hasattr(each, "teacher_network") and method == "pseudo-label":
+    if method == "pseudo-label":
         each.teacher_network.double()
     for learner in each.learners.values():
         for group in learner.optimizer.param_groups:
@@ -1382,3 +1326,17 @@ def test_replayed_steps_are_the_steps(name):
     torch.testing.assert_close(rows, expected_rows, rtol=1e-5, atol=1e-7)
     for key, value in expected.items():
         torch.testing.assert_close(learned[key], value, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_that_cannot_be_captured(capsys):
+    """The error as it is, behind a line that says what the step may not do."""
+
+    def step_of(batch, step):
+        if step:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    repeated = RecordedStep(Runtime("cpu"), step_of, [])
+    repeated(Views(*[None] * 5), 0)
+    with pytest.raises(RuntimeError, match="capturing"):
+        repeated(Views(*[None] * 5), 1)
+    assert "--no-cuda-graph" in capsys.readouterr().err and repeated.runtime.capturing is None

@@ -80,6 +80,7 @@ def train(device, flags, folder):
 
 
 def call(flags):
+    """``main.py`` with these flags, which ends well: how many graphs are compiled by the end of each step."""
     compilations = []
 
     class Counting(Runtime):

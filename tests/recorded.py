@@ -1,0 +1,62 @@
+"""A CUDA graph on the CPU: what a captured and replayed step does, without a CUDA device."""
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from runtime import StepGraph
+
+
+class Recording(TorchDispatchMode):
+    """What a CUDA graph does, on the CPU: operators that are repeated on the memory of the first time.
+
+    Context in which they are recorded and leave nothing behind: all memory that they write to, and the random
+    generators, are as before when it is left.
+    """
+
+    def __init__(self, generators):
+        super().__init__()
+        self.generators = [torch.default_generator, *generators]
+        self.calls, self.overwritten = [], {}
+
+    def __enter__(self):
+        self.states = [generator.get_state() for generator in self.generators]
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for storage, content in self.overwritten.values():
+            storage.copy_(content)
+        for generator, state in zip(self.generators, self.states, strict=True):
+            generator.set_state(state)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        undeclared = "batch_norm" in function.name()  # writes running statistics
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            if undeclared or (argument.alias_info and argument.alias_info.is_write):
+                for tensor in tree_leaves(value):
+                    if not isinstance(tensor, torch.Tensor):
+                        continue
+                    storage = tensor.untyped_storage()
+                    self.overwritten.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        result = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, result))
+        return result
+
+    def replay(self):
+        with torch.no_grad():
+            for function, args, kwargs, result in self.calls:
+                if function.is_view:
+                    continue
+                for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
+                    if isinstance(old, torch.Tensor) and old is not new and not old._is_zerotensor():
+                        old.detach().copy_(new)
+
+
+class RecordedStep(StepGraph):
+    WARM_UP = 1  # in which momentum begins
+
+    def _new_graph(self):
+        recording = Recording(self.generators)
+        return recording, recording
