@@ -437,7 +437,7 @@ class WatchedStep:
 
         self.take = take
         records = [self.amounts(read_here, difference)[0] for _ in range(steps)]
-        self.take = graph
+        self.take, self.marks = graph, within  # kept: every replay records into them
         return records
 
     @staticmethod
@@ -634,6 +634,11 @@ def busy_and_gaps(intervals):
 def profile(args):
     """One step taken apart: phases, kernels, gaps, and its bytes and FLOP against what the device reaches."""
     step = WatchedStep(args)
+    if (
+        step.runtime.graphed
+    ):  # a graph from before the profiler's first session may hang when it is replayed in one
+        with torch.profiler.profile():
+            pass
     for _ in range(3):  # compilers and cuDNN search in the first ones
         step()
     step.runtime.wait()

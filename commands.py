@@ -204,9 +204,11 @@ def check_arguments(args, parser, before):
 def no_graph(args):
     """The flag that makes a step more than kernels repeated on the device (``StepGraph``), or None."""
     exact = "feedback" in METHODS[args.method].flags and args.feedback == "exact"
+    sampled = "pseudo_label" in METHODS[args.method].flags and args.pseudo_label == "sample"
     obstacles = {
         "--feedback exact and --student-dropout": exact and args.student_dropout,  # drawn twice
         "--accumulate and dropout": args.accumulate > 1 and (args.teacher_dropout or args.student_dropout),
+        "--accumulate and --pseudo-label sample": args.accumulate > 1 and sampled,  # drawn between two passes
         "--method reduced-mpl": args.method == "reduced-mpl",  # looks labels up on the host
         "--mixup-alpha": args.mixup_alpha,  # drawn on the host
         "--switch-every": args.switch_every,

@@ -261,11 +261,15 @@ def sgd(network, rate, momentum, nesterov, weight_decay, body_scale=1.0):
     nesterov = nesterov and momentum > 0
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, fused=fused)
 
-    def on_this_device(optimizer):  # whatever it was on where the state was saved
+    def as_here(optimizer):  # whatever the device and the memory order where the state was saved
         for group in optimizer.param_groups:
             group["fused"] = fused
+        for p, state in optimizer.state.items():
+            momentum = state.get("momentum_buffer")
+            if momentum is not None and momentum.stride() != p.stride():
+                state["momentum_buffer"] = torch.empty_like(p).copy_(momentum)
 
-    optimizer.register_load_state_dict_post_hook(on_this_device)
+    optimizer.register_load_state_dict_post_hook(as_here)
     return optimizer
 
 

@@ -329,9 +329,12 @@ class Runtime:
     def number(self, function, step):
         """``function(step)``, a number that changes from step to step.
 
-        In a captured step it is a () tensor, float32, which every replay fills with the number of its step.
+        In a captured step it is a () tensor, float32, which every replay fills with the number of its step;
+        where steps are captured, those between are taken with the same number, rounded to float32.
         """
-        return self.capturing.number(function) if self.capturing else function(step)
+        if self.capturing:
+            return self.capturing.number(function)
+        return float(np.float32(function(step))) if self.graphed else function(step)
 
     def scalar(self, value):
         """A number that changes from step to step, for arithmetic with tensors.
@@ -627,6 +630,13 @@ class StepGraph:
             self.graph, capturing = self._new_graph()
             with capturing:
                 self.scalars = self.function(self.batch, step)
+        except torch.OutOfMemoryError:
+            print(
+                "a CUDA graph of the step does not fit: it has memory of its own, beside that of steps "
+                "that are not replayed; use --no-cuda-graph, or a smaller --batch-size or --mu",
+                file=sys.stderr,
+            )
+            raise
         except RuntimeError:
             print(
                 "the step cannot become a CUDA graph; the traceback says where: does it wait for the device "

@@ -7,17 +7,24 @@ from torch.utils._pytree import tree_leaves
 from runtime import StepGraph
 
 
+def tensors_of(tree):
+    """All tensors with memory of their own."""
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in leaves if not leaf._is_zerotensor() and leaf.untyped_storage().nbytes()]
+
+
 class Recording(TorchDispatchMode):
     """What a CUDA graph does, on the CPU: operators that are repeated on the memory of the first time.
 
     Context in which they are recorded and leave nothing behind: all memory that they write to, and the random
-    generators, are as before when it is left.
+    generators, are as before when it is left. The memory that a graph takes for itself is not its own between
+    two replays: each begins with NaN there.
     """
 
     def __init__(self, generators):
         super().__init__()
         self.generators = [torch.default_generator, *generators]
-        self.calls, self.overwritten = [], {}
+        self.calls, self.overwritten, self.taken = [], {}, {}
 
     def __enter__(self):
         self.states = [generator.get_state() for generator in self.generators]
@@ -42,9 +49,15 @@ class Recording(TorchDispatchMode):
                     self.overwritten.setdefault(storage.data_ptr(), (storage, storage.clone()))
         result = function(*args, **kwargs)
         self.calls.append((function, args, kwargs, result))
+        given = {tensor.untyped_storage().data_ptr() for tensor in tensors_of((args, kwargs))}
+        for tensor in tensors_of(result):
+            if tensor.untyped_storage().data_ptr() not in given:
+                self.taken[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return result
 
     def replay(self):
+        for storage in self.taken.values():
+            storage.fill_(0xFF)
         with torch.no_grad():
             for function, args, kwargs, result in self.calls:
                 if function.is_view:

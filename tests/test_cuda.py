@@ -131,3 +131,20 @@ def test_the_program_on_cuda(form, tmp_path, monkeypatch):
     assert main.run([*recipe, "--evaluate", "--resume", "checkpoint/digits_best.pth.tar"]) == 0
     evaluated = json.loads((tmp_path / "results/digits_best/summary.json").read_text())
     assert evaluated["top1"] == summary["top1"]
+
+
+def test_a_run_of_replayed_steps_is_the_run(tmp_path, monkeypatch):
+    """Its first steps, before what CUDA adds up in another order each time has grown."""
+    monkeypatch.chdir(tmp_path)
+    recipe = (
+        "--dataset digits --num-labeled 40 --model wrn-10-1 --batch-size 16 --mu 2 --eval-step 6 "
+        "--log-step 1 --channels-last --nesterov --finetune-epochs 0 --device cuda --warmup-steps 5 "
+        "--threshold 0.2 --no-pictures --total-steps 12"
+    ).split()
+    figures = []
+    for flag in ("--cuda-graph", "--no-cuda-graph"):
+        assert main.run([*recipe, flag, "--name", flag.strip("-")]) == 0
+        lines = (tmp_path / "results" / flag.strip("-") / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        figures.append([value for row in rows for key, value in row.items() if key.endswith("_loss")])
+    assert figures[0] == pytest.approx(figures[1], rel=0.02)

@@ -167,6 +167,7 @@ FLAGS = (
         ("--amp --amp-dtype fp16", "--amp-dtype fp16"),
         ("--feedback exact --student-dropout 0.2", "--feedback exact and --student-dropout"),
         ("--accumulate 2 --teacher-dropout 0.2", "--accumulate and dropout"),
+        ("--accumulate 2 --pseudo-label sample", "--accumulate and --pseudo-label sample"),
         ("--method reduced-mpl", "--method reduced-mpl"),
     ],
 )

@@ -303,6 +303,23 @@ def test_no_weight_decay_on_batch_norm():
     assert len(decayed["params"]) + len(plain["params"]) == len(list(network.parameters()))
 
 
+def test_momentum_is_kept_in_the_memory_order_of_its_parameters():
+    """One kernel for all of them adds what lies at the same place."""
+    states = {}
+    for order in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        network = build_model("wrn-10-1", 3).to(memory_format=order)
+        optimizer = sgd(network, 0.1, 0.9, True, 5e-4)
+        network(torch.randn(2, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+        states[order] = optimizer.state_dict()
+    optimizer.load_state_dict(states[torch.contiguous_format])
+    for number, (p, state) in enumerate(optimizer.state.items()):
+        assert state["momentum_buffer"].stride() == p.stride()
+        expected = states[torch.contiguous_format]["state"][number]["momentum_buffer"]
+        assert torch.equal(state["momentum_buffer"], expected)
+
+
 def test_supervised_step_is_plain_sgd():
     method, views = build(method="supervised"), make_views()
     torch.manual_seed(0)
@@ -1328,15 +1345,23 @@ def test_replayed_steps_are_the_steps(name):
         torch.testing.assert_close(learned[key], value, rtol=1e-5, atol=1e-7)
 
 
-def test_a_step_that_cannot_be_captured(capsys):
-    """The error as it is, behind a line that says what the step may not do."""
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (RuntimeError("operation not permitted when stream is capturing"), "does it wait for the device"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "a smaller --batch-size"),
+    ],
+)
+def test_a_step_that_cannot_be_captured(error, advice, capsys):
+    """The error as it is, behind a line that says what to do."""
 
     def step_of(batch, step):
         if step:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise error
 
     repeated = RecordedStep(Runtime("cpu"), step_of, [])
     repeated(Views(*[None] * 5), 0)
-    with pytest.raises(RuntimeError, match="capturing"):
+    with pytest.raises(type(error)):
         repeated(Views(*[None] * 5), 1)
-    assert "--no-cuda-graph" in capsys.readouterr().err and repeated.runtime.capturing is None
+    said = capsys.readouterr().err
+    assert advice in said and "--no-cuda-graph" in said and repeated.runtime.capturing is None

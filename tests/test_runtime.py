@@ -1,5 +1,6 @@
 """Devices, random state, files."""
 
+import json
 import os
 import platform
 import subprocess
@@ -8,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded import RecordedStep
 
+import main
+from learner import sgd
 from runtime import Runtime, UserError
 
 
@@ -42,6 +46,54 @@ def test_a_cuda_graph_needs_cuda_and_one_process(monkeypatch, capsys):
     monkeypatch.setattr(runtime, "kind", "cuda")
     with pytest.raises(UserError, match="single process"):
         runtime.configure(graphed=True)
+
+
+def fused_sgd(*arguments):
+    """``learner.sgd`` as on CUDA: it reads its rate from a tensor."""
+
+    def fuse(optimizer):
+        for group in optimizer.param_groups:
+            group["fused"] = True
+
+    optimizer = sgd(*arguments)
+    optimizer.register_load_state_dict_post_hook(fuse)
+    fuse(optimizer)
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--feedback taylor --teacher-dropout 0.2 --student-dropout 0.2 --grad-clip 1",
+        "--feedback exact --accumulate 2 --weak-pass ema --pseudo-label-view strong",
+        "--method fixmatch --confidence relative --labeled-view strong --student-dropout 0.2",
+        "--method semimeta",
+    ],
+)
+def test_a_run_of_replayed_steps_is_the_run(flags, tmp_path, monkeypatch):
+    """The whole program, stopped once: pictures, views, evaluations between replays, each step's figures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("methods.sgd", fused_sgd)
+    monkeypatch.setattr(Runtime, "static", True)
+    recipe = (
+        "--dataset digits --num-labeled 40 --resize 8 --model wrn-10-1 --batch-size 4 --mu 2 --eval-step 6 "
+        "--log-step 1 --warmup-steps 5 --student-wait-steps 2 --uda-steps 10 --threshold 0.2 --nesterov "
+        f"--finetune-epochs 0 --no-pictures --device cpu --resume auto {flags}"
+    ).split()
+
+    def figures(name):
+        for steps in ("8", "12"):
+            assert main.run([*recipe, "--name", name, "--total-steps", steps]) == 0
+        lines = (tmp_path / "results" / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) | {"images_per_second": 0} for line in lines]
+
+    taken = figures("taken")
+    monkeypatch.setattr(
+        Runtime, "graph", lambda self, step, *generators: RecordedStep(self, step, generators)
+    )
+    for before, after in zip(taken, figures("replayed"), strict=True):
+        assert after == pytest.approx(before, rel=1e-5, abs=1e-7)
+    assert len(taken) == 12
 
 
 def test_replay_draws_the_same_and_leaves_no_trace():
