@@ -50,7 +50,7 @@ def test_meters_continue_from_a_checkpoint():
         whole.update({"a": value}, step)
         (first if step < 7 else second).update({"a": value}, step)
         if step == 6:
-            second.load_state_dict(first.state_dict(), "cpu")
+            second.load_state_dict(first.state_dict())
     assert second.read() == whole.read()
 
 
