@@ -434,7 +434,9 @@ def read_checkpoint(args, runtime, starts):
         path = runtime.on_main(lambda: next(filter(os.path.isfile, paths), None))
         if path is None:
             if args.evaluate or args.finetune:
-                raise UserError(f"there is no checkpoint {paths[0]} to evaluate or finetune")
+                raise UserError(
+                    f"there is no checkpoint {paths[0]} to evaluate or finetune: give its run's --name"
+                )
             if not starts:
                 raise UserError(
                     f"there is no checkpoint {paths[0]} to go on from, and no --dataset to start a run with"

@@ -331,7 +331,8 @@ def _class_sizes(targets, classes):
 
 def _listed(classes):
     """Class names for a message: up to ten of them, and how many there are."""
-    return f"{', '.join(map(str, classes[:10]))}{', …' * (len(classes) > 10)} ({len(classes)})"
+    more = f", … ({len(classes)} in all)" if len(classes) > 10 else ""
+    return ", ".join(map(str, classes[:10])) + more
 
 
 # ----------------------------------------------------------------------------------------------- the readers
@@ -719,6 +720,8 @@ def image_tree(root, argument):
     Raises:
         UserError: there is no such folder, no image in it, or a folder that cannot be read.
     """
+    if os.path.isfile(root):
+        raise UserError(f"'{root}' is a file: give the folder it lies in as {argument}")
     if not os.path.isdir(root):
         raise UserError(f"there is no folder '{root}' of images: correct {argument}")
     ignored = Counter()
@@ -966,7 +969,9 @@ def _read_images(image_set, size, workers, skip_unreadable):
     if not readable.all():
         skipped = [files[i] for i in np.flatnonzero(~readable)]
         listed = ", ".join(skipped[:10])
-        print(f"skipped {len(skipped)} unreadable of {len(files)} images: {listed}", file=sys.stderr)
+        print(
+            f"skipped {len(skipped)} of {len(files)} images, which cannot be read: {listed}", file=sys.stderr
+        )
         if not readable.any():
             raise UserError(
                 f"none of {len(files)} images could be read, {files[0]} and so on: check the files"

@@ -34,7 +34,7 @@ from evaluation import gathered, measure_accuracy, measure_splits, predictions, 
 from feedback import ESTIMATORS
 from learner import Learner, sgd
 from loader import TrainLoader
-from methods import METHODS, saved_members
+from methods import METHODS, UDA_LOSSES, saved_members
 from models import disable_dropout, head_of
 from runtime import Runtime, UserError
 
@@ -60,7 +60,7 @@ def build_parser():
     add("--evaluate", action="store_true", help="only evaluate the checkpoint of --resume, or the mean of the probabilities of several: --resume A --resume B; the record goes to results/CKPT or results/NAME")
     add("--finetune", action="store_true", help="only finetune the checkpoint of --resume")
     add("--device", default="auto", choices=Runtime.KINDS, help="where to run")
-    add("--local-rank", "--local_rank", help="accepted from older launchers and ignored: the environment says it")
+    add("--local-rank", "--local_rank", help="accepted from older launchers and ignored: it is read from the environment")
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", default="bf16", choices=("bf16", "fp16"), help="fp16 needs CUDA")
     add("--channels-last", action="store_true", help="memory order in which convolutions are faster (recipes for images)")
@@ -77,12 +77,12 @@ def build_parser():
     add("--num-val", type=count, default=0, metavar="N", help="training images with labels held out to choose the best checkpoint; 0: the last is taken")
     add("--test-fraction", type=small, default=0.2, metavar="F", help="folder without a test or val folder: part of every class that is set aside for testing")
     add("--unlabeled-path", metavar="DIR", help="any tree of images without classes, for the unlabelled set")
-    add("--unlabeled-mode", default="add", choices=("add", "only"), help="these images beside the training images, or in their place")
+    add("--unlabeled-mode", default="add", choices=("add", "only"), help="in addition to the training images, or instead of them")
     add("--skip-unreadable", action="store_true", help="name and leave out images that cannot be read, instead of stopping")
     add("--num-classes", type=steps, metavar="K", help="checked against the data set")
     add("--resize", type=utils.between(int, 1, 2**12), metavar="PIXELS", help="side of the images (default: digits 16, cifar10, cifar100 and svhn 32, stl10 96, imagenet 224; a folder: the one size of its images up to 64, else 224)")
     add("--workers", type=count, default=2, help="threads or processes that read images")
-    add("--expand-labels", action="store_true", help="accepted for published commands: labelled batches are always drawn without end here")
+    add("--expand-labels", action="store_true", help="accepted for published commands: labelled images are always repeated endlessly here")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--randaug", type=utils.between(int, 0, 100), nargs=2, default=[2, 16], metavar=("LAYERS", "MAGNITUDE"), help="RandAugment of the strong view: operations per image, and their strength on a scale where 10 is an operation's full range; larger goes beyond (CIFAR-10 recipe: 2 16)")
@@ -113,10 +113,10 @@ def build_parser():
     add("--batch-size", type=utils.between(int, 1, 2**20), default=64, help="labelled images per step and process")
     add("--mu", type=utils.between(int, 1, 2**10), default=7, help="unlabelled images per labelled image")
     add("--teacher-lr", "--teacher_lr", type=rate, default=0.05, help="mpl: peak learning rate (with --switch-every: of the network that begins as the teacher); reduced-mpl: that of the perceptron")
-    add("--student-lr", "--student_lr", type=rate, default=0.05, help="peak learning rate (likewise); of the only network too")
+    add("--student-lr", "--student_lr", type=rate, default=0.05, help="peak learning rate (with --switch-every: of the network that begins as the student); of the only network, too, where there is no teacher")
     add("--accumulate", type=steps, default=1, metavar="N", help="take a step's batch in N micro-batches, one after the other, for less memory; batch norm sees one of them at a time")
     add("--optimizer", default="sgd", choices=("sgd", "adamw", "rmsprop"), help="SGD; AdamW, as in the transfer recipe; TensorFlow's RMSProp, as EfficientNet was published (decay 0.9, epsilon 1e-3)")
-    add("--schedule", default="cosine", choices=("cosine", "one-cycle", "constant", "milestones"), help="of the learning rate, after the warm-up; milestones: a tenth from each of --milestones on; transfer recipe: one-cycle")
+    add("--schedule", default="cosine", choices=("cosine", "one-cycle", "constant", "milestones"), help="of the learning rate, after the warm-up; milestones: divided by 10 at each of --milestones; transfer recipe: one-cycle")
     add("--milestones", type=count, nargs="+", default=[300_000, 350_000], metavar="STEP", help="with --schedule milestones: steps at which the rate is divided by 10 (semimeta recipe: 300000 350000)")
     add("--momentum", type=small, default=0.9, help="of SGD and RMSProp (published: 0.9)")
     add("--nesterov", action="store_true", help="Nesterov momentum of SGD (recipes with SGD)")
@@ -135,7 +135,7 @@ def build_parser():
     add("--temperature", type=utils.between(float, 1e-3, 1e3), default=0.7, help="uda, mpl: below 1 sharpens the prediction on the weak view")
     add("--confidence", default="threshold", choices=("threshold", "relative", "soft"), help="uda, fixmatch, mpl: which unlabelled images count: those that reach --threshold; those that reach --threshold times the mean confidence on the labelled images (AdaMatch); or all, each by a weight that falls with its distance below the mean confidence of recent steps (SoftMatch)")
     add("--threshold", type=share, default=0.6, help="uda, fixmatch, mpl: least probability from which on an image counts, after sharpening (fixmatch, published 0.95: without); with --confidence relative a factor of the mean confidence on the labelled images, neither of them sharpened (published: 0.9)")
-    add("--uda-loss", default="ce", choices=("ce", "cos"), help="uda, mpl: between the sharpened prediction on the weak view and the one on the strong view: cross-entropy, or negative cosine similarity as in TransferMPL")
+    add("--uda-loss", default="ce", choices=(*UDA_LOSSES,), help="uda, mpl: between the sharpened prediction on the weak view and the one on the strong view: cross-entropy, or negative cosine similarity as in TransferMPL")
     add("--lambda-u", type=weight, default=8.0, help="uda, fixmatch, mpl: weight of the UDA loss (fixmatch, published: 1); semimeta: of the squared distance to the pseudo labels (recipe: 1); 0: none")
     add("--uda-steps", type=count, default=5000, help="uda, fixmatch, mpl, semimeta: steps over which that weight grows (fixmatch, published: 0)")
     add("--align", type=share, default=0.0, metavar="RATE", help="uda, fixmatch, mpl: distribution alignment: rate at which a bias per class brings the mean prediction on unlabelled images to --align-to; for few labels and about ten unlabelled images per class in a batch: 0.2; off, as published: 0")

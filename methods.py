@@ -35,6 +35,12 @@ def soft_cross_entropy(labels, logits, label_smoothing=0.0):
     return -(labels * F.log_softmax(logits, dim=1)).sum(dim=1)
 
 
+UDA_LOSSES = {  # of each image, (N,); the names are the choices of --uda-loss
+    "ce": soft_cross_entropy,
+    "cos": lambda targets, logits: -F.cosine_similarity(targets, F.softmax(logits, dim=1), dim=1),
+}
+
+
 def uda_loss(targets, strong_logits, weights, kind="ce"):
     """Unsupervised data augmentation: weight · CE(target, strong), the mean over all N images, ().
 
@@ -45,11 +51,7 @@ def uda_loss(targets, strong_logits, weights, kind="ce"):
         kind: ``cos``: the negative cosine between target and prediction in place of their cross-entropy
             (TransferMPL).
     """
-    if kind == "cos":
-        losses = -F.cosine_similarity(targets, F.softmax(strong_logits, dim=1), dim=1)
-    else:
-        losses = soft_cross_entropy(targets, strong_logits)
-    return (weights * losses).mean()
+    return (weights * UDA_LOSSES[kind](targets, strong_logits)).mean()
 
 
 def largest_probability(logits):
@@ -886,6 +888,12 @@ def fixed_teacher(args, num_classes, image_size, runtime):
     # the network that is in the file, whatever --model says of the student
     unsaid = {"bn_eps": None, "stochastic_depth": None}  # by checkpoints of earlier versions
     theirs = argparse.Namespace(**vars(args) | unsaid | state.get("args", {}))
+    known = state.get("data", {}).get("classes")
+    if known and len(known) != num_classes:
+        raise UserError(
+            f"the teacher in {path} was trained on {theirs.dataset} and knows {len(known)} classes, but "
+            f"{args.dataset} has {num_classes}: give one that was trained on the same classes"
+        )
     model = network_name(vars(theirs), "student")
     network = build_network(theirs, num_classes, image_size, "teacher", model)
     load_state(network, weights, path)

@@ -586,6 +586,8 @@ def disable_dropout(model):
 
 def _wrong_size(name, image_size, error):
     """The ValueError for images that a network does not take."""
+    if image_size == 0:
+        return ValueError(f"{name} takes images, and these are points: use mlp-2-...-K, such as mlp-2-8-8-2")
     return ValueError(
         f"{name} does not take images of {image_size} pixels ({_first_line(error)}): "
         "choose another --resize or --model"

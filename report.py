@@ -106,7 +106,7 @@ def mistakes(outputs, dataset, count):
     confidence, predicted = outputs.probabilities[STUDENT].max(dim=1)
     wrong = (predicted != outputs.targets).nonzero()[:, 0]
     order = confidence[wrong].argsort(descending=True, stable=True)
-    titles["Most surely wrong"] = wrong[order][:count].tolist()
+    titles["Most confidently wrong"] = wrong[order][:count].tolist()
 
     chosen = [row for rows in titles.values() for row in rows]
     shown = dataset.test.subset(outputs.positions[chosen])
@@ -242,7 +242,7 @@ PAGE = """<!doctype html>
 ABOUT = {
     "Teacher and student disagree most": "<p>Distance: half the sum over the classes of the differences "
     "between the two networks' probabilities (total variation distance), from 0, the same, to 1.</p>",
-    "Most surely wrong": "<p>The wrong class got the largest probability.</p>",
+    "Most confidently wrong": "<p>The wrong class got the largest probability.</p>",
 }
 
 

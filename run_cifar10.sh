@@ -3,7 +3,7 @@
 # On one H200 a step takes 49 ms, 39 to 47 with --compile, 27 with --compile --cuda-graph (new, no run has ended with it yet):
 # 4.1, 3 to 4, 2.3 hours, plus evaluation and finetuning.
 # Any flag can be overridden: bash run_cifar10.sh --seed 1 --total-steps 50000
-python main.py --name cifar10-4k --dataset cifar10 --num-labeled 4000 --model wrn-28-2 --amp --channels-last \
+exec python main.py --name cifar10-4k --dataset cifar10 --num-labeled 4000 --model wrn-28-2 --amp --channels-last \
     --method mpl --total-steps 300000 --eval-step 1000 --batch-size 128 --mu 7 \
     --teacher-lr 0.05 --student-lr 0.05 --nesterov --weight-decay 5e-4 --ema 0.995 \
     --warmup-steps 5000 --student-wait-steps 3000 --label-smoothing 0.15 \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # CIFAR-100 with 10,000 labels: the CIFAR-10 recipe of the published code with WRN-28-8. The paper gives no result
 # for it. Time: not measured yet.
-python main.py --name cifar100-10k --dataset cifar100 --num-labeled 10000 --model wrn-28-8 --amp --channels-last \
+exec python main.py --name cifar100-10k --dataset cifar100 --num-labeled 10000 --model wrn-28-8 --amp --channels-last \
     --method mpl --total-steps 300000 --eval-step 1000 --batch-size 128 --mu 7 \
     --teacher-lr 0.05 --student-lr 0.05 --nesterov --weight-decay 5e-4 --ema 0.995 \
     --warmup-steps 5000 --student-wait-steps 3000 --label-smoothing 0.15 \

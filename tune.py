@@ -318,8 +318,9 @@ def run_trial(tuning, trial, log, interrupt):
             for step in accuracies.keys() - reported.keys():
                 trial.report(accuracies[step], step)
             reported |= accuracies
-            # never the first: the result is no worse than the flags as given
-            pruned = trial.number > 0 and trial.should_prune()
+            # never the first: the result is no worse than the flags as given; nor one that is finished
+            running = max(reported, default=0) < tuning.args.total_steps
+            pruned = trial.number > 0 and running and trial.should_prune()
         if status is None and not sent and (pruned or interrupt.signal):
             sent = interrupt.signal or signal.SIGTERM  # the run saves
             process.send_signal(sent)

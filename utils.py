@@ -197,7 +197,7 @@ class Meters:
             terms = ", ".join(name for name, count in zip(self.names, bad, strict=True) if count == first)
             step, good = self.first_step + int(first) - 1, os.path.exists(self.checkpoint)
             left = f"the checkpoint {self.checkpoint} predates it" if good else "no checkpoint was written"
-            raise NonFiniteError(f"step {step}: {terms} is not finite; {left}")
+            raise NonFiniteError(f"step {step}: {terms} {'are' if ',' in terms else 'is'} not finite; {left}")
         deviation = (self.squares / (self.count - 1).clamp_min(1)).sqrt()
         means, stds = self.runtime.all_reduce_mean([self.mean.clone(), deviation])
         stds = {f"{name}_std": std for name, std in zip(self.names, stds.tolist(), strict=True)}
@@ -575,12 +575,14 @@ class RunLog:
             if replace:
                 shutil.rmtree(beside, ignore_errors=True)
                 self.folder = beside
-            elif run_id and self._run_of(beside) == run_id:  # killed before it was put in its place
+            elif (
+                run_id and self._arguments(beside).get("run") == run_id
+            ):  # killed before it was put in its place
                 self._move(beside)
             else:  # of a run that was killed before it replaced this one
                 shutil.rmtree(beside, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            other = self._run_of(self.folder)
+            other = self._arguments().get("run")
             if other not in (None, run_id) and run_id is not None:
                 self._say(f"the record in {self.folder} is of another run and is replaced")
                 self._clear()
@@ -603,17 +605,22 @@ class RunLog:
 
             self.writer = SummaryWriter(self.folder, purge_step=self.purge_step)
 
-    def _run_of(self, folder):
-        """The id of the run whose record is in a folder, None if it has none."""
+    def _arguments(self, folder=None):
+        """What args.json says of the run in a folder, the own one unless given; {} where there is none."""
         try:
-            return json.loads((folder / "args.json").read_text()).get("run")
-        except (OSError, ValueError, AttributeError):
-            return None
+            return dict(json.loads(((folder or self.folder) / "args.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def _write_arguments(self, args, run_id, keep):
+        """What the run is now; with the command that began it, and those that went on with it."""
         if not (keep and (self.folder / "args.json").exists()):
             about = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit()}
-            self._write("args.json", vars(args) | {"run": run_id, "versions": about, "command": sys.argv})
+            commands, before = {"command": sys.argv}, self._arguments()
+            if run_id and before.get("run") == run_id and "command" in before:
+                commands["command"] = before["command"]
+                commands["continued"] = [*before.get("continued", []), sys.argv]
+            self._write("args.json", vars(args) | {"run": run_id, "versions": about} | commands)
 
     def _clear(self):
         """Remove what an earlier run has left in the folder, of all that this program writes. A teacher's

@@ -6,7 +6,7 @@
     python visualize.py classes results/A [results/B …]       the accuracy of each class
     python visualize.py features results/A                    images as the network sees them, in 2-D
     python visualize.py calibration results/A                 whether probabilities can be trusted
-    python visualize.py mistakes results/A                    the images that are most surely wrong
+    python visualize.py mistakes results/A                    the images that are most confidently wrong
     python visualize.py report results/A                      all of a run as one HTML page
     python visualize.py augment --dataset digits              real images, their views, every operation
     python visualize.py table results/A results/B …           accuracies over seeds, as a Markdown table
@@ -77,12 +77,21 @@ def checkpoint_path(run, save_path=None):
     return next(filter(os.path.isfile, paths), paths[0])
 
 
+def stopped_before_its_evaluation(run, path):
+    """A sentence where a run has saved, but not its best at ``path``; None else."""
+    if isinstance(path, list) or os.path.isfile(path):
+        return None
+    last = path.replace("_best.pth.tar", "_last.pth.tar")
+    stopped = f"{run.name} was stopped before its first evaluation: --resume auto continues it"
+    return stopped if os.path.isfile(last) else None
+
+
 def missing_checkpoint(run, path):
     """Why there is nothing to load at the ``checkpoint_path`` of a run; None if there is."""
     if isinstance(path, list):
         return f"{run.folder} is of several checkpoints: evaluate the one that you want to draw"
     if not os.path.isfile(path):
-        return (
+        return stopped_before_its_evaluation(run, path) or (
             f"there is no checkpoint {path} of {run.name}: start this from the folder where the run was "
             "started, or say with --save-path where its checkpoints are"
         )
@@ -142,6 +151,11 @@ def curves_of(runs, each=False):
 
     With ``each`` every run is a line.
     """
+    without = [run for run in runs if run.records and not any("top1" in each for each in run.records)]
+    if len(without) < len(runs):
+        for run in without:
+            print(f"{run.folder} has no curve of its accuracy: it is left out", file=sys.stderr)
+        runs = [run for run in runs if run not in without]
     if each or len(runs) == 1:
         return draw_curves(runs)
     rows = configurations_of(runs, otherwise=", or give --each")
@@ -205,9 +219,11 @@ def counts_of(runs):
     for run in runs:
         path = run.folder / "confusion.json"
         if not path.exists():
+            chosen = checkpoint_path(run)
             raise UserError(
-                f"there is no {path}: a run writes it when it is evaluated. Measure with python main.py "
-                f"--evaluate --resume {checkpoint_path(run)} and draw the folder that this names"
+                stopped_before_its_evaluation(run, chosen)
+                or f"there is no {path}: a run writes it when it is evaluated. Measure with python main.py "
+                f"--evaluate --resume {chosen} and draw the folder that this names"
             )
         counts, classes = read_confusion(path)
         matrices.append(counts)
@@ -413,9 +429,10 @@ def augmentation_picture(images, views, seed, heading):
     return draw_augmentation(rows, operations, (heading, alone))
 
 
-def augmentation_of(name, data_path, randaug=(2, 16), seed=0, resize=None, count=8):
+def augmentation_of(name, data_path, randaug=(2, 16), seed=0, resize=None, skip_unreadable=False, count=8):
     """The figure for images of a data set, without a run."""
-    dataset = data.load_dataset(name, data_path, num_labeled=1.0, resize=resize)
+    skip = {"skip_unreadable": skip_unreadable}
+    dataset = data.load_dataset(name, data_path, num_labeled=1.0, resize=resize, **skip)
     chosen = dataset.labeled.subset(pick(dataset.labeled.targets, count, seed))
     images, _, _ = next(batches(chosen, len(chosen), "cpu"))
     options = {"flip": dataset.flip, "crop": dataset.crop, "randaug": tuple(randaug)}
@@ -432,7 +449,7 @@ def augmentation_of(name, data_path, randaug=(2, 16), seed=0, resize=None, count
 
 COLUMNS = ("top-1 (%)", "chosen by validation (%)", "finetuned (%)")
 # recorded with the arguments of a run, but neither configuration nor result; an evaluation is not its run
-APART = {"seed", "save_path", "results_path", "run", "versions", "command", *INCIDENTAL}
+APART = {"seed", "save_path", "results_path", "run", "versions", "command", "continued", *INCIDENTAL}
 APART -= {"evaluate", "finetune"}
 
 
@@ -558,7 +575,7 @@ def build_parser():
         (
             "mistakes",
             1,
-            "test images that are most surely wrong, or on which teacher and student disagree",
+            "test images that are most confidently wrong, or on which teacher and student disagree",
         ),
         (
             "report",
@@ -603,6 +620,7 @@ def build_parser():
     add("--randaug", **strength, help="operations per strong view and their strength (default: 2 16)")
     add("--resize", type=int, metavar="PIXELS", help="side of the images (default: as in main.py)")
     add("--seed", type=int, default=0, help="of the images and of their views")
+    add("--skip-unreadable", action="store_true", help="folder: leave out files that cannot be read")
     add("--out", **out, help="PNG or SVG to write (default: results/augment_DATASET.png)")
     return parser
 
@@ -639,7 +657,8 @@ def main(argv):
     elif args.command == "features":
         figure = features_of(runs[0], args.data_path, args.save_path, args.projection)
     else:
-        figure = augmentation_of(args.dataset, args.data_path, args.randaug, args.seed, args.resize)
+        how = (args.randaug, args.seed, args.resize, args.skip_unreadable)
+        figure = augmentation_of(args.dataset, args.data_path, *how)
         path = Path("results", f"augment_{args.dataset}.png")
     if runs:  # one run: in its folder; several: beside them
         folder = Path(args.runs[0])

@@ -136,6 +136,11 @@ def test_killed_and_resumed_is_bit_identical(unbroken, tmp_path):
     run(*RUN, "--resume", "checkpoint/run_last.pth.tar", cwd=tmp_path)
     assert_same_checkpoint(checkpoint(folder, "run_last"), checkpoint(tmp_path, "run_last"))
     assert_same_checkpoint(checkpoint(folder, "run_finetune_last"), checkpoint(tmp_path, "run_finetune_last"))
+    args = json.loads(
+        (tmp_path / "results/run/args.json").read_text()
+    )  # the command that began the run stays
+    resumed = [*RUN, "--resume", "checkpoint/run_last.pth.tar"]
+    assert args["command"][1:] == RUN and [words[1:] for words in args["continued"]] == [resumed]
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     reference = (folder / "results" / "run" / "metrics.jsonl").read_text().splitlines()
     for line, other in zip(lines, map(json.loads, reference), strict=True):
@@ -143,16 +148,13 @@ def test_killed_and_resumed_is_bit_identical(unbroken, tmp_path):
 
 
 def test_terminated_saves_and_resumes(tmp_path):
-    arguments = [*MOONS, "--total-steps", "600", "--eval-step", "600", "--name", "run"]
+    """SIGTERM to a script is one to the program."""
+    flags = [*MOONS, "--total-steps", "600", "--eval-step", "600", "--name", "run"]
+    arguments = [*recipe_words("run_twomoons.sh"), *flags]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
     run(*arguments, cwd=whole)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *arguments],
-        cwd=broken,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start("run_twomoons.sh", *flags, cwd=broken)
     process.stderr.readline()  # the line that says that training begins
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
@@ -568,7 +570,7 @@ def test_every_recipe_is_one_command_that_takes_flags(name):
 
 def recipe_words(name, **environment):
     """The flags of a recipe script, as the shell hands them to ``main.py``."""
-    stand_in = 'python() { printf "%s\\n" "$@"; }; torchrun() { python "$@"; }; . "$0"'
+    stand_in = 'exec() { "$@"; }; python() { printf "%s\\n" "$@"; }; torchrun() { python "$@"; }; . "$0"'
     shell = os.environ | {"GPUS": "8"} | environment
     told = subprocess.run(["bash", "-c", stand_in, ROOT / name], capture_output=True, text=True, env=shell)
     words = told.stdout.splitlines()

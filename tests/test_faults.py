@@ -451,6 +451,13 @@ def test_a_checkpoint_of_another_optimiser(flags, here, trained, capsys):
     assert "run_last" in refused(capsys, *flags, "--resume", trained, "--total-steps", 8)
 
 
+def test_a_teacher_of_other_classes(here, trained, capsys):
+    flags = ["--dataset", "twomoons", "--model", "mlp-2-8-2", "--method", "pseudo-label"]
+    sentence = refused(capsys, *flags, "--teacher-checkpoint", trained)
+    assert "was trained on digits and knows 10 classes, but twomoons has 2" in sentence
+    assert "wrn-10-1 takes images, and these are points" in refused(capsys, *flags[:2])
+
+
 def test_evaluate_auto(here, capsys):
     assert main.run([*TINY, "--evaluate", "--resume", "auto"]) == 0
     assert (here / "results/run_last/summary.json").exists()

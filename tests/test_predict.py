@@ -439,7 +439,7 @@ def test_a_checkpoint_that_says_too_little(missing, here, capsys):
         (["nowhere"], "nowhere"),
         (["empty"], "no images in 'empty'"),
         (["heic"], ".heic 1 (photographs among them"),
-        (["mine/test/cat/00.png"], "no folder"),
+        (["mine/test/cat/00.png"], "is a file: give the folder"),
         ([], "FOLDER"),
         (["mine", "--export", "net.pt2"], "FOLDER"),
         (["mine", "--out", "nowhere/rows.csv"], "nowhere/rows.csv"),

@@ -156,9 +156,10 @@ def test_the_surest_mistakes_come_first():
     dataset = data.Dataset("digits", list("abc"), [], [], False, 2, "pad", None, None, None, test, [])
     outputs = report.Outputs(torch.arange(4), test.targets, {STUDENT: student})
     rows = report.mistakes(outputs, dataset, 2)
-    assert list(rows) == ["Most surely wrong"]
+    assert list(rows) == ["Most confidently wrong"]
     shown = [
-        (each.name, each.true, each.guesses["student"], each.distance) for each in rows["Most surely wrong"]
+        (each.name, each.true, each.guesses["student"], each.distance)
+        for each in rows["Most confidently wrong"]
     ]
     expected = [("2", "c", ("b", 0.8, 0.1), None), ("3", "a", ("c", 0.7, 0.0), None)]
     assert [
@@ -167,7 +168,7 @@ def test_the_surest_mistakes_come_first():
     axes = drawing.draw_mistakes(rows, list("abc"), "heading").axes[0]
     assert axes.xaxis.label.get_text() == "true: c\nstudent: b\n   80.0 %, true 10.0 %"
     right = report.Outputs(outputs.positions, student.argmax(dim=1), {STUDENT: student})
-    assert report.mistakes(right, dataset, 2) == {"Most surely wrong": []}
+    assert report.mistakes(right, dataset, 2) == {"Most confidently wrong": []}
 
 
 # ----------------------------------------------------------------------------------------------------- page

@@ -887,7 +887,7 @@ def test_what_is_said_of_a_folder(here, capsys):
 def test_parts_in_capital_letters_are_no_parts(here, capsys):
     photographs(here / "mine/Train"), photographs(here / "mine/Test", seed=1)
     words = [*FOLDER[:2], "--data-path", "mine", "--num-labeled", "3", *FOLDER[4:]]
-    assert "are Test, Train (2): the parts of a data set" in refused(capsys, *words)
+    assert "are Test, Train: the parts of a data set" in refused(capsys, *words)
     photographs(here / "mine", classes=["cat"], seed=2)
     assert command(*words) == 0
     assert "the folder 'Train' in" in capsys.readouterr().err

@@ -243,6 +243,14 @@ def test_a_bad_trial_is_pruned_and_a_refused_one_fails(here, capsys):
     assert "trial 6: failed with status 2: main.py: --batch-size 9 cannot be taken" in said
 
 
+def test_a_finished_trial_is_not_pruned(here):
+    words = "--total-steps 500 --eval-step 500".split()
+    tuning = prepared(here, *words, searches=["batch-size=6,8"], values=[101.0] * 5)
+    command = ["--search", "batch-size=6,8", "--study", "study", *FLAGS, *words]
+    assert tune.run(["--trials", "6", *command]) == 0
+    assert trials_of(here)[-1].state == TrialState.COMPLETE and tuning.args.total_steps == 500
+
+
 # ---------------------------------------------------------------- what is refused
 
 

@@ -716,6 +716,8 @@ def broken(runs):
     damage = {"confusion.json": '{"classes": ["a", "b"], "counts": [[1, 2]]}', "summary.json": '{"seed": 0'}
     worded = {"summary.json": json.dumps(summary("mpl") | {"top1": "high"})}
     kinds = {"empty": {}, "young": {}, "lost": {}, "damaged": {}, "uncounted": damage, "worded": worded}
+    kinds |= {"stopped": {}}
+    Path("checkpoint/stopped_last.pth.tar").touch()
     for name, files in kinds.items():
         folder = Path("broken", name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -741,6 +743,8 @@ def broken(runs):
         (["regions", "broken/lost"], "there is no checkpoint"),
         (["features", "results/digits", "--save-path", "nowhere"], "there is no checkpoint nowhere"),
         (["confusion", "broken/lost"], "python main.py --evaluate --resume "),
+        (["confusion", "broken/stopped"], "stopped was stopped before its first evaluation"),
+        (["calibration", "broken/stopped"], "--resume auto continues it"),
         (["confusion", "broken/uncounted"], "2 classes, but counts of shape (1, 2)"),
         (
             ["confusion", "results/digits", "--save-path", "nowhere"],
@@ -769,6 +773,15 @@ def test_a_mistake_gets_one_sentence_and_status_2(broken, monkeypatch, capsys, w
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("visualize.py: ") and err.count("\n") == 1
     assert message in err
+
+
+def test_runs_without_an_accuracy_are_left_out_of_curves_with_a_line(runs, monkeypatch, capsys):
+    Path("results/tuned").mkdir(exist_ok=True)
+    args = json.loads(Path("results/mpl/args.json").read_text()) | {"name": "tuned", "seed": 5}
+    Path("results/tuned/args.json").write_text(json.dumps(args))
+    Path("results/tuned/metrics.jsonl").write_text('{"step": 9, "finetune_loss": 0.1, "finetune_top1": 90}\n')
+    assert command(monkeypatch, "curves", "results/mpl", "results/tuned", "--out", "both.png") == 0
+    assert "results/tuned has no curve of its accuracy: it is left out" in capsys.readouterr().err
 
 
 def test_two_moons_have_no_images_to_augment(monkeypatch, capsys):
