@@ -108,6 +108,10 @@ def print_ratios(unit, rows, digits=1):
         print(f"{what:<24}{here:>12,.0f}{reference:>12,.0f}{here / reference:>8.{digits}f}")
 
 
+def threads_of(number):
+    return f"{number} thread{'s' * (number != 1)}"
+
+
 def processor_cores():
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -255,8 +259,8 @@ def augment(args):
                 reference = functools.partial(pool.map, pillow, [layout] * cores, 1)
             seconds_here, seconds_reference = median_seconds((here, reference), args.repeats)
             rate_here = args.batches * args.pairs / seconds_here
-            rows.append((f"{threads} thread(s)", rate_here, threads * args.pairs / seconds_reference))
-            print(f"{threads} thread(s): {1000 * seconds_here / args.batches:.2f} ms per batch here")
+            rows.append((threads_of(threads), rate_here, threads * args.pairs / seconds_reference))
+            print(f"{threads_of(threads)}: {1000 * seconds_here / args.batches:.2f} ms per batch here")
     form = "every operation" if args.static else "drawn operations"
     print(f"{args.pairs} pairs of {args.size} × {args.size}, {form}, device {args.device}")
     print_ratios("pairs/s; reference: Pillow on CPU", rows)
@@ -484,7 +488,7 @@ class WatchedStep:
 
 def describe_step(args, runtime):
     """The size of a step in words."""
-    size = f"batch {args.batch_size}, mu {args.mu}, {args.size} pixels, {args.threads} thread(s)"
+    size = f"batch {args.batch_size}, mu {args.mu}, {args.size} pixels, {threads_of(args.threads)}"
     form = [str(runtime.amp_dtype or torch.float32).removeprefix("torch.")]
     form += ["channels last"] * runtime.channels_last + ["compiled"] * runtime.compiled
     return f"{' '.join([args.model, *args.flags])}, {size}, {', '.join(form)}, {runtime.describe()}"
@@ -954,7 +958,7 @@ def step(args):
     seconds = dict(zip(FEEDBACKS, medians_of, strict=True))
     for pipe in pipes.values():
         pipe.send(0)
-    size = f"batch {args.batch_size}, mu {args.mu}, {args.threads} thread(s), {args.device}"
+    size = f"batch {args.batch_size}, mu {args.mu}, {threads_of(args.threads)}, {args.device}"
     print(f"{args.model}, {size}, median of {args.repeats} steps")
     print(f"{'feedback':<24}{'ms/step':>12}{'ratio':>8}{'peak MiB':>12}{'ratio':>8}")
     for name in FEEDBACKS:

@@ -191,7 +191,16 @@ def check_arguments(args, parser, before):
                 f"the student would never learn: {flag(name, getattr(args, name))} is not below "
                 f"--total-steps {args.total_steps}"
             )
-    trained = "feedback" in flags and not (args.evaluate or args.finetune)
+    training = not (args.evaluate or args.finetune)
+    late = {
+        "warmup_steps": (True, "the learning rate does not reach its peak"),
+        "switch_every": (args.method == "mpl", "teacher and student never change places"),
+    }
+    for name, (used, outcome) in late.items():
+        if training and used and getattr(args, name) >= args.total_steps:
+            told = f"{flag(name, getattr(args, name))} is not below --total-steps {args.total_steps}"
+            print(f"{told}: {outcome}", file=sys.stderr)
+    trained = "feedback" in flags and training
     scalar = args.feedback in ESTIMATORS and not ESTIMATORS[args.feedback].per_class
     if trained and args.pseudo_label == "soft" and scalar:
         print(

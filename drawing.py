@@ -564,7 +564,7 @@ def draw_features(sets, predicted, classes, heading, axis_words):
             look |= {"linestyle": "", "markersize": 9, "markeredgecolor": BLACK, "markeredgewidth": 1.2}
             axes.plot(*places[labels == k].T, zorder=4, **look)
     if "labelled" in sets:
-        look |= {"color": "white", "marker": "o", "label": "labelled"}
+        look |= {"color": GREY, "marker": "o", "label": "labelled"}
         axes.plot([], [], **look)
 
     # a ring around each wrong one

@@ -37,8 +37,17 @@ for round in $(seq 0 "$rounds"); do
         method=(--method pseudo-label --teacher-checkpoint "$teacher" --pseudo-label soft --mu 7)
         method+=(--finetune-epochs 625 --finetune-batch-size 512 --finetune-lr 3e-5)
     fi
+    trap 'kill -TERM "$run"' TERM
+    trap : INT # it reaches the run, too
     python main.py --dataset cifar10 --num-labeled 4000 --model wrn-28-2 --amp --channels-last \
         --total-steps 100000 --eval-step 1000 --batch-size 128 --student-lr 0.05 --nesterov --weight-decay 5e-4 \
         --ema 0.995 --warmup-steps 5000 --randaug 2 27 --student-dropout 0.5 \
-        "${method[@]}" --name "$name-$round" --save-path "$folder" "${others[@]}"
+        "${method[@]}" --name "$name-$round" --save-path "$folder" "${others[@]}" &
+    run=$! status=0
+    wait "$run" || status=$?
+    while kill -0 "$run" 2> /dev/null; do # a signal has ended the wait, not yet the run, which saves
+        status=0
+        wait "$run" || status=$?
+    done
+    [ "$status" = 0 ] || exit "$status"
 done

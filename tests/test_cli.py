@@ -155,7 +155,7 @@ def test_terminated_saves_and_resumes(tmp_path):
     whole.mkdir(), broken.mkdir()
     run(*arguments, cwd=whole)
     process = start("run_twomoons.sh", *flags, cwd=broken)
-    process.stderr.readline()  # the line that says that training begins
+    assert any("results go to" in line for line in process.stderr)  # training begins
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
@@ -505,21 +505,26 @@ def noisy_student_rounds(flags, cwd, then=":"):
 
 
 def test_noisy_student_goes_on_wherever_it_was_killed(tmp_path):
-    """In a round's finetuning and in the next round: it ends as if nothing had happened."""
+    """In a round's finetuning, and by SIGTERM in the next round: it ends as if nothing had happened."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
     (tmp_path / "checkpoint").mkdir()
     leave = 'touch "$folder/$name-${round}_finetune_best.pth.tar"'
     for words in noisy_student_rounds(ROUNDS, tmp_path, then=leave):
         assert forked.run_main(words, whole).returncode == 0
-    for killed_at in ("ns-0_finetune_last", "ns-1_last"):
+    for killed_at, number in (("ns-0_finetune_last", signal.SIGKILL), ("ns-1_last", signal.SIGTERM)):
         process = start("run_noisy_student.sh", *ROUNDS, cwd=broken)
         deadline = time.monotonic() + 200
         while not (broken / f"checkpoint/{killed_at}.pth.tar").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        if number == signal.SIGKILL:
+            os.killpg(process.pid, number)
+        else:  # to the script alone, which hands it on
+            process.send_signal(number)
+        _, said = process.communicate()
+        assert process.returncode in (-number, 128 + number)
+        assert ("stopped after step" in said) == (number == signal.SIGTERM)
         assert not (broken / "results/ns-1/summary.json").exists(), "killed too late"
     done = script("run_noisy_student.sh", *ROUNDS, cwd=broken)
     assert "ns-0" not in done.stderr and "ns-1" in done.stderr  # a finished round is skipped
