@@ -638,10 +638,8 @@ def busy_and_gaps(intervals):
 def profile(args):
     """One step taken apart: phases, kernels, gaps, and its bytes and FLOP against what the device reaches."""
     step = WatchedStep(args)
-    if (
-        step.runtime.graphed
-    ):  # a graph from before the profiler's first session may hang when it is replayed in one
-        with torch.profiler.profile():
+    if step.runtime.graphed:
+        with torch.profiler.profile():  # a graph made before the first session may hang when replayed in one
             pass
     for _ in range(3):  # compilers and cuDNN search in the first ones
         step()

@@ -193,11 +193,11 @@ def check_arguments(args, parser, before):
             )
     training = not (args.evaluate or args.finetune)
     late = {
-        "warmup_steps": (True, "the learning rate does not reach its peak"),
-        "switch_every": (args.method == "mpl", "teacher and student never change places"),
+        "warmup_steps": "the learning rate does not reach its peak",
+        "switch_every": "teacher and student never change places",
     }
-    for name, (used, outcome) in late.items():
-        if training and used and getattr(args, name) >= args.total_steps:
+    for name, outcome in late.items() if training else ():
+        if getattr(args, name) >= args.total_steps:
             told = f"{flag(name, getattr(args, name))} is not below --total-steps {args.total_steps}"
             print(f"{told}: {outcome}", file=sys.stderr)
     trained = "feedback" in flags and training

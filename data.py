@@ -330,7 +330,7 @@ def _class_sizes(targets, classes):
 
 
 def _listed(classes):
-    """Class names for a message: up to ten of them, and how many there are."""
+    """Class names for a message: up to ten of them; of more, how many there are."""
     more = f", … ({len(classes)} in all)" if len(classes) > 10 else ""
     return ", ".join(map(str, classes[:10])) + more
 

@@ -265,9 +265,9 @@ def sgd(network, rate, momentum, nesterov, weight_decay, body_scale=1.0):
         for group in optimizer.param_groups:
             group["fused"] = fused
         for p, state in optimizer.state.items():
-            momentum = state.get("momentum_buffer")
-            if momentum is not None and momentum.stride() != p.stride():
-                state["momentum_buffer"] = torch.empty_like(p).copy_(momentum)
+            buffer = state.get("momentum_buffer")
+            if buffer is not None and buffer.stride() != p.stride():
+                state["momentum_buffer"] = torch.empty_like(p).copy_(buffer)
 
     optimizer.register_load_state_dict_post_hook(as_here)
     return optimizer

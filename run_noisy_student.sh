@@ -43,11 +43,11 @@ for round in $(seq 0 "$rounds"); do
         --total-steps 100000 --eval-step 1000 --batch-size 128 --student-lr 0.05 --nesterov --weight-decay 5e-4 \
         --ema 0.995 --warmup-steps 5000 --randaug 2 27 --student-dropout 0.5 \
         "${method[@]}" --name "$name-$round" --save-path "$folder" "${others[@]}" &
-    run=$! status=0
-    wait "$run" || status=$?
-    while kill -0 "$run" 2> /dev/null; do # a signal has ended the wait, not yet the run, which saves
+    run=$!
+    while :; do
         status=0
         wait "$run" || status=$?
+        kill -0 "$run" 2> /dev/null || break # else a signal has ended the wait, not yet the run, which saves
     done
     [ "$status" = 0 ] || exit "$status"
 done

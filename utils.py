@@ -575,18 +575,18 @@ class RunLog:
             if replace:
                 shutil.rmtree(beside, ignore_errors=True)
                 self.folder = beside
-            elif (
-                run_id and self._arguments(beside).get("run") == run_id
-            ):  # killed before it was put in its place
+            elif run_id and self._arguments(beside).get("run") == run_id:  # killed while it replaced another
                 self._move(beside)
             else:  # of a run that was killed before it replaced this one
                 shutil.rmtree(beside, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            other = self._arguments().get("run")
-            if other not in (None, run_id) and run_id is not None:
+            before = self._arguments(self.folder)
+            if before.get("run") not in (None, run_id) and run_id is not None:
                 self._say(f"the record in {self.folder} is of another run and is replaced")
                 self._clear()
-            self._write_arguments(args, run_id, keep=start_step is None)
+                before = {}
+            if start_step is not None or not (self.folder / "args.json").exists():
+                self._write_arguments(args, run_id, before)
             self._drop(start_step, finetune_from)
         self._open()
 
@@ -605,22 +605,24 @@ class RunLog:
 
             self.writer = SummaryWriter(self.folder, purge_step=self.purge_step)
 
-    def _arguments(self, folder=None):
-        """What args.json says of the run in a folder, the own one unless given; {} where there is none."""
+    def _arguments(self, folder):
+        """What args.json says of the run in a folder; {} where there is none."""
         try:
-            return dict(json.loads(((folder or self.folder) / "args.json").read_text()))
+            return dict(json.loads((folder / "args.json").read_text()))
         except (OSError, ValueError, TypeError):
             return {}
 
-    def _write_arguments(self, args, run_id, keep):
-        """What the run is now; with the command that began it, and those that went on with it."""
-        if not (keep and (self.folder / "args.json").exists()):
-            about = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit()}
-            commands, before = {"command": sys.argv}, self._arguments()
-            if run_id and before.get("run") == run_id and "command" in before:
-                commands["command"] = before["command"]
-                commands["continued"] = [*before.get("continued", []), sys.argv]
-            self._write("args.json", vars(args) | {"run": run_id, "versions": about} | commands)
+    def _write_arguments(self, args, run_id, before):
+        """What the run is now; with the command that began it, and those that went on with it.
+
+        before: what ``_arguments`` said of the folder.
+        """
+        about = {"python": platform.python_version(), "torch": torch.__version__, "commit": commit()}
+        commands = {"command": sys.argv}
+        if run_id and before.get("run") == run_id and "command" in before:
+            continued = [*before.get("continued", []), sys.argv]
+            commands = {"command": before["command"], "continued": continued}
+        self._write("args.json", vars(args) | {"run": run_id, "versions": about} | commands)
 
     def _clear(self):
         """Remove what an earlier run has left in the folder, of all that this program writes. A teacher's

@@ -53,6 +53,7 @@ from drawing import (
     names_of,
     picture_path,
     save,
+    series,
     things_of,
 )
 from evaluation import measure_accuracy, predictions
@@ -151,11 +152,13 @@ def curves_of(runs, each=False):
 
     With ``each`` every run is a line.
     """
-    without = [run for run in runs if run.records and not any("top1" in each for each in run.records)]
-    if len(without) < len(runs):
+    drawn, without = [], []
+    for run in runs:
+        (without if run.records and not series(run, "top1")[0] else drawn).append(run)
+    if drawn:
         for run in without:
             print(f"{run.folder} has no curve of its accuracy: it is left out", file=sys.stderr)
-        runs = [run for run in runs if run not in without]
+        runs = drawn
     if each or len(runs) == 1:
         return draw_curves(runs)
     rows = configurations_of(runs, otherwise=", or give --each")
@@ -431,8 +434,9 @@ def augmentation_picture(images, views, seed, heading):
 
 def augmentation_of(name, data_path, randaug=(2, 16), seed=0, resize=None, skip_unreadable=False, count=8):
     """The figure for images of a data set, without a run."""
-    skip = {"skip_unreadable": skip_unreadable}
-    dataset = data.load_dataset(name, data_path, num_labeled=1.0, resize=resize, **skip)
+    dataset = data.load_dataset(
+        name, data_path, num_labeled=1.0, resize=resize, skip_unreadable=skip_unreadable
+    )
     chosen = dataset.labeled.subset(pick(dataset.labeled.targets, count, seed))
     images, _, _ = next(batches(chosen, len(chosen), "cpu"))
     options = {"flip": dataset.flip, "crop": dataset.crop, "randaug": tuple(randaug)}

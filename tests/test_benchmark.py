@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import needs_compiler
 from PIL import Image
-from recorded import RecordedStep
+from recorded import RecordedStep, fuse
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -216,8 +216,7 @@ def test_phases_of_a_replayed_step():
     """The marks within a captured step are read anew at every replay, those around it as they come."""
     step, readings = WatchedStep(arguments("--feedback", "taylor")), torch.zeros((), dtype=torch.float64)
     for learner in step.method.learners.values():
-        for group in learner.optimizer.param_groups:
-            group["fused"] = True  # reads its rate from a tensor
+        fuse(learner.optimizer)
 
     def read(external=False):
         return readings.add_(1).clone()

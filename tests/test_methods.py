@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import needs_compiler, teacher_file
-from recorded import RecordedStep
+from recorded import RecordedStep, fuse
 from test_cli import tensors
 from torchvision.ops import StochasticDepth
 
@@ -1315,8 +1315,7 @@ def captured_training(name, runtime, steps, step_graph=None):
     if method == "pseudo-label":
         each.teacher_network.double()
     for learner in each.learners.values():
-        for group in learner.optimizer.param_groups:
-            group["fused"] = True  # reads its rate from a tensor
+        fuse(learner.optimizer)
     generator, rows = runtime.generator(0), []
 
     def step_of(views, step, diagnose=False):
@@ -1361,7 +1360,7 @@ def test_a_step_that_cannot_be_captured(error, advice, capsys):
 
     repeated = RecordedStep(Runtime("cpu"), step_of, [])
     repeated(Views(*[None] * 5), 0)
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error), match=str(error)):
         repeated(Views(*[None] * 5), 1)
     said = capsys.readouterr().err
     assert advice in said and "--no-cuda-graph" in said and repeated.runtime.capturing is None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recorded import RecordedStep
+from recorded import RecordedStep, fuse
 
 import main
 from learner import sgd
@@ -49,12 +49,7 @@ def test_a_cuda_graph_needs_cuda_and_one_process(monkeypatch, capsys):
 
 
 def fused_sgd(*arguments):
-    """``learner.sgd`` as on CUDA: it reads its rate from a tensor."""
-
-    def fuse(optimizer):
-        for group in optimizer.param_groups:
-            group["fused"] = True
-
+    """``learner.sgd`` as on CUDA."""
     optimizer = sgd(*arguments)
     optimizer.register_load_state_dict_post_hook(fuse)
     fuse(optimizer)
@@ -71,7 +66,7 @@ def fused_sgd(*arguments):
     ],
 )
 def test_a_run_of_replayed_steps_is_the_run(flags, tmp_path, monkeypatch):
-    """The whole program, stopped once: pictures, views, evaluations between replays, each step's figures."""
+    """The whole program, stopped once: views, evaluations between replays, each step's figures."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("methods.sgd", fused_sgd)
     monkeypatch.setattr(Runtime, "static", True)
