@@ -10,10 +10,10 @@ From top to bottom: the classifier head that all networks share, the networks wr
 weights from elsewhere, a frozen body, `build_model`, which puts these together, the two numbers printed
 at the start of a run, ensembles, and `ModelEMA`.
 
-Activations do not work in place, so that `torch.func.functional_call` with forward-mode
-differentiation (`torch.func.jvp`) goes through every convolutional network, in training mode too if
-the call is given copies of the buffers, which batch norm updates. Vision transformers are the
-exception: PyTorch's fused attention has no forward mode. All networks run in float64 and in
+`torch.func.functional_call` with forward-mode differentiation (`torch.func.jvp`) goes through every
+convolutional network, in training mode too if the call is given copies of the buffers, which batch
+norm updates: modules from torchvision and timm are set not to work in place. Vision transformers are
+the exception: PyTorch's fused attention has no forward mode. All networks run in float64 and in
 channels-last memory format, and all but torchvision's RegNet can be built on the meta device.
 """
 
@@ -60,6 +60,11 @@ def _init_convolutions(network):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
+def leaky_relu(x, slope):
+    """In place; compiled not, since the gradient is then computed from what batch norm keeps anyway."""
+    return F.leaky_relu(x, slope, inplace=not torch.compiler.is_compiling())
+
+
 class WideResNetBlock(nn.Module):
     """Two 3x3 convolutions, each after batch norm and leaky ReLU (pre-activation), plus a shortcut.
 
@@ -80,9 +85,9 @@ class WideResNetBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False) if changes_shape else None
 
     def forward(self, x):
-        activated = F.leaky_relu(self.bn1(x), self.slope, inplace=True)
+        activated = leaky_relu(self.bn1(x), self.slope)
         residual = self.conv1(activated)
-        residual = self.conv2(F.leaky_relu(self.bn2(residual), self.slope, inplace=True))
+        residual = self.conv2(leaky_relu(self.bn2(residual), self.slope))
         return residual.add_(x if self.shortcut is None else self.shortcut(activated))
 
 
@@ -128,7 +133,7 @@ class WideResNet(nn.Module):
 
     def forward(self, x):
         x = self.blocks(self.conv1(x))
-        x = F.leaky_relu(self.bn(x), self.slope, inplace=True)
+        x = leaky_relu(self.bn(x), self.slope)
         return self.head(x.mean(dim=(2, 3)))
 
 
@@ -162,7 +167,7 @@ class ConvLarge(nn.Module):
         ]:
             layers.append(nn.Conv2d(channels, out_channels, kernel, padding=padding, bias=False))
             layers.append(nn.BatchNorm2d(out_channels, eps=BN_EPS, momentum=bn_momentum))
-            layers.append(nn.LeakyReLU(0.1, inplace=True))
+            layers.append(nn.LeakyReLU(0.1))
             if pool:
                 layers += [nn.MaxPool2d(2), nn.Dropout(drop)]
             channels = out_channels

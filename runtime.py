@@ -277,6 +277,8 @@ class Runtime:
             network = with_norms(network, SyncBatchNorm)
         elif self.kind == "xla":
             network = with_norms(network, XLABatchNorm)
+        elif self.compiled and self.kind == "cpu":
+            network = with_norms(network, SumBatchNorm)
         memory_format = torch.channels_last if self.channels_last else torch.preserve_format
         network = network.to(self.device, memory_format=memory_format)
         self.replicate(network.state_dict().values())
@@ -680,6 +682,14 @@ class _AnyBatchNorm(_BatchNorm):
             images = module(images)
         return images
 
+    def _track(self, mean, var, count):
+        """Let the running statistics follow those of a batch with this many values in each channel."""
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.detach(), self.momentum)
+                self.running_var.lerp_(var.detach() * count / max(1, count - 1), self.momentum)
+                self.num_batches_tracked.add_(1)
+
 
 class XLABatchNorm(_AnyBatchNorm):
     """Batch norm that has a gradient in evaluation mode on XLA, where torch_xla 2.9 refuses it."""
@@ -688,6 +698,27 @@ class XLABatchNorm(_AnyBatchNorm):
         if self.training:
             return _BatchNorm.forward(self, images)
         return normalized(images, self.running_mean, self.running_var, self)
+
+
+class SumBatchNorm(_AnyBatchNorm):
+    """Batch norm whose statistics are sums where it is compiled for a CPU.
+
+    What ``torch.compile`` makes of PyTorch's there is Welford's algorithm, in which every value waits for the
+    one before it.
+    """
+
+    def _normalize(self, images):
+        if not (self.training and torch.compiler.is_compiling()):
+            return _BatchNorm.forward(self, images)
+        values = images if images.dtype == torch.float64 else images.float()
+        dims, count = [0, *range(2, images.ndim)], images.numel() // images.shape[1]
+        # measured from one value of the batch, so that subtracting squares cancels little
+        one = values.detach()[(slice(1), slice(None), *[slice(1)] * (images.ndim - 2))]
+        offset = values - one
+        mean, square = offset.sum(dims) / count, offset.square().sum(dims) / count
+        var = square - mean.square()
+        self._track(one.flatten() + mean, var, count)
+        return normalized(offset, mean, var, self).to(images.dtype)
 
 
 class _MeanOverProcesses(torch.autograd.Function):
@@ -732,12 +763,7 @@ class SyncBatchNorm(_AnyBatchNorm):
         moments = _MeanOverProcesses.apply(torch.stack((offset, var + offset.square())))
         offset = moments[0]
         mean, var = shift + offset, moments[1] - offset.square()
-        if self.track_running_stats:
-            with torch.no_grad():
-                count = values.numel() // values.shape[1] * dist.get_world_size()
-                self.running_mean.lerp_(mean.detach(), self.momentum)
-                self.running_var.lerp_(var.detach() * count / max(1, count - 1), self.momentum)
-                self.num_batches_tracked.add_(1)
+        self._track(mean, var, values.numel() // values.shape[1] * dist.get_world_size())
         return normalized(images, mean, var, self)
 
 

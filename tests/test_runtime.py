@@ -1,5 +1,6 @@
 """Devices, random state, files."""
 
+import copy
 import json
 import os
 import platform
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs_compiler
 from recorded import RecordedStep, fuse
 
 import main
@@ -36,6 +38,38 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
         Runtime("cpu", compiled=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("tracking", [True, False])
+@pytest.mark.parametrize("shape", [(6, 3, 4, 4), (24, 3)])
+def test_statistics_of_compiled_batch_norm_are_sums(shape, tracking):
+    """Outputs, gradients and running statistics are PyTorch's, also of values far from zero."""
+    kind = torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d
+    plain = torch.nn.Sequential(kind(3, eps=1e-3, momentum=0.3))
+    torch.nn.init.normal_(plain[0].weight)
+    torch.nn.init.normal_(plain[0].bias)
+    placed = Runtime("cpu", compiled=True).place(copy.deepcopy(plain))
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    torch.compiler.reset()
+    plain[0].track_running_stats = placed[0].track_running_stats = tracking
+    images = 1000 + torch.randn(shape)
+    pushes = torch.randn(shape)
+    results = []
+    for network, values in ((plain.double(), images.double()), (torch.compile(placed, backend=keep), images)):
+        values.requires_grad_()
+        normalized = network(values)
+        normalized.backward(pushes.to(normalized.dtype))
+        results.append([normalized, values.grad, *(p.grad for p in network.parameters()), *network.buffers()])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one.float(), other.float(), rtol=1e-3, atol=1e-3)
+    assert len(graphs) == 1 and "sum(" in graphs[0] and "batch_norm" not in graphs[0]
+    torch.compiler.reset()
 
 
 def test_a_cuda_graph_needs_cuda_and_one_process(monkeypatch, capsys):
