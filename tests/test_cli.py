@@ -488,6 +488,29 @@ def test_the_benchmark_of_methods_goes_on(tmp_path):
     )
 
 
+def test_the_gpu_script_finds_a_form_that_works(tmp_path):
+    """Where the tests fail, as here where there are none, and ``--compile`` does: steps as they are."""
+    photographs(tmp_path / "images", ("train", "test"), [(8, 8)] * 10)
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\ncase "$*" in *--compile*) exit 1 ;; esac\nexec {sys.executable} "$@"\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    tiny = "--num-labeled 8 --model wrn-10-1 --batch-size 2 --mu 1 --resize 8 --finetune-epochs 0".split()
+    room = {"DEVICE": "cpu", "DATA": "images", "TRAIN": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = script("benchmark_gpu.sh", "start", *tiny, cwd=tmp_path, **room)
+    found = (tmp_path / "gpu/form.txt").read_text()
+    form, steps = re.fullmatch(r': "\$\{FORM=(.*)\}" "\$\{STEPS:=(\d+)\}"\n', found).groups()
+    assert form == ""
+    probe = (tmp_path / "results/gpu-form/metrics.jsonl").read_text().splitlines()[1:]
+    speeds = [json.loads(line)["images_per_second"] / 4 for line in probe]
+    assert min(speeds) * 14 / 15 - 1 < int(steps) < max(speeds) * 14 / 15 + 1
+    last = json.loads((tmp_path / "gpu/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == int(steps)
+    assert done.stdout.splitlines()[-1].split()[:2] == [steps, f"{last['top1']:.2f}"]
+    again = script("benchmark_gpu.sh", "train", *tiny, cwd=tmp_path, **room)
+    assert f"--total-steps {steps} is reached: nothing is left to train" in again.stdout
+
+
 ROUNDS = (
     "--rounds 1 --name ns --dataset twomoons --num-labeled 6 --model mlp-2-8-8-2 --batch-size 6 --mu 4 "
     "--total-steps 300 --eval-step 100 --warmup-steps 10 --finetune-epochs 100 --no-pictures "
