@@ -625,7 +625,7 @@ def draw_calibration(calibration, heading):
     """
     bins, share = len(calibration.counts), (100 * calibration.counts / calibration.counts.sum()).numpy()
     middles = (np.arange(bins) + 0.5) / bins
-    figure = new_figure(4.1)
+    figure = new_figure(4.4)
     figure.suptitle(legible(heading), **HEADING)
     left, right = grid(figure, 2, 2)
     for axes in (left, right):
@@ -640,10 +640,10 @@ def draw_calibration(calibration, heading):
     left.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, zorder=0)
     left.set(ylim=(0, 1), ylabel="share that is right")
     left.set_title(f"Expected calibration error {100 * calibration.error:.2f} %", **TITLE)
-    left.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none")
     right.bar(middles, share, 0.94 / bins, color=SKY)
     right.set(ylabel="share of the test set (%)")
     right.set_title(f"{calibration.counts.sum():,} in {bins} bins", **TITLE)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False)
     return figure
 
 
