@@ -18,6 +18,7 @@ import zipfile
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
@@ -278,7 +279,7 @@ class Runtime:
         elif self.kind == "xla":
             network = with_norms(network, XLABatchNorm)
         elif self.compiled and self.kind == "cpu":
-            network = with_norms(network, SumBatchNorm)
+            network = with_norms(network, SumBatchNorm, SumBatchNorm.fits)
         memory_format = torch.channels_last if self.channels_last else torch.preserve_format
         network = network.to(self.device, memory_format=memory_format)
         self.replicate(network.state_dict().values())
@@ -707,6 +708,12 @@ class SumBatchNorm(_AnyBatchNorm):
     one before it.
     """
 
+    @staticmethod
+    def fits(norm):
+        """Whether a batch norm is one of PyTorch's own, with all that they have unless told otherwise."""
+        whole = norm.affine and norm.track_running_stats and norm.momentum is not None
+        return whole and type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
     def _normalize(self, images):
         if not (self.training and torch.compiler.is_compiling()):
             return _BatchNorm.forward(self, images)
@@ -767,10 +774,11 @@ class SyncBatchNorm(_AnyBatchNorm):
         return normalized(images, mean, var, self)
 
 
-def with_norms(network, kind):
-    """The network with every batch norm replaced by one of this class; parameters and names stay."""
+def with_norms(network, kind, fits=lambda norm: True):
+    """The network with its batch norms, those that fit, replaced by ones of this class; parameters and names
+    stay."""
     for name, module in network.named_children():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) and fits(module):
             other = kind(module.num_features, module.eps, module.momentum)
             other.weight, other.bias = module.weight, module.bias
             other.running_mean, other.running_var = module.running_mean, module.running_var
@@ -779,5 +787,5 @@ def with_norms(network, kind):
                 other.add_module(*inner)
             setattr(network, name, other.train(module.training))
         else:
-            with_norms(module, kind)
+            with_norms(module, kind, fits)
     return network

@@ -72,6 +72,18 @@ def test_statistics_of_compiled_batch_norm_are_sums(shape, tracking):
     torch.compiler.reset()
 
 
+@needs_compiler
+def test_compiling_keeps_batch_norms_of_other_kinds():
+    class Own(torch.nn.BatchNorm2d):
+        pass
+
+    others = [Own(3), torch.nn.BatchNorm2d(3, affine=False), torch.nn.BatchNorm1d(3, momentum=None)]
+    network = torch.nn.Sequential(*others, torch.nn.Sequential(torch.nn.BatchNorm2d(3)))
+    placed = Runtime("cpu", compiled=True).place(copy.deepcopy(network))
+    assert [type(norm) for norm in placed[:3]] == [type(norm) for norm in others]
+    assert type(placed[3][0]) is not torch.nn.BatchNorm2d
+
+
 def test_a_cuda_graph_needs_cuda_and_one_process(monkeypatch, capsys):
     runtime, step = Runtime("cpu", graphed=True), object()
     assert "steps are taken as they are on cpu" in capsys.readouterr().err
