@@ -308,7 +308,7 @@ def load_dataset(
         before, now = record["trained"], dataset.record()["trained"]
         if not torch.equal(before, now):
             dataset.notes.append(
-                f"the images to learn from are not those that the run began with: {len(before):,} different "
+                f"the images to learn from are not those that the run had before: {len(before):,} different "
                 f"ones then, {len(now):,} now"
             )
     return dataset
@@ -515,6 +515,11 @@ def _folder(path, resize, *, test_fraction, workers, skip_unreadable, record, on
                 f"{int(twins.sum())} of {len(twins)} test images are among the training images too, such as "
                 f"{name}: the accuracy will be too high by them"
             )
+    counts = np.bincount(test.targets, minlength=len(classes))
+    missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+    if missing and not only_test:
+        way = "put some into test/" if test_name else "a larger --test-fraction or a folder test/ helps"
+        notes.append(f"these classes have no test image: {_listed(missing)}; {way}")
     notes.append(_sizes(test if only_test else train))
 
     first = None
@@ -809,27 +814,19 @@ def _split_folder(found, root, classes, test_fraction, record, only_test):
         tested = torch.isin(found.fingerprints, record["tested"]).numpy()
         names = set(record["test"])
         named = np.array([name in names for name in found.names], dtype=bool)
-        known = torch.isin(torch.cat([record["trained"], record["tested"]]), found.fingerprints)
-        moved = known.float().mean() > 0.5  # the run's folder in another place, not one that shares an image
+        # the run's folder in another place, not one that shares an image; "trained" also counts other folders
+        parts = (record.get("labeled_prints", record["trained"]), record["tested"])
+        moved = all(torch.isin(part, found.fingerprints).float().mean() > 0.5 for part in parts)
         if only_test and not moved and os.path.abspath(root) != record["path"]:
             return None, found, [f"'{root}' is not the run's folder: all of its images are test images"]
         testing = (tested & named) | (~trained & (tested | testing))
     train, test = found.subset(np.flatnonzero(~testing)), found.subset(np.flatnonzero(testing))
-    lines = []
-    if not only_test:
-        counts = np.bincount(test.targets, minlength=len(classes))
-        missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
-        if missing:
-            lines.append(
-                f"these classes have no test image: {_listed(missing)}; a larger --test-fraction or a folder "
-                "test/ helps"
-            )
     if not len(test):
         raise UserError(
             f"none of the {len(found)} images in '{root}' is a test image: raise --test-fraction or add a "
             "folder test/"
         )
-    return None if only_test else train, test, lines
+    return None if only_test else train, test, []
 
 
 def _split_by_position(targets, num_classes, test_fraction):

@@ -32,6 +32,12 @@ class Outputs(NamedTuple):
     targets: torch.Tensor  # (M,) int64
     probabilities: dict  # {STUDENT: (M, K) float32}, with a teacher also {TEACHER: …}
 
+    def prediction(self, run):
+        """Who predicts in a run, in words, and (M, K): the student or, with --ensemble, the mean of both."""
+        if run.args.get("ensemble") and TEACHER in self.probabilities:
+            return "ensemble of teacher and student", sum(self.probabilities.values()) / 2
+        return "student", self.probabilities[STUDENT]
+
 
 def outputs_of(networks, dataset, views, runtime):
     """``Outputs`` of {title: network}; each network sees every test image once."""
@@ -304,13 +310,13 @@ def thumbnail(example):
     return f"<li><figure>{shown}<figcaption>{''.join(lines)}</figcaption></figure></li>"
 
 
-def about_calibration(measured, checkpoint, things):
-    """What the reliability diagram says, in sentences."""
+def about_calibration(measured, who, checkpoint, things):
+    """What the reliability diagram says, in sentences; ``who`` predicts."""
     total = measured.counts.sum()
     sure = ((measured.counts * measured.confidence).nansum() / total).item()
     right = ((measured.counts * measured.accuracy).nansum() / total).item()
     return (
-        f"The student in {os.path.basename(checkpoint)} is right on {percent(right)} of the test {things}, "
+        f"The {who} in {os.path.basename(checkpoint)} is right on {percent(right)} of the test {things}, "
         f"and the largest of its probabilities is {percent(sure)} on average. The expected calibration "
         f"error is {percent(measured.error)}: how far probability and accuracy are apart, on average over "
         f"{len(measured.counts)} bins weighted by their {things} (Guo et al., 2017)."
@@ -352,8 +358,8 @@ def sections(run, figures, outputs, dataset, checkpoint, missing):
     if missing:
         why = f"<p>Left out: {escape(missing)}.</p>"
         return parts | {"Calibration": why, "Decision regions" if things == "points" else "Mistakes": why}
-    measured = calibration(outputs.probabilities[STUDENT], outputs.targets)
-    words = about_calibration(measured, checkpoint, things)
+    who, prediction = outputs.prediction(run)
+    words = about_calibration(calibration(prediction, outputs.targets), who, checkpoint, things)
     alt = "Reliability diagram: the accuracy of images over the probability of their class"
     parts["Calibration"] = f"<p>{escape(words)}</p>{chart(figures['calibration'], alt)}"
     if things == "points":

@@ -78,7 +78,8 @@ def read_content(path, mmap=False):
         UserError: no such file, or not a readable checkpoint.
     """
     if not os.path.isfile(path):
-        raise UserError(f"there is no checkpoint {path}")
+        folder = "; this is a folder: give a file such as checkpoint/NAME_best.pth.tar" * os.path.isdir(path)
+        raise UserError(f"there is no checkpoint {path}{folder}")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load would not notice a wrong byte in a tensor
             if archive.testzip() is not None:

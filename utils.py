@@ -84,9 +84,12 @@ def count_or_fraction(text):
     """A count, a fraction below 1, or ``all``, the fraction 1.0."""
     if text == "all":
         return 1.0
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf or (value >= 1 and value != int(value)):
-        raise argparse.ArgumentTypeError(f"{text} is neither a count nor a fraction below 1")
+        raise argparse.ArgumentTypeError(f"{text} is neither a count nor a fraction such as 0.05, nor all")
     return int(value) if value >= 1 else value
 
 

@@ -60,7 +60,16 @@ from evaluation import measure_accuracy, predictions
 from loader import batches
 from models import build_model, head_of
 from runtime import Runtime, UserError
-from utils import Parser, between, load_state, network_name, read_confusion, read_run, read_summary
+from utils import (
+    Parser,
+    between,
+    load_state,
+    network_name,
+    predictor_state,
+    read_confusion,
+    read_run,
+    read_summary,
+)
 
 # ------------------------------------------------------------------------------------------ reading a run
 
@@ -121,11 +130,10 @@ def load(run, data_path=None, save_path=None, dataset=None, only_test=True):
     dataset = dataset or read_dataset(run, state.get("data"), data_path, only_test)
     options = {"image_size": dataset.size, "bn_eps": run.args.get("bn_eps")}
     networks = {}
-    for title, key in ((TEACHER, "teacher_state_dict"), (STUDENT, "avg_state_dict")):
-        if key in state:
-            model = network_name(run.args, "student" if title == STUDENT else "teacher")
-            network = build_model(model, dataset.num_classes, **options)
-            load_state(network, state[key], path)
+    for title, role in ((TEACHER, "teacher"), (STUDENT, "student")):
+        if role == "student" or "teacher_state_dict" in state:
+            network = build_model(network_name(run.args, role), dataset.num_classes, **options)
+            load_state(network, predictor_state(state, path, role), path)
             networks[title] = runtime.place(network).eval()
     points = dataset.size == 0
     views = PointViews(0, 0) if points else ImageViews(dataset.size, dataset.mean, dataset.std)
@@ -352,9 +360,10 @@ def features_of(run, data_path=None, save_path=None, projection="tsne"):
 
 
 def calibration_of(run, outputs):
-    """The figure of the student's reliability on the test set."""
-    measured = report.calibration(outputs.probabilities[STUDENT], outputs.targets)
-    return draw_calibration(measured, f"{run.name} ({method_of(run)}), test {things_of(run)}")
+    """The figure of the reliability of what predicts in a run, on the test set."""
+    who, prediction = outputs.prediction(run)
+    heading = f"{run.name} ({method_of(run)}), {who}, test {things_of(run)}"
+    return draw_calibration(report.calibration(prediction, outputs.targets), heading)
 
 
 def mistakes_of(run, count, data_path=None, save_path=None):

@@ -354,6 +354,16 @@ def test_statistics_are_taken_from_evenly_spaced_images():
     assert mean == pytest.approx([1] * 3) and std == pytest.approx([1 / 255] * 3)  # never a division by zero
 
 
+def test_classes_without_a_test_image_are_named(tmp_path):
+    write_tree(tmp_path / "train", {"ant": 4, "bee": 4, "cow": 4})
+    write_tree(tmp_path / "test", {"ant": 2, "cow": 2})
+    options = {"num_labeled": 3, "resize": 10}
+    notes = load_dataset("folder", tmp_path, **options).notes
+    assert "these classes have no test image: bee; put some into test/" in notes
+    write_tree(tmp_path / "test", {"bee": 1})
+    assert not any("no test image" in note for note in load_dataset("folder", tmp_path, **options).notes)
+
+
 def test_val_stands_in_for_a_missing_test_folder(tmp_path):
     write_tree(tmp_path / "train", {"a": 4, "b": 4})
     write_tree(tmp_path / "val", {"a": 1, "b": 2})

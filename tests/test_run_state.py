@@ -475,8 +475,20 @@ def test_images_that_were_added_are_said_and_learned_from(folder_run, here, caps
     labelled = load(folder_run)["data"]["labeled"]
     assert command("--resume", folder_run, "--total-steps", "6") == 0
     said = capsys.readouterr().err
-    assert "the images to learn from are not those that the run began with" in said
+    assert "the images to learn from are not those that the run had before" in said
     assert load(folder_run)["data"]["labeled"] == labelled
+
+
+def test_a_moved_folder_is_known_beside_many_unlabelled_images(here, capsys):
+    photographs(here / "mine", count=24)
+    photographs(here / "more", count=100, seed=8)
+    flags = ["--data-path", "mine", "--unlabeled-path", "more"]
+    assert command(*FOLDER, *flags) == 0
+    shutil.move(here / "mine", here / "moved")
+    last = here / "checkpoint/mine_last.pth.tar"
+    assert command("--evaluate", "--resume", last, "--data-path", "moved", "--name", "again") == 0
+    assert summary("again")["test_images"] == len(load(last)["data"]["test"]) < 72
+    assert summary("again")["top1"] == summary("mine")["top1"]
 
 
 def test_evaluating_on_other_classes_is_refused(folder_run, here, capsys):

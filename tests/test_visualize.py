@@ -429,6 +429,27 @@ def test_matrices_of_several_runs_side_by_side(runs, monkeypatch, capsys):
     assert_drawn("results/confusion.png")
 
 
+def test_the_teacher_is_its_moving_average_where_it_has_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main.main(["--name", "roles", "--mu", "2", *MOONS, "--switch-every", "2", "--ensemble"])
+    networks, *rest = visualize.load(read_run("results/roles"))
+    state = torch.load("checkpoint/roles_last.pth.tar", weights_only=True)
+    for title, key in ((visualize.TEACHER, "teacher_avg_state_dict"), (visualize.STUDENT, "avg_state_dict")):
+        assert all(
+            torch.equal(value, state[key][name]) for name, value in networks[title].state_dict().items()
+        )
+    headings = [axes.get_title(loc="left") for axes in visualize.roles_of(read_run("results/roles")).axes]
+    assert f"{summary('roles')['teacher_top1']:.2f} %" in headings[0]
+    assert f"{summary('roles')['ensemble_top1']:.2f} %" in headings[2]
+    outputs = visualize.report.outputs_of(networks, *rest)
+    who, mean = outputs.prediction(read_run("results/roles"))
+    assert who == "ensemble of teacher and student"
+    right = (mean.argmax(dim=1) == outputs.targets).double().mean()
+    assert 100 * right.item() == pytest.approx(summary("roles")["top1"])
+    heading = visualize.calibration_of(read_run("results/roles"), outputs).get_suptitle()
+    assert heading == "roles (Meta Pseudo Labels), ensemble of teacher and student, test points"
+
+
 def test_roles_are_teacher_student_and_the_mean_of_their_probabilities(runs, monkeypatch, capsys):
     figure = visualize.roles_of(read_run("results/mpl"))
     moons = load_dataset("twomoons", num_labeled=6)
