@@ -80,6 +80,8 @@ def read_content(path, mmap=False):
     if not os.path.isfile(path):
         folder = "; this is a folder: give a file such as checkpoint/NAME_best.pth.tar" * os.path.isdir(path)
         raise UserError(f"there is no checkpoint {path}{folder}")
+    if str(path).endswith((".pt2", ".onnx")):
+        raise UserError(f"{path} is an exported network: give the checkpoint that it was exported from")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load would not notice a wrong byte in a tensor
             if archive.testzip() is not None:

@@ -15,7 +15,7 @@ from recorded import RecordedStep, fuse
 
 import main
 from learner import sgd
-from runtime import Runtime, UserError
+from runtime import Runtime, UserError, read_content
 
 
 class Payload:
@@ -38,6 +38,17 @@ def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(UserError, match=r"C\+\+ compiler"):
         Runtime("cpu", compiled=True)
+
+
+def test_what_is_no_checkpoint_is_refused_by_what_it_is(tmp_path):
+    with pytest.raises(UserError, match=r"there is no checkpoint .*absent$"):
+        read_content(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"this is a folder: give a file such as"):
+        read_content(tmp_path)
+    for name, words in (("mine.pt2", "is an exported network"), ("mine.pth.tar", "is damaged or was not")):
+        (tmp_path / name).write_bytes(b"something else")
+        with pytest.raises(UserError, match=f"{name} {words}"):
+            read_content(tmp_path / name)
 
 
 @needs_compiler

@@ -3,14 +3,21 @@
 import json
 import math
 import re
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 
 import pytest
 import torch
 
 import main
 from runtime import Runtime, UserError
-from utils import Meters, NonFiniteError, RunLog, learning_rate, ramp_up, read_confusion
+from utils import Meters, NonFiniteError, RunLog, count_or_fraction, learning_rate, ramp_up, read_confusion
+
+
+def test_counts_and_fractions():
+    assert [count_or_fraction(text) for text in ("40", "0.05", "all")] == [40, 0.05, 1.0]
+    for text in ("5%", "1.5", "0", "-3", "nan", "inf"):
+        with pytest.raises(ArgumentTypeError, match=f"^{text} is neither a count nor a fraction such as"):
+            count_or_fraction(text)
 
 
 def test_learning_rate_waits_warms_up_and_falls():
