@@ -6,6 +6,7 @@
 #                                         last one was stopped. ROOM (540) are the seconds of a call, DATA a folder of
 #                                         images, or its archive .tar.xz; STEPS, the length of the schedule, and FORM,
 #                                         how steps are taken, are what start has found unless given
+# All take DEVICE (cuda); on a cpu, start and train with small FLAGS show that the script runs.
 #   bash benchmark_gpu.sh check           the tests of CUDA, then a step taken apart: as it is, compiled, as a CUDA graph
 #   bash benchmark_gpu.sh step            every feedback, a plain step beside it, and how the cost grows
 set -euo pipefail

@@ -515,11 +515,13 @@ def _folder(path, resize, *, test_fraction, workers, skip_unreadable, record, on
                 f"{int(twins.sum())} of {len(twins)} test images are among the training images too, such as "
                 f"{name}: the accuracy will be too high by them"
             )
-    counts = np.bincount(test.targets, minlength=len(classes))
-    missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
-    if missing and not only_test:
-        way = "put some into test/" if test_name else "a larger --test-fraction or a folder test/ helps"
-        notes.append(f"these classes have no test image: {_listed(missing)}; {way}")
+    if not only_test:
+        counts = np.bincount(test.targets, minlength=len(classes))
+        missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
+        way = (
+            f"put some into {test_name}/" if test_name else "a larger --test-fraction or a folder test/ helps"
+        )
+        notes += [f"these classes have no test image: {_listed(missing)}; {way}"] if missing else []
     notes.append(_sizes(test if only_test else train))
 
     first = None

@@ -7,7 +7,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models import ModelEMA, head_of
-from runtime import UserError
+from runtime import UserError, full_precision
 from utils import load_state
 
 
@@ -192,11 +192,6 @@ def ema_key(role):
 
 
 # ---------------------------------------------------------------- networks in training
-
-
-def full_precision(logits):
-    """Losses are computed in float32, or in float64 where the network is."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def batch_norms(network):

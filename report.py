@@ -32,10 +32,15 @@ class Outputs(NamedTuple):
     targets: torch.Tensor  # (M,) int64
     probabilities: dict  # {STUDENT: (M, K) float32}, with a teacher also {TEACHER: …}
 
+    @property
+    def ensemble(self):
+        """(M, K) the mean of the probabilities of all networks."""
+        return sum(self.probabilities.values()) / len(self.probabilities)
+
     def prediction(self, run):
         """Who predicts in a run, in words, and (M, K): the student or, with --ensemble, the mean of both."""
         if run.args.get("ensemble") and TEACHER in self.probabilities:
-            return "ensemble of teacher and student", sum(self.probabilities.values()) / 2
+            return "ensemble of teacher and student", self.ensemble
         return "student", self.probabilities[STUDENT]
 
 

@@ -665,9 +665,14 @@ class StepGraph:
 # ---------------------------------------------------------------- batch norm on XLA and over processes
 
 
+def full_precision(values):
+    """Losses and statistics are computed in float32, or in float64 where the network is."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def normalized(images, mean, var, norm):
     """(N, C, …) normalised by mean and var (C,), then the weight and bias of a batch norm; the same dtype."""
-    values = images if images.dtype == torch.float64 else images.float()
+    values = full_precision(images)
     shape = [1, -1, *[1] * (images.ndim - 2)]
     scale = norm.weight * torch.rsqrt(var + norm.eps)
     return (values * scale.view(shape) + (norm.bias - mean * scale).view(shape)).to(images.dtype)
@@ -720,7 +725,7 @@ class SumBatchNorm(_AnyBatchNorm):
     def _normalize(self, images):
         if not (self.training and torch.compiler.is_compiling()):
             return _BatchNorm.forward(self, images)
-        values = images if images.dtype == torch.float64 else images.float()
+        values = full_precision(images)
         dims, count = [0, *range(2, images.ndim)], images.numel() // images.shape[1]
         # measured from one value of the batch, so that subtracting squares cancels little
         one = values.detach()[(slice(1), slice(None), *[slice(1)] * (images.ndim - 2))]
@@ -764,7 +769,7 @@ class SyncBatchNorm(_AnyBatchNorm):
     def _normalize(self, images):
         if not self.training:
             return _BatchNorm.forward(self, images)
-        values = images if images.dtype == torch.float64 else images.float()
+        values = full_precision(images)
         dims = [0, *range(2, images.ndim)]
         var, mean = torch.var_mean(values, dims, correction=0)
         # measured from the running mean, so that subtracting squares cancels little

@@ -265,7 +265,7 @@ def roles_of(run, data_path=None, save_path=None):
     if TEACHER not in networks:
         raise UserError(f"the checkpoint of {run.name} holds no teacher: draw confusion without --roles")
     outputs, k = report.outputs_of(networks, dataset, views, runtime), dataset.num_classes
-    probabilities = outputs.probabilities | {"ensemble of both": sum(outputs.probabilities.values()) / 2}
+    probabilities = outputs.probabilities | {"ensemble of both": outputs.ensemble}
     panels = []
     for name, each in probabilities.items():
         pairs = outputs.targets * k + each.argmax(dim=1)
