@@ -69,9 +69,11 @@ import feedback
 import main as training
 import predict as classifier
 from augmentation import GREY, OPERATIONS, ImageViews
-from data import Dataset, ImageSet, image_tree
+from data import Dataset
+from folders import image_tree
+from images import ImageSet, read_crop
 from learner import without_trace
-from loader import TrainLoader, read_crop
+from loader import TrainLoader
 from methods import METHODS, soft_cross_entropy
 from models import build_model, count_flops, count_parameters
 from runtime import Runtime, UserError, write_atomically

@@ -8,23 +8,36 @@ A new data set needs one function that returns a ``Source`` and one line of ``RE
 """
 
 import contextlib
-import hashlib
 import math
 import os
-import struct
-import sys
-import unicodedata
-import zlib
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.nn import functional as F
 
+from folders import (
+    class_folders,
+    find_folders,
+    image_tree,
+    listed,
+    place_of,
+    refuse_trained,
+    relative,
+    split_folder,
+)
+from images import (
+    SMALL,
+    ImageSet,
+    channel_statistics,
+    fingerprints,
+    read_images,
+    reason,
+    resized,
+    sampled_statistics,
+    sizes_line,
+)
 from runtime import UserError, write_atomically
 
 # Channel mean and standard deviation of the training images / 255, as published for each data set.
@@ -34,70 +47,9 @@ STATISTICS = {
     "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-SMALL = 64  # pixels: a folder of images up to this size is held in memory
-ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 and above turn by 90 or 270 degrees
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm"),
-)
 
 
 # ---------------------------------------------------------------------------------------------- containers
-
-
-@dataclass(eq=False)
-class ImageSet:
-    """Images (or points) and their classes, in memory or as files on disk."""
-
-    targets: torch.Tensor  # (N,) int64, -1 where the class is not known; given as any sequence of int
-    images: torch.Tensor | None = None  # (N, 3, H, W) uint8 or (N, 2) float32; None for files
-    files: list | None = None  # N paths of images that are decoded when they are needed
-    size: int = 0  # pixels, height and width to which files are decoded
-    crop: str = "none"  # what evaluation sees of a file: its centre, or with "pad" the whole image
-    workers: int = 0  # DataLoader processes that decode files for evaluation
-    skip_unreadable: bool = False  # leave out files that cannot be decoded instead of stopping
-    names: list | None = None  # of a folder: N paths relative to it, with "/"
-    fingerprints: torch.Tensor | None = None  # of a folder: (N,) int64 digests of the files' content
-
-    def __post_init__(self):
-        self.targets = torch.as_tensor(self.targets, dtype=torch.int64)
-
-    @property
-    def in_memory(self):
-        return self.images is not None
-
-    def __len__(self):
-        return len(self.targets)
-
-    def subset(self, indices):
-        """The images at these positions, in this order, as a new set."""
-        indices = torch.as_tensor(indices, dtype=torch.int64)
-        positions = indices.tolist()
-        return replace(
-            self,
-            targets=self.targets[indices],
-            images=None if self.images is None else self.images[indices],
-            files=None if self.files is None else [self.files[i] for i in positions],
-            names=None if self.names is None else [self.names[i] for i in positions],
-            fingerprints=None if self.fingerprints is None else self.fingerprints[indices],
-        )
-
-    def to(self, device):
-        """The same set with images and targets on the device."""
-        images = self.images.to(device) if self.in_memory else None
-        return replace(self, targets=self.targets.to(device), images=images)
-
-    def extended(self, other):
-        """This set followed by ``other``, which holds images of the same kind."""
-        known = self.fingerprints is not None and other.fingerprints is not None
-        return replace(
-            self,
-            targets=torch.cat([self.targets, other.targets]),
-            images=torch.cat([self.images, other.images]) if self.in_memory else None,
-            files=None if self.in_memory else self.files + other.files,
-            names=self.names + other.names if known else None,
-            fingerprints=torch.cat([self.fingerprints, other.fingerprints]) if known else None,
-        )
 
 
 class Source(NamedTuple):
@@ -245,8 +197,8 @@ def load_dataset(
     )
     if record and list(source.classes) != list(record["classes"]):
         raise UserError(
-            f"the classes of {name} are {_listed(source.classes)}, "
-            f"those of the run {_listed(record['classes'])}"
+            f"the classes of {name} are {listed(source.classes)}, "
+            f"those of the run {listed(record['classes'])}"
         )
     dataset = Dataset(
         name=name,
@@ -327,12 +279,6 @@ def _class_sizes(targets, classes):
             "unless --align-to labeled; a count of labels is drawn evenly, a fraction in proportion"
         )
     return lines
-
-
-def _listed(classes):
-    """Class names for a message: up to ten of them; of more, how many there are."""
-    more = f", … ({len(classes)} in all)" if len(classes) > 10 else ""
-    return ", ".join(map(str, classes[:10])) + more
 
 
 # ----------------------------------------------------------------------------------------------- the readers
@@ -463,7 +409,7 @@ def _imagenet(path, resize, *, workers, skip_unreadable, **_):
                 "per class in each"
             )
     size = resize or 224
-    classes, parts, notes = _class_folders(path, "val")
+    classes, parts, notes = class_folders(path, "val")
     train, test = (
         replace(part, names=None, size=size, workers=workers, skip_unreadable=skip_unreadable)
         for part in parts
@@ -489,24 +435,16 @@ def _folder(path, resize, *, test_fraction, workers, skip_unreadable, record, on
     """
     if not os.path.isdir(path):
         raise UserError(f"there is no folder '{path}': give the folder of your images with --data-path")
-    test_name = next((p for p in ("test", "val") if os.path.isdir(os.path.join(path, p))), None)
-    has_train = os.path.isdir(os.path.join(path, "train"))
-    if test_name and not has_train and not only_test:
-        raise UserError(f"'{path}' has {test_name}/ but no train/: add the folder of training images")
-    if has_train and test_name is None:
-        raise UserError(
-            f"'{path}' has train/ but neither test/ nor val/: add one of them, or give "
-            f"'{os.path.join(path, 'train')}' itself to have it split"
-        )
-    classes, (train, test), notes = _class_folders(path, test_name, record and record["classes"], only_test)
+    found = find_folders(path, record and record["classes"], only_test)
+    classes, train, test, notes = found.classes, found.train, found.test, list(found.notes)
     for part in (train, test):
         if part is not None:
             part.fingerprints = fingerprints(part.files, workers)
-    if test_name is None:
-        train, test, more = _split_folder(train, path, classes, test_fraction, record, only_test)
+    if found.test is None:
+        train, test, more = split_folder(train, path, classes, test_fraction, record, only_test)
         notes += more
     if record and "trained" in record:
-        _refuse_trained(test, record, path)
+        refuse_trained(test, record, path)
     elif train is not None and not record:
         twins = torch.isin(test.fingerprints, train.fingerprints)
         if twins.any():
@@ -518,25 +456,25 @@ def _folder(path, resize, *, test_fraction, workers, skip_unreadable, record, on
     if not only_test:
         counts = np.bincount(test.targets, minlength=len(classes))
         missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
-        way = (
-            f"put some into {test_name}/" if test_name else "a larger --test-fraction or a folder test/ helps"
-        )
-        notes += [f"these classes have no test image: {_listed(missing)}; {way}"] if missing else []
-    notes.append(_sizes(test if only_test else train))
+        way = "a larger --test-fraction or a folder test/ helps"
+        if found.test is not None:
+            way = f"put some into {test.names[0].split('/')[0]}/"
+        notes += [f"these classes have no test image: {listed(missing)}; {way}"] if missing else []
+    notes.append(sizes_line(test if only_test else train))
 
     first = None
     if resize is None or resize <= SMALL:
-        first = _read_images(test if only_test else train, resize, workers, skip_unreadable)
+        first = read_images(test if only_test else train, resize, workers, skip_unreadable)
     if first is not None:
         size, crop = first.images.shape[-1], "pad"
         mean, std = (None, None) if record else channel_statistics(first.images)
         if only_test:
             test = first
         else:
-            train, test = first, _read_images(test, size, workers, skip_unreadable)
+            train, test = first, read_images(test, size, workers, skip_unreadable)
     else:
         size, crop = resize or 224, "none"
-        mean, std = (None, None) if record else _sampled_statistics(train, workers, skip_unreadable)
+        mean, std = (None, None) if record else sampled_statistics(train, workers, skip_unreadable)
         decoding = {"size": size, "workers": workers, "skip_unreadable": skip_unreadable}
         test = replace(test, **decoding)
         train = None if only_test else replace(train, **decoding)
@@ -579,7 +517,7 @@ def _downloaded(make, title, files, path, choices):
                 return [make(path, download=True, **choice) for choice in choices]
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{title} is not in '{path}', or damaged, and could not be downloaded ({_reason(error)}): "
+            f"{title} is not in '{path}', or damaged, and could not be downloaded ({reason(error)}): "
             f"put {files} into that folder, or use --dataset digits or twomoons, which need no download, "
             "or --dataset folder with your own images"
         ) from error
@@ -609,273 +547,7 @@ def _fitted(images, size):
     return torch.cat([resized(chunk, size) for chunk in images.split(1000)])
 
 
-def resized(images, size):
-    """(N, 3, H, W) uint8 images at ``size`` x ``size``, bicubic with antialiasing."""
-    return F.interpolate(images, (size, size), mode="bicubic", antialias=True)
-
-
-# -------------------------------------------------------------------------------------- folders of images
-
-
-def _class_folders(root, test_name, classes=None, only_test=False):
-    """Class names, [training images, test images] as files with names, and lines for the user.
-
-    With ``test_name`` the images are those of ``root/train`` (None with ``only_test``) and of
-    ``root/<test_name>``; without it all images of ``root``, and None.
-
-    Args:
-        classes: those of a run, if there is one: the folders must not have others.
-
-    Raises:
-        UserError: no class folders, an unknown class, no images, or a file in two classes.
-    """
-    train = root if test_name is None else os.path.join(root, "train")
-    test = test_name and os.path.join(root, test_name)
-    places = [None if only_test and test else train, test]
-    first = places[0] or test
-    known = list(classes) if classes else _class_names(first)
-    for place in filter(None, places):
-        unknown = sorted(set(_class_names(place, at_least=1)) - set(known))
-        if unknown and classes:
-            raise UserError(f"class '{unknown[0]}' of '{place}' is not one of the run's: {_listed(known)}")
-        if unknown:
-            raise UserError(f"class '{unknown[0]}' of '{place}' has no folder in '{first}': add or remove it")
-    ignored, owner = Counter(), {}
-    parts = [place and _list_classes(place, known, root, ignored, owner) for place in places]
-    lines = _ignored_kinds(ignored)
-    reserved = ("train", "test", "val")
-    named = [name for name in known if name.lower() in reserved and name not in reserved]
-    how = "the parts of a data set are found by the names train, test and val in small letters"
-    if named and len(named) == len(known):
-        raise UserError(f"the folders of '{root}' are {_listed(named)}: {how}")
-    lines += [f"the folder '{name}' in '{root}' is taken for a class: {how}" for name in named]
-    return known, parts, lines
-
-
-def _ignored_kinds(ignored):
-    """A line for the user about files that were left out, in a list; ``ignored``: Counter of their kinds."""
-    if not ignored:
-        return []
-    kinds = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common())
-    photographs = ignored.keys() & {".heic", ".heif", ".avif", ".raw", ".cr2", ".nef", ".arw", ".dng"}
-    advice = " (photographs among them, which cannot be read: convert them to JPEG)" if photographs else ""
-    return [f"{sum(ignored.values())} ignored: {kinds}{advice}"]
-
-
-def _class_names(root, at_least=2):
-    """Sorted names of the folders in ``root``, except hidden ones."""
-    names = sorted(e.name for e in os.scandir(root) if e.is_dir() and not _ignored(e.name))
-    if not names:
-        raise UserError(
-            f"there are no class folders in '{root}': put the images of each class into a folder there"
-        )
-    if len(names) < at_least:
-        raise UserError(f"'{root}' has only one class folder, '{names[0]}': at least 2 classes are needed")
-    return names
-
-
-def _list_classes(place, classes, root, ignored, owner):
-    """All images below ``place/<class>`` as an ``ImageSet`` of files, in the order of class and path.
-
-    Args:
-        root: names are relative to it.
-        ignored: Counter of what is left out, by type; grows.
-        owner: (class, path) of every file seen so far, by the file's identity; grows.
-    """
-    files, targets, outside = [], [], _ancestors(place)
-    for k, name in enumerate(classes):
-        folder = os.path.join(place, name)
-        for path, identity in _image_files(folder, outside, ignored) if os.path.isdir(folder) else ():
-            other, first = owner.setdefault(identity, (k, path)) if identity else (k, path)
-            if other != k:
-                raise UserError(
-                    f"{path} is the same file as {first}, in the classes '{name}' and '{classes[other]}': "
-                    "remove one of them, or the link that leads there"
-                )
-            files.append(path)
-            targets.append(k)
-    if not files:
-        raise UserError(
-            f"there are no images in the class folders of '{place}': files must end in {_suffixes()}"
-        )
-    return ImageSet(targets, files=files, names=relative(files, root))
-
-
-def relative(files, root):
-    """The rest of paths that begin with ``root``, with "/" on every system."""
-    start = len(os.path.join(root, ""))
-    return [path[start:].replace(os.sep, "/") for path in files]
-
-
-def _ancestors(folder):
-    """Identities of a folder and of all folders above it: a link to one of them would lead in a circle."""
-    parents, path = set(), os.path.realpath(folder)
-    while True:
-        status = os.stat(path)
-        parents.add((status.st_dev, status.st_ino))
-        if path == os.path.dirname(path):
-            return parents
-        path = os.path.dirname(path)
-
-
-def image_tree(root, argument):
-    """Sorted paths of all images at any depth below a folder, and lines for the user about other files.
-
-    Args:
-        argument: what of the command line says the folder, for messages.
-
-    Raises:
-        UserError: there is no such folder, no image in it, or a folder that cannot be read.
-    """
-    if os.path.isfile(root):
-        raise UserError(f"'{root}' is a file: give the folder it lies in as {argument}")
-    if not os.path.isdir(root):
-        raise UserError(f"there is no folder '{root}' of images: correct {argument}")
-    ignored = Counter()
-    files = [path for path, _ in _image_files(root, _ancestors(root), ignored)]
-    lines = _ignored_kinds(ignored)
-    if not files:
-        found = f" ({lines[0]})" if lines else ""
-        raise UserError(
-            f"there are no images in '{root}'{found}: {argument} needs image files ({_suffixes()})"
-        )
-    return files, lines
-
-
-def _image_files(root, outside, ignored):
-    """Sorted (path, identity) of all image files at any depth below ``root``, except hidden ones.
-
-    Links are followed, but every real folder is visited only once, and none of ``outside``. A broken link is
-    listed without an identity, so that reading it fails with its name.
-
-    Args:
-        outside: identities of folders, (device, inode).
-        ignored: Counter of the files that are left out, by suffix or kind; grows.
-    """
-    found, visited = [], set(outside)
-
-    def visit(folder):
-        device = os.stat(folder).st_dev
-        with os.scandir(folder) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-        for entry in entries:
-            if _ignored(entry.name):
-                continue
-            identity = device, entry.inode()
-            if entry.is_symlink():
-                status = os.stat(entry.path) if os.path.exists(entry.path) else None
-                identity = status and (status.st_dev, status.st_ino)
-            if identity and entry.is_dir():
-                if identity not in visited:
-                    visited.add(identity)
-                    visit(entry.path)
-            elif not entry.name.lower().endswith(IMAGE_SUFFIXES):
-                ignored[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
-            elif "\n" in entry.name:
-                raise UserError(f"the file name {entry.path!r} holds a line break: rename it")
-            elif identity is None or entry.is_file():
-                found.append((entry.path, identity))
-            else:
-                ignored["not a regular file"] += 1
-
-    try:
-        visit(root)
-    except OSError as error:
-        raise UserError(f"the folder {error.filename} cannot be read: {_reason(error)}") from error
-    return sorted(found)
-
-
-def _ignored(name):
-    """Whether a file or folder is hidden, or one of those that a Mac adds to archives."""
-    return name[0] == "." or name == "__MACOSX"
-
-
-def _suffixes():
-    return ", ".join(IMAGE_SUFFIXES)
-
-
-def _split_folder(found, root, classes, test_fraction, record, only_test):
-    """The training images (None with ``only_test``) and the test images of a folder without ``test``, and
-    lines for the user.
-
-    On which side an image falls depends only on its own name, class folder included: adding or removing other
-    images does not move it. With the record of a run, images that the run knew stay on their side, even if
-    they have been renamed.
-    """
-    if not 0 < test_fraction < 1:
-        raise UserError(f"--test-fraction {test_fraction} leaves no images to train or to test: use e.g. 0.2")
-    if record and "labeled" not in record:
-        testing = _split_by_position(found.targets.numpy(), len(classes), test_fraction)
-        train, test = found.subset(np.flatnonzero(~testing)), found.subset(np.flatnonzero(testing))
-        return None if only_test else train, test, []
-    if record and "trained" not in record:  # the run was not on a folder
-        return None, found, []
-    testing = np.array([place_of(name) < test_fraction for name in found.names], dtype=bool)
-    if record:
-        trained = torch.isin(found.fingerprints, record["trained"]).numpy()
-        tested = torch.isin(found.fingerprints, record["tested"]).numpy()
-        names = set(record["test"])
-        named = np.array([name in names for name in found.names], dtype=bool)
-        # the run's folder in another place, not one that shares an image; "trained" also counts other folders
-        parts = (record.get("labeled_prints", record["trained"]), record["tested"])
-        moved = all(torch.isin(part, found.fingerprints).float().mean() > 0.5 for part in parts)
-        if only_test and not moved and os.path.abspath(root) != record["path"]:
-            return None, found, [f"'{root}' is not the run's folder: all of its images are test images"]
-        testing = (tested & named) | (~trained & (tested | testing))
-    train, test = found.subset(np.flatnonzero(~testing)), found.subset(np.flatnonzero(testing))
-    if not len(test):
-        raise UserError(
-            f"none of the {len(found)} images in '{root}' is a test image: raise --test-fraction or add a "
-            "folder test/"
-        )
-    return None if only_test else train, test, []
-
-
-def _split_by_position(targets, num_classes, test_fraction):
-    """The split of early versions, for their checkpoints: (N,) bool, whether an image is a test image."""
-    test, random = [], np.random.RandomState(0)
-    for k in range(num_classes):
-        order = random.permutation(np.flatnonzero(targets == k))
-        test += order[: min(len(order) - 1, max(1, int(test_fraction * len(order) + 0.5)))].tolist()
-    return np.isin(np.arange(len(targets)), test)
-
-
-def _refuse_trained(test, record, root):
-    """UserError if the run of the record has learned from an image that is to test it."""
-    learned = torch.isin(test.fingerprints, record["trained"])
-    learned &= ~torch.isin(test.fingerprints, record["tested"])
-    if learned.any():
-        raise UserError(
-            f"{int(learned.sum())} of the {len(learned)} test images in '{root}' were trained on by this "
-            f"run, such as {test.names[int(learned.int().argmax())]}: test it on other images"
-        )
-
-
-def fingerprints(files, workers=1):
-    """(N,) int64 digests of the files' content: equal for copies, whatever their names.
-
-    Of files above 128 KiB only three pieces of 32 KiB and the size count. For a file that cannot be read the
-    digest is that of its path.
-    """
-    piece = 2**15
-
-    def digest(path):
-        taken = hashlib.blake2b(digest_size=8)
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                taken.update(size.to_bytes(8, "big"))
-                for start in (0,) if size <= 4 * piece else (0, size // 2, size - piece):
-                    file.seek(start)
-                    taken.update(file.read(4 * piece if size <= 4 * piece else piece))
-        except OSError:
-            taken.update(os.fsencode(path))
-        return int.from_bytes(taken.digest(), "big", signed=True)
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        chunks = [files[i : i + 256] for i in range(0, len(files), 256)]
-        digests = [value for part in pool.map(lambda chunk: [*map(digest, chunk)], chunks) for value in part]
-    return torch.tensor(digests, dtype=torch.int64)
+# -------------------------------------------------------------------------------------- unlabelled images
 
 
 def _unlabeled_images(path, dataset, train, workers, skip_unreadable):
@@ -898,7 +570,7 @@ def _unlabeled_images(path, dataset, train, workers, skip_unreadable):
         fingerprints=fingerprints(files, workers),
     )
     if train.in_memory and train.names is None:
-        extra = _read_images(extra, dataset.size, workers, skip_unreadable)
+        extra = read_images(extra, dataset.size, workers, skip_unreadable)
         seen = {image.numpy().tobytes() for part in held_out for image in part.images}
         known = np.array([image.numpy().tobytes() in seen for image in extra.images])
     else:
@@ -908,174 +580,12 @@ def _unlabeled_images(path, dataset, train, workers, skip_unreadable):
         raise UserError(f"all images in '{path}' are test or validation images: correct --unlabeled-path")
     extra = extra.subset(np.flatnonzero(~known))
     if train.in_memory and not extra.in_memory:
-        extra = _read_images(extra, dataset.size, workers, skip_unreadable)
+        extra = read_images(extra, dataset.size, workers, skip_unreadable)
     if known.any():
         dataset.notes.append(
             f"{known.sum()} of {len(files)} images in '{path}' are test or validation images: left out"
         )
     return extra
-
-
-# ------------------------------------------------------------------------------- image files into memory
-
-# What decoders raise for damaged files of the various formats.
-DECODING_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
-
-
-class _OtherSize(Exception):
-    """An image does not have the size of the first one."""
-
-
-def _read_images(image_set, size, workers, skip_unreadable):
-    """Read a set of files into one uint8 tensor, by a pool of threads (decoding releases Python's lock).
-
-    Args:
-        size: pixels, height and width; None takes the longer side of the first image.
-
-    Returns:
-        ImageSet in memory, or None if ``size`` is None and not all images have one size up to 64 pixels.
-    """
-    files, expected = image_set.files, None
-    if size is None:
-        expected = next(filter(None, map(_image_size, files)), None)
-        if expected is None or max(expected) > SMALL:
-            return None
-        size = max(expected)
-    images = np.zeros((len(files), size, size, 3), np.uint8)
-    readable = np.ones(len(files), bool)
-
-    def read(start):
-        for i in range(start, min(start + 256, len(files))):
-            try:
-                images[i] = read_whole(files[i], size, expected)
-            except DECODING_ERRORS as error:
-                if not skip_unreadable:
-                    raise UserError(f"{cannot_read(files[i], error)}: {REPAIR}") from error
-                readable[i] = False
-
-    # Measured: small files spend their time in Python, so that two threads are slower than one.
-    pool = ThreadPoolExecutor(1 if expected else max(1, workers))
-    try:
-        list(pool.map(read, range(0, len(files), 256)))
-    except _OtherSize:
-        return None
-    finally:
-        pool.shutdown(cancel_futures=True)
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
-    if not readable.all():
-        skipped = [files[i] for i in np.flatnonzero(~readable)]
-        listed = ", ".join(skipped[:10])
-        print(
-            f"skipped {len(skipped)} of {len(files)} images, which cannot be read: {listed}", file=sys.stderr
-        )
-        if not readable.any():
-            raise UserError(
-                f"none of {len(files)} images could be read, {files[0]} and so on: check the files"
-            )
-        images, image_set = images[torch.from_numpy(readable)], image_set.subset(np.flatnonzero(readable))
-    return ImageSet(
-        image_set.targets, images.contiguous(), names=image_set.names, fingerprints=image_set.fingerprints
-    )
-
-
-def read_whole(path, size, expected=None):
-    """The whole image, stretched to a square: (size, size, 3) uint8 array.
-
-    With ``expected`` = (width, height), an image of another size raises ``_OtherSize``.
-    """
-    with Image.open(path) as file:
-        if expected is None:
-            file.draft("RGB", (size, size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 if that is large enough
-        image = upright_rgb(file)
-    if expected and image.size != expected:
-        raise _OtherSize
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
-
-
-def upright_rgb(image):
-    """Decode an opened PIL image to RGB, turned as its EXIF orientation says.
-
-    Grey, palette and CMYK images are converted, 16-bit grey is scaled to 8 bits, and transparent pixels
-    become white.
-    """
-    image.load()
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-REPAIR = "replace or remove it, or leave out such files with --skip-unreadable"
-
-
-def cannot_read(path, error):
-    """What is wrong with an image that cannot be decoded; where it stops a run, ``REPAIR`` follows."""
-    return f"the image {path} cannot be read ({_reason(error)})"
-
-
-def _reason(error):
-    """The first line of an exception's message, without a full stop."""
-    error = getattr(error, "reason", error)  # of a failed download
-    text = getattr(error, "strerror", None) or str(error)
-    lines = text.strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__
-
-
-def _image_size(path):
-    """(width, height) of an image as seen upright; None if it cannot be opened."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
-            return image.size[::-1] if turned else image.size
-    except DECODING_ERRORS:
-        return None
-
-
-def _sizes(image_set):
-    """The line about the sizes of the images of a set of files, from up to 200 of them."""
-    sizes = [_image_size(path) for path in image_set.files[:: 1 + len(image_set) // 200]]
-    sizes = sorted(filter(None, sizes), key=lambda size: size[0] * size[1])
-    if not sizes:
-        return "no image could be opened to see its size"
-    least, most = (f"{width} × {height}" for width, height in (sizes[0], sizes[-1]))
-    return f"images of {least} pixels" if least == most else f"images of {least} to {most} pixels"
-
-
-def channel_statistics(images):
-    """Mean and standard deviation per channel of uint8 images / 255, from at most 10,000 of them.
-
-    Args:
-        images: (N, C, H, W) uint8; evenly spaced ones are taken, so that every run gets the same result.
-
-    Returns:
-        Two tuples of C floats.
-    """
-    images = images[:: max(1, math.ceil(len(images) / 10000))]
-    total, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
-    for chunk in images.split(500):
-        values = chunk.double() / 255
-        total += values.sum(dim=(0, 2, 3))
-        squares += values.square().sum(dim=(0, 2, 3))
-    count = images.numel() / images.shape[1]
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)  # images of one colour
-    return tuple(mean.tolist()), tuple(std.tolist())
-
-
-def _sampled_statistics(image_set, workers, skip_unreadable):
-    """The same for a set of files, from up to 1,000 evenly spaced ones, reduced."""
-    sample = image_set.subset(range(0, len(image_set), max(1, math.ceil(len(image_set) / 1000))))
-    return channel_statistics(_read_images(sample, SMALL, workers, skip_unreadable).images)
 
 
 # ---------------------------------------------------------------------------- labelled and validation images
@@ -1156,13 +666,6 @@ def _per_class(number, sizes, flag, classes):
     return [each] * len(sizes)
 
 
-def place_of(name):
-    """A number in [0, 1), uniformly distributed, that depends only on a name: the same on every machine."""
-    # macOS stores an accent as a character of its own, other systems do not
-    key = unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
-
-
 def write_labeled(folder, dataset):
     """Write which images are labelled, one per line, for ``load_dataset(labeled_indices=file)``.
 
@@ -1190,7 +693,7 @@ def read_labeled(path, train, classes):
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             lines = file.read().split("\n")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the labelled images from {path}: {_reason(error)}") from error
+        raise UserError(f"cannot read the labelled images from {path}: {reason(error)}") from error
     position = {name: i for i, name in enumerate(train.names or map(str, range(len(train))))}
     expected = f"a position in the training set, 0 to {len(train) - 1}"
     if train.names:

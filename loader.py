@@ -6,7 +6,7 @@ workers, straight to uint8 crops. Both ways the n-th image of a run depends on t
 the number of workers, nor on whether the run was resumed.
 
 The file follows an image backwards: the order in which images are drawn, the training batches, the batches of
-an evaluation, the workers that decode, and what they decode of a file.
+an evaluation, the workers that decode. What they decode of a file is in ``images.py``.
 """
 
 import math
@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from data import DECODING_ERRORS, ORIENTATION, REPAIR, ImageSet, cannot_read, read_whole, resized, upright_rgb
+from images import DECODING_ERRORS, REPAIR, ImageSet, cannot_read, read_image
 from runtime import UserError
 
 CHUNK = 32  # images that a worker decodes at a time: large batches are spread over the workers
@@ -380,71 +379,3 @@ def _stop_or_skip(unreadable, image_set, skipped):
         if message not in skipped:
             skipped.add(message)
             tqdm.write(f"skipped, {len(skipped)} so far: {message}", file=sys.stderr)  # above a bar
-
-
-# -------------------------------------------------------------------------------------- crops of large images
-
-
-def random_crop_box(width, height, random):
-    """A box of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3, the usual crop for ImageNet.
-
-    Args:
-        width, height: of the image, pixels.
-        random: ``numpy.random.Generator``.
-
-    Returns:
-        (left, top, width, height) in whole pixels. If none of ten draws fits, the largest centred box whose
-        aspect ratio is allowed.
-    """
-    for _ in range(10):
-        area = width * height * random.uniform(0.08, 1)
-        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return int(random.integers(width - w + 1)), int(random.integers(height - h + 1)), w, h
-    w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-def center_crop_box(width, height):
-    """(left, top, width, height) of the box left by resizing the shorter side to 256 and cropping 224."""
-    side = min(width, height) * 224 / 256
-    return (width - side) / 2, (height - side) / 2, side, side
-
-
-def read_crop(path, size, random=None):
-    """Decode a box of an image file: (3, size, size) uint8 tensor, bicubic.
-
-    The box is ``random_crop_box``, or ``center_crop_box`` without ``random``. A JPEG is decoded at 1/2, 1/4
-    or 1/8 of its size if that leaves the box at least ``size`` pixels wide and high, and only the box is
-    resized. PyTorch resizes uint8 tensors about three times as fast as Pillow, with the same filter.
-    """
-    with Image.open(path) as file:
-        turned = file.getexif().get(ORIENTATION, 1) >= 5
-        width, height = file.size[::-1] if turned else file.size
-        if random is None:
-            left, top, w, h = center_crop_box(width, height)
-        else:
-            left, top, w, h = random_crop_box(width, height, random)
-        needed = math.ceil(width * size / w), math.ceil(height * size / h)
-        file.draft("RGB", needed[::-1] if turned else needed)
-        image = upright_rgb(file)
-    x, y = image.width / width, image.height / height  # 1 unless the decoder has reduced the image
-    left, right = round(left * x), round((left + w) * x)
-    top, bottom = round(top * y), round((top + h) * y)
-    box = np.array(image.crop((left, top, max(right, left + 1), max(bottom, top + 1))))
-    return resized(torch.from_numpy(box).permute(2, 0, 1)[None], size)[0]
-
-
-def read_image(path, size, crop, random=None):
-    """One image as a network sees it: (3, size, size) uint8, the whole image (crop "pad") or ``read_crop``.
-
-    Args:
-        size, crop: those of the ``Dataset`` that a network was trained on.
-
-    Raises:
-        DECODING_ERRORS: the file cannot be decoded.
-    """
-    if crop == "none":
-        return read_crop(path, size, random)
-    return torch.from_numpy(np.array(read_whole(path, size))).permute(2, 0, 1)

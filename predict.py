@@ -36,8 +36,9 @@ from typing import NamedTuple
 import torch
 
 from augmentation import ImageViews, normalization
-from data import SMALL, ImageSet, image_tree, relative
 from evaluation import EVALUATION_BATCH, predictions, ranked
+from folders import image_tree, relative
+from images import SMALL, ImageSet
 from models import Ensemble, build_model
 from runtime import Runtime, UserError, write_atomically
 from utils import (

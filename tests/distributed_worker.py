@@ -9,8 +9,9 @@ import torch
 
 import main
 from augmentation import ImageViews, PointViews, Views
-from data import Dataset, ImageSet
+from data import Dataset
 from evaluation import gathered, predictions, score
+from images import ImageSet
 from methods import METHODS
 from models import build_model
 from runtime import Runtime

@@ -21,6 +21,8 @@ from sklearn.datasets import load_digits
 
 import data
 from data import load_dataset, split_labels, write_labeled
+from folders import image_tree, relative
+from images import channel_statistics
 from runtime import UserError
 
 
@@ -347,10 +349,10 @@ def test_a_folder_of_small_images_is_held_in_memory(tmp_path):
 def test_statistics_are_taken_from_evenly_spaced_images():
     images = torch.zeros(30000, 3, 1, 1, dtype=torch.uint8)
     images[::6] = 255  # every second one of the 10,000 that are looked at
-    mean, std = data.channel_statistics(images)
+    mean, std = channel_statistics(images)
     assert mean == pytest.approx([0.5] * 3) and std == pytest.approx([0.5] * 3)
     images[:] = 255
-    mean, std = data.channel_statistics(images)
+    mean, std = channel_statistics(images)
     assert mean == pytest.approx([1] * 3) and std == pytest.approx([1 / 255] * 3)  # never a division by zero
 
 
@@ -404,8 +406,8 @@ def test_names_are_the_same_however_the_folder_is_written(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path / "tree")
     spellings = (tmp_path / "tree", f"{tmp_path}/tree/", ".", "./", "..//tree", "../tree/../tree/", "a/..")
     for root in map(str, spellings):
-        files, _ = data.image_tree(root, "--data-path")
-        assert data.relative(files, root) == ["a/000.png", "a/001.png", "b/000.png", "b/001.png"], root
+        files, _ = image_tree(root, "--data-path")
+        assert relative(files, root) == ["a/000.png", "a/001.png", "b/000.png", "b/001.png"], root
 
 
 def test_labelled_images_of_a_folder_depend_on_their_names(tmp_path):

@@ -10,9 +10,10 @@ from PIL import Image
 from test_data import damage, picture, ramp, write_tree
 
 from augmentation import ImageViews, PointViews
-from data import ORIENTATION, Dataset, ImageSet, load_dataset, upright_rgb
+from data import Dataset, load_dataset
 from evaluation import EVALUATION_BATCH, predictions, stored_predictions
-from loader import TrainLoader, batches, random_crop_box, read_crop, read_image
+from images import ORIENTATION, ImageSet, random_crop_box, read_crop, read_image, upright_rgb
+from loader import TrainLoader, batches
 from models import build_model
 from runtime import Runtime, UserError
 
@@ -105,10 +106,7 @@ def test_jpegs_are_decoded_at_reduced_scale_where_the_crop_allows_it(tmp_path, m
     exif[ORIENTATION] = 6
     picture(1600, 400).save(tmp_path / "turned.jpg", exif=exif)
     decoded = []
-    for module in ("data", "loader"):
-        monkeypatch.setattr(
-            f"{module}.upright_rgb", lambda image: decoded.append(image.size) or upright_rgb(image)
-        )
+    monkeypatch.setattr("images.upright_rgb", lambda image: decoded.append(image.size) or upright_rgb(image))
     read_image(tmp_path / "large.jpg", 64, "none")  # its box of 1050 pixels becomes 131 at 1/8
     read_image(tmp_path / "large.jpg", 224, "none")  # and 262 at 1/4
     read_image(tmp_path / "large.jpg", 600, "none")

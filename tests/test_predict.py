@@ -23,7 +23,7 @@ from test_run_state import photographs
 import main
 import predict
 from augmentation import ImageViews
-from data import ORIENTATION
+from images import ORIENTATION
 from runtime import Runtime
 
 ROOT = Path(main.__file__).parent

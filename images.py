@@ -1,0 +1,348 @@
+"""From image files to pixels: sets of images, what is read of a file, what many of them have in common.
+
+``ImageSet`` holds images in memory or the paths of their files. ``read_image`` decodes one file as a network
+sees it; ``read_images`` decodes a set of small ones into memory.
+"""
+
+import hashlib
+import math
+import os
+import struct
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.nn import functional as F
+
+from runtime import UserError
+
+SMALL = 64  # pixels: a folder of images up to this size is held in memory
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 and above turn by 90 or 270 degrees
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+
+
+# ------------------------------------------------------------------------------------------- a set of images
+
+
+@dataclass(eq=False)
+class ImageSet:
+    """Images (or points) and their classes, in memory or as files on disk."""
+
+    targets: torch.Tensor  # (N,) int64, -1 where the class is not known; given as any sequence of int
+    images: torch.Tensor | None = None  # (N, 3, H, W) uint8 or (N, 2) float32; None for files
+    files: list | None = None  # N paths of images that are decoded when they are needed
+    size: int = 0  # pixels, height and width to which files are decoded
+    crop: str = "none"  # what evaluation sees of a file: its centre, or with "pad" the whole image
+    workers: int = 0  # DataLoader processes that decode files for evaluation
+    skip_unreadable: bool = False  # leave out files that cannot be decoded instead of stopping
+    names: list | None = None  # of a folder: N paths relative to it, with "/"
+    fingerprints: torch.Tensor | None = None  # of a folder: (N,) int64 digests of the files' content
+
+    def __post_init__(self):
+        self.targets = torch.as_tensor(self.targets, dtype=torch.int64)
+
+    @property
+    def in_memory(self):
+        return self.images is not None
+
+    def __len__(self):
+        return len(self.targets)
+
+    def subset(self, indices):
+        """The images at these positions, in this order, as a new set."""
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        positions = indices.tolist()
+        return replace(
+            self,
+            targets=self.targets[indices],
+            images=None if self.images is None else self.images[indices],
+            files=None if self.files is None else [self.files[i] for i in positions],
+            names=None if self.names is None else [self.names[i] for i in positions],
+            fingerprints=None if self.fingerprints is None else self.fingerprints[indices],
+        )
+
+    def to(self, device):
+        """The same set with images and targets on the device."""
+        images = self.images.to(device) if self.in_memory else None
+        return replace(self, targets=self.targets.to(device), images=images)
+
+    def extended(self, other):
+        """This set followed by ``other``, which holds images of the same kind."""
+        known = self.fingerprints is not None and other.fingerprints is not None
+        return replace(
+            self,
+            targets=torch.cat([self.targets, other.targets]),
+            images=torch.cat([self.images, other.images]) if self.in_memory else None,
+            files=None if self.in_memory else self.files + other.files,
+            names=self.names + other.names if known else None,
+            fingerprints=torch.cat([self.fingerprints, other.fingerprints]) if known else None,
+        )
+
+
+# -------------------------------------------------------------------------------------------------- one file
+
+# What decoders raise for damaged files of the various formats.
+DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, OverflowError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+
+
+def read_image(path, size, crop, random=None):
+    """One image as a network sees it: (3, size, size) uint8, the whole image (crop "pad") or ``read_crop``.
+
+    Args:
+        size, crop: those of the ``Dataset`` that a network was trained on.
+
+    Raises:
+        DECODING_ERRORS: the file cannot be decoded.
+    """
+    if crop == "none":
+        return read_crop(path, size, random)
+    return torch.from_numpy(np.array(read_whole(path, size))).permute(2, 0, 1)
+
+
+def read_whole(path, size, expected=None):
+    """The whole image, stretched to a square: (size, size, 3) uint8 array.
+
+    With ``expected`` = (width, height), an image of another size raises ``_OtherSize``.
+    """
+    with Image.open(path) as file:
+        if expected is None:
+            file.draft("RGB", (size, size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 if that is large enough
+        image = upright_rgb(file)
+    if expected and image.size != expected:
+        raise _OtherSize
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def read_crop(path, size, random=None):
+    """Decode a box of an image file: (3, size, size) uint8 tensor, bicubic.
+
+    The box is ``random_crop_box``, or ``center_crop_box`` without ``random``. A JPEG is decoded at 1/2, 1/4
+    or 1/8 of its size if that leaves the box at least ``size`` pixels wide and high, and only the box is
+    resized. PyTorch resizes uint8 tensors about three times as fast as Pillow, with the same filter.
+    """
+    with Image.open(path) as file:
+        turned = file.getexif().get(ORIENTATION, 1) >= 5
+        width, height = file.size[::-1] if turned else file.size
+        if random is None:
+            left, top, w, h = center_crop_box(width, height)
+        else:
+            left, top, w, h = random_crop_box(width, height, random)
+        needed = math.ceil(width * size / w), math.ceil(height * size / h)
+        file.draft("RGB", needed[::-1] if turned else needed)
+        image = upright_rgb(file)
+    x, y = image.width / width, image.height / height  # 1 unless the decoder has reduced the image
+    left, right = round(left * x), round((left + w) * x)
+    top, bottom = round(top * y), round((top + h) * y)
+    box = np.array(image.crop((left, top, max(right, left + 1), max(bottom, top + 1))))
+    return resized(torch.from_numpy(box).permute(2, 0, 1)[None], size)[0]
+
+
+def random_crop_box(width, height, random):
+    """A box of 8 to 100 % of the area and an aspect ratio of 3/4 to 4/3, the usual crop for ImageNet.
+
+    Args:
+        width, height: of the image, pixels.
+        random: ``numpy.random.Generator``.
+
+    Returns:
+        (left, top, width, height) in whole pixels. If none of ten draws fits, the largest centred box whose
+        aspect ratio is allowed.
+    """
+    for _ in range(10):
+        area = width * height * random.uniform(0.08, 1)
+        ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(random.integers(width - w + 1)), int(random.integers(height - h + 1)), w, h
+    w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def center_crop_box(width, height):
+    """(left, top, width, height) of the box left by resizing the shorter side to 256 and cropping 224."""
+    side = min(width, height) * 224 / 256
+    return (width - side) / 2, (height - side) / 2, side, side
+
+
+def upright_rgb(image):
+    """Decode an opened PIL image to RGB, turned as its EXIF orientation says.
+
+    Grey, palette and CMYK images are converted, 16-bit grey is scaled to 8 bits, and transparent pixels
+    become white.
+    """
+    image.load()
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def resized(images, size):
+    """(N, 3, H, W) uint8 images at ``size`` x ``size``, bicubic with antialiasing."""
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+
+
+REPAIR = "replace or remove it, or leave out such files with --skip-unreadable"
+
+
+def cannot_read(path, error):
+    """What is wrong with an image that cannot be decoded; where it stops a run, ``REPAIR`` follows."""
+    return f"the image {path} cannot be read ({reason(error)})"
+
+
+def reason(error):
+    """The first line of an exception's message, without a full stop."""
+    error = getattr(error, "reason", error)  # of a failed download
+    text = getattr(error, "strerror", None) or str(error)
+    lines = text.strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------ many files
+
+
+class _OtherSize(Exception):
+    """An image does not have the size of the first one."""
+
+
+def read_images(image_set, size, workers, skip_unreadable):
+    """Read a set of files into one uint8 tensor, by a pool of threads (decoding releases Python's lock).
+
+    Args:
+        size: pixels, height and width; None takes the longer side of the first image.
+
+    Returns:
+        ImageSet in memory, or None if ``size`` is None and not all images have one size up to 64 pixels.
+    """
+    files, expected = image_set.files, None
+    if size is None:
+        expected = next(filter(None, map(image_size, files)), None)
+        if expected is None or max(expected) > SMALL:
+            return None
+        size = max(expected)
+    images = np.zeros((len(files), size, size, 3), np.uint8)
+    readable = np.ones(len(files), bool)
+
+    def read(start):
+        for i in range(start, min(start + 256, len(files))):
+            try:
+                images[i] = read_whole(files[i], size, expected)
+            except DECODING_ERRORS as error:
+                if not skip_unreadable:
+                    raise UserError(f"{cannot_read(files[i], error)}: {REPAIR}") from error
+                readable[i] = False
+
+    # Measured: small files spend their time in Python, so that two threads are slower than one.
+    pool = ThreadPoolExecutor(1 if expected else max(1, workers))
+    try:
+        list(pool.map(read, range(0, len(files), 256)))
+    except _OtherSize:
+        return None
+    finally:
+        pool.shutdown(cancel_futures=True)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    if not readable.all():
+        skipped = [files[i] for i in np.flatnonzero(~readable)]
+        listed = ", ".join(skipped[:10])
+        print(
+            f"skipped {len(skipped)} of {len(files)} images, which cannot be read: {listed}", file=sys.stderr
+        )
+        if not readable.any():
+            raise UserError(
+                f"none of {len(files)} images could be read, {files[0]} and so on: check the files"
+            )
+        images, image_set = images[torch.from_numpy(readable)], image_set.subset(np.flatnonzero(readable))
+    return ImageSet(
+        image_set.targets, images.contiguous(), names=image_set.names, fingerprints=image_set.fingerprints
+    )
+
+
+def fingerprints(files, workers=1):
+    """(N,) int64 digests of the files' content: equal for copies, whatever their names.
+
+    Of files above 128 KiB only three pieces of 32 KiB and the size count. For a file that cannot be read the
+    digest is that of its path.
+    """
+    piece = 2**15
+
+    def digest(path):
+        taken = hashlib.blake2b(digest_size=8)
+        try:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                taken.update(size.to_bytes(8, "big"))
+                for start in (0,) if size <= 4 * piece else (0, size // 2, size - piece):
+                    file.seek(start)
+                    taken.update(file.read(4 * piece if size <= 4 * piece else piece))
+        except OSError:
+            taken.update(os.fsencode(path))
+        return int.from_bytes(taken.digest(), "big", signed=True)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        chunks = [files[i : i + 256] for i in range(0, len(files), 256)]
+        digests = [value for part in pool.map(lambda chunk: [*map(digest, chunk)], chunks) for value in part]
+    return torch.tensor(digests, dtype=torch.int64)
+
+
+def image_size(path):
+    """(width, height) of an image as seen upright; None if it cannot be opened."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            return image.size[::-1] if turned else image.size
+    except DECODING_ERRORS:
+        return None
+
+
+def sizes_line(image_set):
+    """The line about the sizes of the images of a set of files, from up to 200 of them."""
+    sizes = [image_size(path) for path in image_set.files[:: 1 + len(image_set) // 200]]
+    sizes = sorted(filter(None, sizes), key=lambda size: size[0] * size[1])
+    if not sizes:
+        return "no image could be opened to see its size"
+    least, most = (f"{width} × {height}" for width, height in (sizes[0], sizes[-1]))
+    return f"images of {least} pixels" if least == most else f"images of {least} to {most} pixels"
+
+
+def channel_statistics(images):
+    """Mean and standard deviation per channel of uint8 images / 255, from at most 10,000 of them.
+
+    Args:
+        images: (N, C, H, W) uint8; evenly spaced ones are taken, so that every run gets the same result.
+
+    Returns:
+        Two tuples of C floats.
+    """
+    images = images[:: max(1, math.ceil(len(images) / 10000))]
+    total, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
+    for chunk in images.split(500):
+        values = chunk.double() / 255
+        total += values.sum(dim=(0, 2, 3))
+        squares += values.square().sum(dim=(0, 2, 3))
+    count = images.numel() / images.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)  # images of one colour
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def sampled_statistics(image_set, workers, skip_unreadable):
+    """The same for a set of files, from up to 1,000 evenly spaced ones, reduced."""
+    sample = image_set.subset(range(0, len(image_set), max(1, math.ceil(len(image_set) / 1000))))
+    return channel_statistics(read_images(sample, SMALL, workers, skip_unreadable).images)
