@@ -15,10 +15,10 @@ import torch
 
 from data import STATISTICS
 from feedback import ESTIMATORS
-from methods import METHODS
+from methods import METHODS, network_name
 from models import TIMM, count_flops, count_parameters, timm_statistics
 from runtime import Runtime, UserError
-from utils import Parser, network_name, tell, well_formed, writing
+from utils import Parser, tell, well_formed, writing
 
 # flags that belong to one command and are not taken from a checkpoint
 OF_COMMAND = ("evaluate", "finetune", "resume", "overwrite", "local_rank", "start_step", "help")
@@ -78,17 +78,21 @@ def arguments(parser, argv, saved=None, path=None):
         args.start_step = 0 if args.evaluate or args.finetune else saved["step"]
 
     # flags without effect
-    used = METHODS[args.method].flags
-    if unused := sorted(without_effect(args) & given):
-        how = f"--method {args.method}" + f" --feedback {args.feedback}" * ("feedback" in used)
-        how += f" --optimizer {args.optimizer}" * (args.optimizer != "sgd")
-        how += " --confidence soft" * ("threshold" in unused and "threshold" in used)
-        flags = ", ".join(map(flag, unused))
-        print(f"{how} on {args.dataset}: {flags} without effect", file=sys.stderr)
-        for name in unused:
-            setattr(args, name, parser.get_default(name))
+    unused = without_effect(args)
+    if named := sorted(unused & given):
+        method, how = METHODS[args.method], [flag("method", args.method)]
+        if method.uses_feedback:
+            how.append(flag("feedback", args.feedback))
+        if args.optimizer != "sgd":
+            how.append(flag("optimizer", args.optimizer))
+        if "threshold" in named and "threshold" in method.flags:
+            how.append("--confidence soft")
+        flags = ", ".join(map(flag, named))
+        print(f"{' '.join(how)} on {args.dataset}: {flags} without effect", file=sys.stderr)
 
-    check_arguments(args, parser, before)
+    # what has no effect excludes nothing
+    defaults = {name: parser.get_default(name) for name in unused}
+    check_arguments(argparse.Namespace(**vars(args) | defaults), parser, before)
 
     # defaults that depend on other flags
     own = bool(args.pretrained or args.weights)  # batch norm as the weights have it
@@ -112,7 +116,7 @@ def arguments(parser, argv, saved=None, path=None):
     if args.evaluate:
         args.compile = args.cuda_graph = False  # nothing is trained
     elif saved:
-        check_continuation(args, saved, given, before)
+        check_continuation(args, saved, given - unused, before)
     return args
 
 
@@ -120,14 +124,14 @@ def without_effect(args):
     """The names of the flags that the chosen method, feedback, optimiser and data set do not use."""
     method = METHODS[args.method]
     used = set(method.flags)
-    if "feedback" in used and args.feedback in ESTIMATORS:
+    if method.uses_feedback and args.feedback in ESTIMATORS:
         used |= set(ESTIMATORS[args.feedback].flags)
     unused = {name for each in (*METHODS.values(), *ESTIMATORS.values()) for name in each.flags} - used
     unused |= {"threshold"} if args.confidence == "soft" else set()
     if "pseudo_label_view" not in used:  # there is no other view to push
         unused |= {"feedback_view"}
     unused |= {"jitter"} if args.dataset != "twomoons" else {"randaug", "resize", "labeled_view"}
-    unused |= {"randaug"} if not method.strong_view and args.labeled_view == "weak" else set()
+    unused |= {"randaug"} if not method.uses_strong_view and args.labeled_view == "weak" else set()
     unused |= {"milestones"} if args.schedule != "milestones" else set()
     unused |= {"test_fraction"} if args.dataset != "folder" else set()
     unused |= {"sgd": set(), "rmsprop": {"nesterov"}, "adamw": {"nesterov", "momentum"}}[args.optimizer]
@@ -148,8 +152,8 @@ def check_arguments(args, parser, before):
             f"--cuda-graph repeats a step as it was captured and does not go with {obstacle}: leave out one "
             "of them (--no-cuda-graph)"
         )
-    flags = METHODS[args.method].flags
-    if "teacher_checkpoint" in flags and not args.teacher_checkpoint:
+    method = METHODS[args.method]
+    if method.uses_teacher_checkpoint and not args.teacher_checkpoint:
         parser.error(f"--method {args.method} needs --teacher-checkpoint FILE")
     if args.method == "reduced-mpl" and args.feedback == "none":
         parser.error(
@@ -200,7 +204,7 @@ def check_arguments(args, parser, before):
         if getattr(args, name) >= args.total_steps:
             told = f"{flag(name, getattr(args, name))} is not below --total-steps {args.total_steps}"
             print(f"{told}: {outcome}", file=sys.stderr)
-    trained = "feedback" in flags and training
+    trained = method.uses_feedback and training
     scalar = args.feedback in ESTIMATORS and not ESTIMATORS[args.feedback].per_class
     if trained and args.pseudo_label == "soft" and scalar:
         print(
@@ -212,7 +216,7 @@ def check_arguments(args, parser, before):
 
 def no_graph(args):
     """The flag that makes a step more than kernels repeated on the device (``StepGraph``), or None."""
-    exact = "feedback" in METHODS[args.method].flags and args.feedback == "exact"
+    exact = METHODS[args.method].uses_feedback and args.feedback == "exact"
     sampled = "pseudo_label" in METHODS[args.method].flags and args.pseudo_label == "sample"
     obstacles = {
         "--feedback exact and --student-dropout": exact and args.student_dropout,  # drawn twice
@@ -259,7 +263,8 @@ def class_shares(args, runtime, dataset):
     counts = torch.bincount(dataset.labeled.targets, minlength=dataset.num_classes).tolist()
     most, least = max(counts), min(counts)
     # a fraction of labels is rounded in each class, so that one image more says nothing
-    if args.align and args.align_to == "uniform" and most > max(1.5 * least, least + 1):
+    aligned = args.align and "align" in METHODS[args.method].flags
+    if aligned and args.align_to == "uniform" and most > max(1.5 * least, least + 1):
         classes = [dataset.classes[counts.index(count)] for count in (most, least)]
         tell(
             runtime,

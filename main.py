@@ -254,7 +254,7 @@ def train(args, runtime, saved, labels_given):
             state["run"] = run
             train_loop(args, runtime, dataset, views, method, log, state, interrupt)
             figures = utils.figures_of(state) | {"steps": args.total_steps}
-            if method.teacher_network is not None and not args.ensemble:
+            if method.teacher_network is not None and "teacher" not in method.members:
                 teacher = {"teacher": method.teacher_network}
                 test, _ = measure_accuracy(runtime, teacher, dataset.test, views)
                 figures["teacher_top1"] = test["top1"]
@@ -292,7 +292,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
             run is continued.
         interrupt: an entered ``Interrupt``; after a signal the loop saves and exits with 128 + its number.
     """
-    mu = args.mu if "mu" in method.flags else 0
+    mu = args.mu if method.uses_unlabeled else 0
     loader = TrainLoader(dataset, args.batch_size, mu, args.seed, runtime, args.workers)
     loader.load_state_dict(state.get("loader", {"position": args.start_step}))
     meters = utils.Meters(runtime, commands.checkpoint_path(args, "last"))
@@ -572,7 +572,7 @@ def build_views(args, dataset, runtime):
         crop=dataset.crop,
         randaug=tuple(args.randaug),
         labeled_view=args.labeled_view,
-        strong_view=METHODS[args.method].strong_view,
+        strong_view=METHODS[args.method].uses_strong_view,
         static=runtime.static,
         compile=runtime.compile,
     )

@@ -2,9 +2,9 @@
 
 A method owns its networks with what trains them (``learner.py``). ``step`` takes one step on the ``Views`` of
 one batch and returns a dict of scalar tensors for the meters, without waiting for the device. ``predictor``
-is the network that is evaluated, ``state_dict`` all that continuing needs, ``flags`` those of the command
-line that not every method uses. A step that is asked to ``diagnose`` also measures what is too expensive for
-every step, into ``diagnostics``.
+is the network that is evaluated, ``state_dict`` all that continuing needs. Plain attributes such as
+``uses_unlabeled`` say what a method uses. A step that is asked to ``diagnose`` also measures what is too
+expensive for every step, into ``diagnostics``.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from learner import Learner, RMSProp, parameter_groups, sgd
 from loader import to_device
 from models import LabelPerceptron, build_model
 from runtime import UserError
-from utils import learning_rate, load_state, network_name, predictor_state, ramp_up, tell
+from utils import learning_rate, load_state, predictor_state, ramp_up, tell
 
 # ---------------------------------------------------------------- losses
 
@@ -192,7 +192,8 @@ class Consistency:
         args, weak = self.args, self.align(logits.weak.detach())
         targets = pseudo_labels(weak, "argmax") if self.hard else F.softmax(weak / args.temperature, dim=1)
         weights = self.weights(weak)
-        return uda_loss(targets, logits.strong, weights, args.uda_loss), weights.mean()
+        kind = "ce" if self.hard else args.uda_loss
+        return uda_loss(targets, logits.strong, weights, kind), weights.mean()
 
     def state_dict(self):
         return self.align.state_dict() | {"confidence_moments": self.moments}
@@ -248,16 +249,22 @@ class Method:
         class_shares: K shares of the classes among the labelled images.
     """
 
-    flags = ()  # those of the command line that this method uses and not every other one does
-    strong_view = True  # whether it reads the strong view of the unlabelled images
+    uses_unlabeled = True  # unlabelled images, --mu for each labelled one
+    uses_strong_view = True  # the strong view of the unlabelled images
+    uses_feedback = False  # the student's labelled loss trains what labels for it: --feedback
+    uses_teacher_checkpoint = False  # a fixed teacher, from --teacher-checkpoint
+    uses_student_model = False  # the student may be another network: --student-model
+    trains_teacher = False  # a teacher learns beside the student: --ensemble, --student-wait-steps
+    flags = ()  # of main.py, without effect for some methods but not for this one: named in messages alone
+
     teacher_network = None  # where there is one, to be evaluated beside the student
 
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
         self.args, self.runtime, self.num_classes = args, runtime, num_classes
         self.diagnostics = {}  # scalars of the last step that was asked to ``diagnose``
         network = build_network(args, num_classes, image_size, "student")
-        waits = "student_wait_steps" in self.flags
-        self.wait_steps = max(args.student_wait_steps, args.teacher_warmup_steps) if waits else 0
+        self.warmup_steps = args.teacher_warmup_steps if self.trains_teacher else 0
+        self.wait_steps = max(args.student_wait_steps, self.warmup_steps) if self.trains_teacher else 0
         self.student = self.learner(network, args.student_lr, self.wait_steps, ema=args.ema)
         self.learners = {"student": self.student}
 
@@ -330,7 +337,7 @@ class Method:
         """λ(t), the weight of the unlabelled images' loss, for arithmetic with tensors."""
 
         def weight(step):
-            return self.args.lambda_u * ramp_up(step, self.args.uda_steps, self.args.teacher_warmup_steps)
+            return self.args.lambda_u * ramp_up(step, self.args.uda_steps, self.warmup_steps)
 
         return self.runtime.scalar(self.runtime.number(weight, step))
 
@@ -343,8 +350,7 @@ class Method:
     def members(self):
         """{role: network} whose mean probabilities are evaluated: the student's EMA; with ``--ensemble`` also
         the teacher, its EMA where it has one."""
-        roles = ("student", "teacher") if self.args.ensemble else ("student",)
-        return {role: self.learners[role].predictor for role in roles}
+        return {role: self.learners[role].predictor for role in predicting_roles(vars(self.args))}
 
     def sync_statistics(self):
         """The same running statistics in all processes: before an evaluation or a checkpoint."""
@@ -366,8 +372,8 @@ class Method:
 class Supervised(Method):
     """Cross-entropy on the labelled images alone."""
 
+    uses_unlabeled = uses_strong_view = False
     flags = ("mixup_alpha",)
-    strong_view = False
 
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args
@@ -433,6 +439,7 @@ class FixMatch(UDA):
 class PseudoLabel(Method):
     """A fixed teacher, from ``--teacher-checkpoint``, labels; the student learns from these labels alone."""
 
+    uses_teacher_checkpoint = uses_student_model = True
     flags = ("mu", *LABEL_FLAGS, "teacher_checkpoint")
 
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
@@ -466,6 +473,7 @@ class MPL(Method):
     too: those of the last step.
     """
 
+    uses_feedback = uses_student_model = trains_teacher = True
     flags = (
         *(*UDA_FLAGS, *LABEL_FLAGS, "teacher_lr", "teacher_dropout", "teacher_warmup_steps"),
         *("student_wait_steps", "student_labeled_weight", "feedback", "switch_every", "ensemble"),
@@ -660,9 +668,17 @@ class ReducedMPL(MPL):
     teacher, it takes the steps of ``MPL`` without labelled loss and UDA.
     """
 
+    uses_teacher_checkpoint = True
+    trains_teacher = False  # the perceptron is no network for images
     flags = ("mu", "pseudo_label", "student_model", "teacher_checkpoint", "teacher_lr", "feedback")
 
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
+        # without the losses of MPL's teacher, its views and its role-playing
+        args = argparse.Namespace(**vars(args))
+        args.align = args.mixup_alpha = args.student_labeled_weight = 0.0
+        args.switch_every = 0
+        args.confidence, args.weak_pass = "threshold", "joint"
+        args.pseudo_label_view, args.feedback_view = "weak", "same"
         super().__init__(args, num_classes, image_size, runtime, class_shares)
         self.learners = {"perceptron": self.teacher, "student": self.student}
         self.large_teacher = fixed_teacher(args, num_classes, image_size, runtime)
@@ -701,8 +717,8 @@ class SemiMeta(Method):
     and has the same gradient).
     """
 
+    uses_strong_view = False
     flags = ("mu", "lambda_u", "uda_steps", "mixup_alpha", "feedback_jvp")
-    strong_view = False
     EPSILON = 0.01  # of the central difference (published code)
 
     def step(self, views, step, truth=None, diagnose=False):
@@ -844,6 +860,20 @@ def known_accuracy(labels, truth):
 # ---------------------------------------------------------------- networks
 
 
+def network_name(args, role):
+    """The name of a role's network, "teacher" or "student", by the arguments of a run as a dict."""
+    if role == "student" and METHODS[args["method"]].uses_student_model and args.get("student_model"):
+        return args["student_model"]
+    return args["model"]
+
+
+def predicting_roles(args):
+    """The networks whose mean probabilities are evaluated, by the arguments of a run as a dict."""
+    if args.get("ensemble") and METHODS[args["method"]].trains_teacher:
+        return ("student", "teacher")
+    return ("student",)
+
+
 def build_network(args, num_classes, image_size, role, model=None):
     """The network of ``--model``, or of ``--student-model`` for the student; UserError if it does not fit.
 
@@ -870,10 +900,11 @@ def build_network(args, num_classes, image_size, role, model=None):
 
 def saved_members(args, runtime, saved, dataset, size):
     """The networks that predict, from a checkpoint, on the device: ``Method.members``, {role: network}."""
-    members, finetuned = {}, "finetune_step" in saved
-    if args.ensemble and finetuned:
+    members, roles = {}, predicting_roles(vars(args))
+    if "finetune_step" in saved and len(roles) > 1:
         tell(runtime, f"{args.resume} holds the finetuned student alone: it is no ensemble")
-    for role in ("student", "teacher") if args.ensemble and not finetuned else ("student",):
+        roles = ("student",)
+    for role in roles:
         network = build_network(args, dataset.num_classes, size, role)
         load_state(network, predictor_state(saved, args.resume, role), args.resume)
         members[role] = runtime.place(network)

@@ -39,6 +39,7 @@ from augmentation import ImageViews, normalization
 from evaluation import EVALUATION_BATCH, predictions, ranked
 from folders import image_tree, relative
 from images import SMALL, ImageSet
+from methods import METHODS, network_name, predicting_roles
 from models import Ensemble, build_model
 from runtime import Runtime, UserError, write_atomically
 from utils import (
@@ -47,7 +48,6 @@ from utils import (
     between,
     csv_text,
     load_state,
-    network_name,
     predictor_state,
     tell,
     well_formed,
@@ -129,6 +129,7 @@ def read_classifier(args, runtime):
     statistics = [*images["mean"], *images["std"]]
     if not (
         isinstance(known.get("model"), str)
+        and known.get("method") in METHODS
         and isinstance(known.get("student_model"), (str, type(None)))
         and isinstance(known.get("bn_eps"), (float, type(None)))
         and crop in ("pad", "none")
@@ -141,9 +142,9 @@ def read_classifier(args, runtime):
     ):
         raise UserError(f"{path} describes no network for images: give a checkpoint that main.py has written")
     classes = [name.encode("utf-8", "backslashreplace").decode() for name in images["classes"]]
-    ensemble = known.get("ensemble") and "finetune_step" not in saved
+    roles = ("student",) if "finetune_step" in saved else predicting_roles(known)
     members = []
-    for role in ("student", "teacher") if ensemble else ("student",):
+    for role in roles:
         options = {"image_size": images["size"], "bn_eps": known.get("bn_eps")}
         try:
             member = build_model(network_name(known, role), len(classes), **options)
@@ -162,7 +163,7 @@ def read_classifier(args, runtime):
         tell(runtime, f"fp16 needs CUDA: predicting in float32 on {runtime.kind}")
         amp = False
     runtime.configure(amp, dtype, chosen("channels_last"))
-    network = Ensemble(members) if ensemble else members[0]
+    network = Ensemble(members) if len(members) > 1 else members[0]
     return Classifier(
         runtime.place(network).eval(), classes, images["mean"], images["std"], images["size"], crop
     )

@@ -218,11 +218,6 @@ class Meters:
 # ---------------------------------------------------------------- checkpoints
 
 
-def network_name(args, role):
-    """The --model of a role, "teacher" or "student", by the arguments of a run as a dict."""
-    return (args.get("student_model") if role == "student" else None) or args["model"]
-
-
 def well_formed(saved):
     """Whether a file's content has the parts that every checkpoint of this program has, as far as is read."""
     if not isinstance(saved, dict) or not isinstance(saved.get("step"), int):

@@ -58,13 +58,13 @@ from drawing import (
 )
 from evaluation import measure_accuracy, predictions
 from loader import batches
+from methods import network_name
 from models import build_model, head_of
 from runtime import Runtime, UserError
 from utils import (
     Parser,
     between,
     load_state,
-    network_name,
     predictor_state,
     read_confusion,
     read_run,

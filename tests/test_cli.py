@@ -293,13 +293,12 @@ def test_refused(arguments, words):
         ("--pretrained --freeze-body --body-lr-scale 0.1", "body_lr_scale"),
     ],
 )
-def test_flags_without_effect_are_named_and_have_none(arguments, flags, capsys):
-    args = main.parse_arguments(arguments.split())
+def test_flags_without_effect_are_named(arguments, flags, capsys):
+    main.parse_arguments(arguments.split())
     said = capsys.readouterr().err
     names = flags.split(", ") if flags else []
     shown = ", ".join("--" + name.replace("_", "-") for name in names)
     assert said.endswith(f": {shown} without effect\n") if flags else not said
-    assert all(getattr(args, name) == main.build_parser().get_default(name) for name in names)
 
 
 @pytest.mark.parametrize(

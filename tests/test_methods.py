@@ -14,6 +14,7 @@ from torchvision.ops import StochasticDepth
 import feedback
 import main
 from augmentation import Views
+from commands import flag, without_effect
 from feedback import ESTIMATORS
 from learner import sgd
 from methods import (
@@ -301,6 +302,80 @@ def test_no_weight_decay_on_batch_norm():
     assert {id(p) for p in plain["params"]} == {id(p) for m in norms for p in m.parameters()}
     assert (decayed["weight_decay"], plain["weight_decay"]) == (5e-4, 0.0)
     assert len(decayed["params"]) + len(plain["params"]) == len(list(network.parameters()))
+
+
+# a value other than the default for every flag that some methods do not use
+OTHER_VALUES = {
+    "align": 0.5,
+    "align_to": "labeled",
+    "body_lr_scale": 0.1,
+    "confidence": "relative",
+    "ensemble": None,  # a switch
+    "feedback": "exact",
+    "feedback_jvp": "difference",
+    "feedback_momentum": 0.5,
+    "feedback_reduction": "sum",
+    "feedback_view": "strong",
+    "feedback_weight": 3,
+    "flip_feedback": None,
+    "lambda_u": 5,
+    "mixup_alpha": 1,
+    "mu": 3,
+    "pseudo_label": "sample",
+    "pseudo_label_view": "strong",
+    "student_labeled_weight": 1,
+    "student_model": "wrn-10-2",
+    "student_wait_steps": 5,
+    "switch_every": 1,
+    "teacher_dropout": 0.5,
+    "teacher_lr": 0.3,
+    "teacher_warmup_steps": 5,
+    "temperature": 0.2,
+    "threshold": 0.9,
+    "uda_loss": "cos",
+    "uda_steps": 50,
+    "weak_pass": "ema",
+}
+
+
+@pytest.mark.parametrize(
+    "method, flags",
+    [
+        *((name, ()) for name in METHODS if name not in ("mpl", "reduced-mpl")),
+        ("reduced-mpl", ("--pseudo-label", "sample", "--feedback", "dot")),
+        ("mpl", ("--feedback", "none")),
+        ("mpl", ("--feedback", "exact", "--pseudo-label", "soft")),
+    ],
+)
+def test_flags_without_effect_have_none(method, flags):
+    plain = build(*flags, method=method)
+    unused = without_effect(plain.args) & OTHER_VALUES.keys()
+    words = [flag(name, OTHER_VALUES[name]).split() for name in unused]
+    odd = build(*(word for each in words for word in each), *flags, method=method)
+    assert unused
+    for step in range(3):
+        scalars = []
+        for each in (plain, odd):
+            torch.manual_seed(step)
+            scalars.append(each.step(make_views(seed=step), step))
+        assert scalars[0] == scalars[1]
+    assert odd.members.keys() == plain.members.keys()
+    assert torch.equal(weights(odd.predictor), weights(plain.predictor))
+
+
+class ReadsAlign(METHODS["supervised"]):
+    """A new method that reads a flag without a word about it."""
+
+    def step(self, views, step, truth=None, diagnose=False):
+        return super().step(views, step) | {"rate": torch.tensor(self.args.align)}
+
+
+def test_a_new_method_gets_the_flags_as_they_were_given(monkeypatch):
+    monkeypatch.setitem(METHODS, "reads-align", ReadsAlign)
+    monkeypatch.setattr(main, "METHODS", METHODS)
+    args = main.parse_arguments([*FLAGS, "--align", "0.25", "--method", "reads-align"])
+    scalars = ReadsAlign(args, 3, 8, Runtime("cpu")).step(make_views(), 0)
+    assert scalars["rate"] == 0.25
 
 
 def test_momentum_is_kept_in_the_memory_order_of_its_parameters():

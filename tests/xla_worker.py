@@ -61,7 +61,7 @@ def train(device, flags, folder):
             images_l, targets, images_u = (tensor.to(runtime.device) for tensor in batch[:3])
             made = runtime.shard(device_views(images_l, targets, images_u, loader.generator))
             pairs = [(views.labeled, made.labeled), (views.weak, made.weak), (views.strong, made.strong)]
-            pairs = pairs if method.strong_view else pairs[:2]
+            pairs = pairs if method.uses_strong_view else pairs[:2]
             differing.append([((one - other).abs() > 1e-4).float().mean() for one, other in pairs])
         runtime.finish_step()
         if device == "xla":
