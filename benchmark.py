@@ -65,7 +65,6 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 import drawing
-import feedback
 import main as training
 import predict as classifier
 from augmentation import GREY, OPERATIONS, ImageViews
@@ -74,7 +73,8 @@ from folders import image_tree
 from images import ImageSet, read_crop
 from learner import without_trace
 from loader import TrainLoader
-from methods import METHODS, soft_cross_entropy
+from methods import METHODS, feedback
+from methods.method import soft_cross_entropy
 from models import build_model, count_flops, count_parameters
 from runtime import Runtime, UserError, write_atomically
 from utils import Meters
@@ -353,7 +353,7 @@ class WatchedStep:
         self.running = ["rest"]  # the phases that are not over, the innermost one last
         self.read = self.readings = None
         if self.method.args.method == "mpl":
-            self.method._estimate = self._marked("feedback", self.method._estimate)
+            self.method.take_feedback = self._marked("feedback", self.method.take_feedback)
         for learner in self.method.learners.values():
             self._mark(learner)
 
@@ -365,8 +365,8 @@ class WatchedStep:
             return f"{role()} forward"
 
         learner.training_network = self._marked(forward, learner.training_network)
-        learner.forward_only = self._marked(forward, learner.forward_only)
-        learner.ema_forward = self._marked(forward, learner.ema_forward)
+        learner.preview = self._marked(forward, learner.preview)
+        learner.predict_average = self._marked(forward, learner.predict_average)
         learner.measure = self._marked("feedback", learner.measure)  # taylor's first, before the update
         learner.update = self._marked("optimisers and EMA", learner.update)
         backward = self._marked(lambda: f"{role()} backward", learner.backward)
@@ -855,17 +855,19 @@ def predict(args):
 # ---------------------------------------------------------------------------------- step: the feedback's cost
 
 
-def double_backward(step):
-    """What ``feedback.exact`` computes, by differentiating through the step with a graph of its gradient."""
-    parameters = {name: before.clone().requires_grad_() for name, before in step.before.items()}
-    logits = feedback.student_logits(step, parameters)
-    labels = torch.full_like(logits, 1 / logits.shape[1], requires_grad=True)
-    loss = soft_cross_entropy(labels, logits).mean()
-    gradient = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
-    after = {name: p - step.rate * g for (name, p), g in zip(parameters.items(), gradient, strict=True)}
-    with without_trace(step.student.network, dropout=False):
-        logits = functional_call(step.student.network, after, (step.images_l,))
-    return torch.autograd.grad(F.cross_entropy(logits, step.targets), labels)[0]
+class DoubleBackward(feedback.Exact):
+    """What ``Exact`` computes, by differentiating through the step with a graph of its gradient."""
+
+    def after(self, step):
+        parameters = {name: before.clone().requires_grad_() for name, before in self.parameters.items()}
+        logits = feedback.student_logits(step, parameters)
+        labels = torch.full_like(logits, 1 / logits.shape[1], requires_grad=True)
+        loss = soft_cross_entropy(labels, logits).mean()
+        gradient = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+        after = {name: p - step.rate * g for (name, p), g in zip(parameters.items(), gradient, strict=True)}
+        with without_trace(step.student.network, dropout=False):
+            logits = functional_call(step.student.network, after, (step.images_l,))
+        return torch.autograd.grad(F.cross_entropy(logits, step.targets), labels)[0]
 
 
 FEEDBACKS = {
@@ -903,14 +905,13 @@ def step_worker(args, flags, estimators, whole, pipe):
 
     Args:
         flags: of main.py, after those of the command line.
-        estimators: {name: function} that take the place of those in ``feedback.ESTIMATORS``.
+        estimators: {name: class} that take the place of those in ``feedback.ESTIMATORS``.
         whole: draw images and make views anew for each step, as part of it.
     """
     torch.set_num_threads(args.threads)
     before = resident_peak()
+    feedback.ESTIMATORS.update(estimators)
     loader, views, method, runtime = training_step(args, flags)
-    for name, value in estimators.items():
-        feedback.ESTIMATORS[name] = feedback.ESTIMATORS[name]._replace(value=value)
 
     def drawn(batch):
         return views(batch.images_l, batch.targets, batch.images_u, loader.generator)
@@ -941,7 +942,7 @@ def step(args):
     """Seconds and peak memory of one MPL step with each form of the feedback, as ratios to none."""
     if args.plain:
         return step_plain(args)
-    estimators = {"double backward": {"exact": double_backward}}
+    estimators = {"double backward": {"exact": DoubleBackward}}
     pipes = {
         name: started(step_worker, args, flags, estimators.get(name, {}), False)
         for name, flags in FEEDBACKS.items()

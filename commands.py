@@ -14,8 +14,8 @@ import sys
 import torch
 
 from data import STATISTICS
-from feedback import ESTIMATORS
 from methods import METHODS, network_name
+from methods.feedback import ESTIMATORS
 from models import TIMM, count_flops, count_parameters, timm_statistics
 from runtime import Runtime, UserError
 from utils import Parser, tell, well_formed, writing

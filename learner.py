@@ -57,50 +57,57 @@ class Learner:
         return {name: scales[id(p)] for name, p in self.parameters.items()}
 
     # forward passes: (N, …) images → (N, K) logits, float32 (float64 where the network is)
+    #
+    #                    weights      batch norm, dropout                    graph
+    #   learner(…)       own          as in training, statistics move        for ``backward``
+    #   preview          own          as in training, statistics stay        none
+    #   preview_at       given        as in training, statistics stay        in the given weights
+    #   measure          own          the batch's statistics, no dropout     where gradients are enabled
+    #   predict          own          running statistics, no dropout         where gradients are enabled
+    #   predict_at       given        running statistics, no dropout         in the given weights
+    #   predict_average  average      running statistics, no dropout         none
 
     def __call__(self, images):
-        """Logits in training mode, with a graph for ``backward``; running statistics move."""
+        """The training pass: the only one that moves the running statistics."""
         training_mode(self.network)
         with self.runtime.autocast():
             return full_precision(self.training_network(images))
 
     @torch.no_grad()
-    def forward_only(self, images):
-        """The logits that the next call would give: no graph, and running statistics stay."""
+    def preview(self, images):
+        """The logits that the next training pass would give."""
         training_mode(self.network)
         with without_trace(self.network), self.runtime.autocast():
             return full_precision(self.compiled(images))
 
-    @torch.no_grad()
-    def ema_forward(self, images):
-        """Logits of the moving average, in evaluation mode, without a graph."""
-        with self.runtime.autocast():
-            return full_precision(self.compiled_ema(images))
+    def preview_at(self, parameters, images):
+        """``preview`` at other weights, by name: in full precision, not compiled, for derivatives in them."""
+        training_mode(self.network)
+        with without_trace(self.network):
+            return full_precision(functional_call(self.network, parameters, (images,)))
 
     def measure(self, images):
-        """Logits normalised by the batch's own statistics, without dropout; nothing moves. With a graph where
-        gradients are enabled; those that no scaler protects are not computed in fp16."""
+        """For losses that are compared with each other. Gradients that no scaler protects: never in fp16."""
         training_mode(self.network)
         with without_trace(self.network, dropout=False), self.runtime.autocast(scaled=False):
             return full_precision(self.compiled(images))
 
     def predict(self, images):
-        """Logits in evaluation mode: running statistics, no dropout. Otherwise as ``measure``."""
+        """As an evaluation sees the network. Gradients that no scaler protects: never in fp16."""
         self.network.eval()
         with self.runtime.autocast(scaled=False):
             return full_precision(self.compiled(images))
 
     def predict_at(self, parameters, images):
-        """Logits in evaluation mode at other parameters, by name; as ``logits_at``."""
+        """``predict`` at other weights, by name: in full precision, not compiled, for derivatives in them."""
         self.network.eval()
         return full_precision(functional_call(self.network, parameters, (images,)))
 
-    def logits_at(self, parameters, images):
-        """Logits in training mode at other parameters, by name; running statistics stay. In full precision,
-        not compiled: for derivatives in the parameters."""
-        training_mode(self.network)
-        with without_trace(self.network):
-            return full_precision(functional_call(self.network, parameters, (images,)))
+    @torch.no_grad()
+    def predict_average(self, images):
+        """``predict`` of the moving average."""
+        with self.runtime.autocast():
+            return full_precision(self.compiled_ema(images))
 
     # a step
 
@@ -144,9 +151,9 @@ class Learner:
         return scalars
 
     def sync_statistics(self):
-        """Make the running statistics, which each process keeps of its own batches, the same on all: their
-        mean. Moving averages are linear, so that it does not matter how often this is done, unless a network
-        that uses them labels: that one is synchronised after every step."""
+        """Average the running statistics over all processes, each of which keeps those of its own batches.
+
+        Call it any time; after every step if a network in evaluation mode labels."""
         networks = [self.network] + ([self.ema.network] if self.ema else [])
         buffers = [buffer for network in networks for buffer in network.buffers()]
         self.runtime.all_reduce_mean([buffer for buffer in buffers if buffer.is_floating_point()])

@@ -7,7 +7,7 @@
 
 The recipes are in run_*.sh. A run leaves checkpoint/NAME_*.pth.tar and results/NAME/. This file is the story
 in the order of time: flags, set-up (``main``), ``train_loop``, ``finetune``, ``evaluate``. One step of a
-method is in ``methods.py``, what a checkpoint remembers and what is refused in ``commands.py``.
+method is in ``methods/``, what a checkpoint remembers and what is refused in ``commands.py``.
 """
 
 import sys
@@ -31,10 +31,11 @@ import visualize
 from augmentation import ImageViews, PointViews
 from data import NAMES, OPTIONS, load_dataset, write_labeled
 from evaluation import gathered, measure_accuracy, measure_splits, predictions, score
-from feedback import ESTIMATORS
 from learner import Learner, sgd
 from loader import TrainLoader
-from methods import METHODS, UDA_LOSSES, saved_members
+from methods import METHODS, saved_members
+from methods.feedback import ESTIMATORS
+from methods.uda import UDA_LOSSES
 from models import disable_dropout, head_of
 from runtime import Runtime, UserError
 

@@ -1,6 +1,7 @@
 """The feedback against references: differentiating through the step, enumeration, constructed problems."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from torchvision.models import VisionTransformer
 from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.ops import StochasticDepth
 
-import feedback
-from feedback import ESTIMATORS, StudentStep, dot, exact, feedback_term, taylor
 from learner import Learner, sgd
+from methods import feedback
+from methods.feedback import ESTIMATORS, StudentStep, feedback_term
 from models import build_model
 from runtime import Runtime, UserError
 
@@ -50,8 +51,8 @@ def problem(num_classes=3, n=6, batch=4, norm=True, dropout=0.0, dtype=torch.flo
 def take_step(
     problem, labels, rate, smoothing=0.0, runtime=None, jvp="auto", body_scale=1.0, estimators=ESTIMATORS
 ):
-    """One plain SGD step of a copy of the student on ``labels``, as a StudentStep that remembers what
-    ``estimators`` read; in its pass the labelled images stand behind the unlabelled ones."""
+    """One plain SGD step of a copy of the student on ``labels``, as a StudentStep with the ``estimators`` that
+    have looked at it before; in its pass the labelled images stand behind the unlabelled ones."""
     runtime = runtime or Runtime("cpu")
     student = Learner(
         copy.deepcopy(problem["network"]),
@@ -71,11 +72,19 @@ def take_step(
         return loss, {"loss": loss}
 
     student.backward(loss, [torch.cat([problem["images_u"], problem["images_l"]])])
-    for name in estimators:
-        step.remember(ESTIMATORS[name].reads)
+    step.estimators = {name: ESTIMATORS[name]() for name in estimators}
+    for estimator in step.estimators.values():
+        estimator.before(step)
     student.update(rate)
     student.optimizer.zero_grad()
     return step
+
+
+def value_of(name, step):
+    return step.estimators[name].after(step)
+
+
+taylor, dot, exact = (functools.partial(value_of, name) for name in ("taylor", "dot", "exact"))
 
 
 def tiny_efficientnet():
@@ -254,7 +263,7 @@ def test_nothing_is_left_behind(name):
     state = {key: tensor.clone() for key, tensor in step.student.network.state_dict().items()}
     modes = [module.training for module in step.student.network.modules()]
     random_state = torch.get_rng_state()
-    ESTIMATORS[name].value(step)
+    value_of(name, step)
     for key, tensor in step.student.network.state_dict().items():
         assert torch.equal(tensor, state[key]), key
     assert [module.training for module in step.student.network.modules()] == modes
@@ -266,11 +275,11 @@ def test_nothing_is_left_behind(name):
 def test_autocast_is_near_full_precision(name):
     p = problem(dtype=torch.float32, n=16, batch=16)
     labels = F.softmax(p["logits"].detach(), dim=1)
-    full = ESTIMATORS[name].value(take_step(p, labels, 2.0))
+    full = value_of(name, take_step(p, labels, 2.0))
     mixed_runtime = Runtime("cpu", amp=True)
     if mixed_runtime.amp_dtype is None:
         pytest.skip("no bf16 on this device")
-    mixed = ESTIMATORS[name].value(take_step(p, labels, 2.0, runtime=mixed_runtime))
+    mixed = value_of(name, take_step(p, labels, 2.0, runtime=mixed_runtime))
     assert mixed.dtype == torch.float32
     assert relative_error(mixed, full) < 0.1
 
@@ -336,7 +345,7 @@ def test_sign(name, taught):
     """Descending the term raises the probability of the class that helps; flipped, it lowers it."""
     p = helpful_problem()
     labels = F.one_hot(torch.tensor([taught]), 2).double()
-    value = ESTIMATORS[name].value(take_step(p, labels, 0.5, estimators=[name]))
+    value = value_of(name, take_step(p, labels, 0.5, estimators=[name]))
 
     def probability_after(value):
         logits = p["logits"].detach() - 0.5 * gradient_of(value, p, labels)

@@ -11,22 +11,14 @@ from recorded import RecordedStep, fuse
 from test_cli import tensors
 from torchvision.ops import StochasticDepth
 
-import feedback
 import main
 from augmentation import Views
 from commands import flag, without_effect
-from feedback import ESTIMATORS
 from learner import sgd
-from methods import (
-    METHODS,
-    Consistency,
-    DistributionAlignment,
-    Logits,
-    pseudo_label_accuracy,
-    pseudo_labels,
-    soft_cross_entropy,
-    teacher_logits,
-)
+from methods import METHODS, feedback
+from methods.feedback import ESTIMATORS
+from methods.method import MicroBatch, pseudo_label_accuracy, pseudo_labels, soft_cross_entropy
+from methods.uda import Consistency, DistributionAlignment, Logits, teacher_logits
 from models import LinearHead, build_model, leaky_relu
 from runtime import Runtime, UserError
 
@@ -242,7 +234,7 @@ def test_the_consistency_loss_against_the_formula(method, confidence, distance):
         parts = [
             Logits(*part) for part in zip(*(each.chunk(2) for each in (labeled, weak, strong)), strict=True)
         ]
-        ours.observe(parts)
+        ours.observe([MicroBatch(None, None, None, logits=part) for part in parts])
         losses, shares = zip(*(ours(part) for part in parts), strict=True)
         loss = sum(losses) / 2
         assert loss.item() == pytest.approx(expected, rel=1e-12)
@@ -605,7 +597,7 @@ def test_the_student_learns_the_labels_of_the_teachers_average():
     logits = network(torch.cat([views.strong, views.labeled]))[:8]
     loss = F.cross_entropy(logits, labels, label_smoothing=0.1)
     loss.backward()
-    assert not torch.equal(labels, method.teacher.forward_only(views.weak).argmax(1))
+    assert not torch.equal(labels, method.teacher.preview(views.weak).argmax(1))
     scalars = method.step(views, 1, labels)
     assert scalars["pseudo_label_accuracy"] == 1
     for ours, p in zip(method.student.network.parameters(), network.parameters(), strict=True):
@@ -616,7 +608,7 @@ def test_the_average_labels_in_full_precision():
     method = build("--weak-pass", "ema", method="uda", runtime=Runtime("cpu", amp=True))
     if method.runtime.amp_dtype is None:
         pytest.skip("no bf16 on this device")
-    logits = method.student.ema_forward(make_views().weak)
+    logits = method.student.predict_average(make_views().weak)
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, method.predictor(make_views().weak))  # but passes in half
 
@@ -630,7 +622,7 @@ def test_the_teacher_without_a_joint_pass_is_the_uda_network(accumulate, weak_pa
     mpl.teacher.network.load_state_dict(uda.student.network.state_dict())
     if weak_pass == "ema":
         mpl.teacher.ema.network.load_state_dict(uda.predictor.state_dict())
-    labeler = mpl.teacher.ema_forward if weak_pass == "ema" else mpl.teacher.forward_only
+    labeler = mpl.teacher.predict_average if weak_pass == "ema" else mpl.teacher.preview
     for step in range(2):
         halves = make_views(step).weak.chunk(accumulate)
         labels = torch.cat([labeler(half) for half in halves]).argmax(1)
@@ -697,10 +689,9 @@ def test_mpl_pytorch_has_the_reverse_sign_on_labels_of_the_strong_view():
     h = torch.tensor(0.3)
     own = F.cross_entropy(logits, logits.argmax(1))
     student_labels = F.one_hot(torch.zeros(8, dtype=torch.int64), 3).float()
-    value = -h  # what --flip-feedback makes of L_old − L_new
-    torch.testing.assert_close(
-        method._feedback_term(value, Logits(None, None, logits), student_labels), -h * own
-    )
+    # -h is what --flip-feedback makes of L_old − L_new
+    batch = MicroBatch(None, None, None, labels=student_labels, feedback=-h)
+    torch.testing.assert_close(method.feedback_term(batch, Logits(None, None, logits)), -h * own)
     plain, flipped = build("--feedback-view", "strong"), build(*flags)
     without = build("--feedback", "none")
     for each in (plain, flipped, without):
@@ -1160,7 +1151,7 @@ def test_parts_see_the_same_dropout_twice():
     """A teacher with dropout labels in a first pass what it learns in the second."""
     method = build("--accumulate", 2, "--teacher-dropout", 0.5, "--feedback", "none")
     torch.manual_seed(2)
-    parts = [method.teacher.forward_only(half) for half in make_views().strong.chunk(2)]
+    parts = [method.teacher.preview(half) for half in make_views().strong.chunk(2)]
     torch.manual_seed(2)
     again = [method.teacher(half) for half in make_views().strong.chunk(2)]
     for one, other in zip(parts, again, strict=True):
@@ -1170,7 +1161,7 @@ def test_parts_see_the_same_dropout_twice():
 def test_a_forward_pass_alone_leaves_no_trace():
     method = build()
     before = {name: value.clone() for name, value in method.teacher.network.state_dict().items()}
-    method.teacher.forward_only(make_views().strong)
+    method.teacher.preview(make_views().strong)
     after = method.teacher.network.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
@@ -1344,7 +1335,7 @@ class OneBlock(torch.nn.Module):
 def test_compiled_steps_are_the_steps(method, flags, monkeypatch):
     """Dropout included: the exact feedback repeats the student's pass without the compiler."""
     if method == "mpl":
-        monkeypatch.setattr("methods.build_model", lambda *_, dropout, **__: OneBlock(dropout))
+        monkeypatch.setattr("methods.method.build_model", lambda *_, dropout, **__: OneBlock(dropout))
 
     def train(compiled):
         words = (*flags.split(), "--student-dropout", 0.3, "--teacher-dropout", 0.3)

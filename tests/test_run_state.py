@@ -23,7 +23,7 @@ import utils
 import visualize
 from data import load_dataset
 from evaluation import measure_accuracy, predictions
-from methods import build_network, saved_members
+from methods.method import build_network, saved_members
 from models import mean_prediction
 from runtime import Runtime, UserError
 

@@ -125,7 +125,7 @@ def fused_sgd(*arguments):
 def test_a_run_of_replayed_steps_is_the_run(flags, tmp_path, monkeypatch):
     """The whole program, stopped once: views, evaluations between replays, each step's figures."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("methods.sgd", fused_sgd)
+    monkeypatch.setattr("methods.method.sgd", fused_sgd)
     monkeypatch.setattr(Runtime, "static", True)
     recipe = (
         "--dataset digits --num-labeled 40 --resize 8 --model wrn-10-1 --batch-size 4 --mu 2 --eval-step 6 "

@@ -2,8 +2,9 @@
 
 The teacher should minimise J(θ_T) = CE(y_l, S(x_l; θ_S')), the student's labelled loss after its step
 θ_S' = θ_S − η s ∇ CE(q, S(x_u; θ_S)) on the teacher's pseudo labels q, where s is 1 or, with
-``--body-lr-scale`` and for each parameter of the body, that factor. Each estimator takes one ``StudentStep``
-and returns a *value*, and ``feedback_term`` makes of it the term of the teacher's loss:
+``--body-lr-scale`` and for each parameter of the body, that factor. Each estimator looks at one
+``StudentStep``, before and after it, and returns a *value*; ``feedback_term`` makes of it the term of the
+teacher's loss:
 
     estimator   value                                        term, with q = softmax(T(x_u))
     taylor      h = L_old − L_new,                  ()       h · CE(ŷ, T(x_u))
@@ -18,9 +19,7 @@ labelled losses are measured on the same images, normalised by the same rule (th
 without dropout, and nothing is left behind: running statistics, random state and parameters are as before.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,35 +30,17 @@ from runtime import UserError
 
 @dataclass
 class StudentStep:
-    """One step of the student, with all that an estimator needs to know of it.
+    """One step of the student, as an estimator sees it: N unlabelled and B labelled images, K classes."""
 
-    N unlabelled and B labelled images, K classes. Made before the step; ``remember`` keeps what an estimator
-    reads of the student as it was, and no more; the estimator is called after the step.
-    """
-
-    student: object  # the Learner: at θ_S before its step, at θ_S' when an estimator is called
+    student: object  # the Learner: at θ_S before its step, at θ_S' after it
     images_u: torch.Tensor  # (N, …) the images that the student learned from
     images_l: torch.Tensor  # (B, …) labelled images, which stood behind them in its pass
     targets: torch.Tensor  # (B,) int64
     rate: float  # η, the student's learning rate in this step; a () tensor while a step is captured
-    random_state: dict | None  # of the runtime, before the student's pass: to draw the same dropout again
+    random_state: dict  # of the runtime, before the student's pass: to draw the same dropout again
     label_smoothing: float = 0.0  # α: the student learned (1 − α)·q + α/K
     micro_batches: int = 1  # the batch was taken in so many parts, each normalised by itself
     jvp: str = "auto"  # how exact differentiates: forward, difference or auto, see there
-    loss_before: torch.Tensor | None = None  # () CE(y_l, S(x_l; θ_S)), of this process
-    gradient: dict | None = None  # of its loss, ∇ CE(q, S(x_u; θ_S)), by name, over all processes, unclipped
-    before: dict | None = None  # θ_S, the parameters that learn, by name
-
-    def remember(self, reads):
-        """Keep what an estimator ``reads`` of these fields: after the backward pass, before the step."""
-        parameters = self.student.parameters
-        if "loss_before" in reads:
-            with torch.no_grad():
-                self.loss_before = labeled_loss(self)
-        if "gradient" in reads:
-            self.gradient = copies({name: p.grad for name, p in parameters.items()})
-        if "before" in reads:
-            self.before = copies(parameters)
 
 
 def copies(tensors):
@@ -144,11 +125,16 @@ def directional_derivative(function, at, direction, student, *, how="auto", epsi
     return (moved(+1) - moved(-1)) * (norm / (2 * epsilon))
 
 
-# ---------------------------------------------------------------- scalar forms
+# ---------------------------------------------------------------- the estimators
+#
+# One object for each step of the student: ``before(step)`` is called when its gradients are there and its
+# weights are not updated yet, ``after(step)`` returns the value.
+
+COMMON = ("feedback_weight", "flip_feedback")
+SCALAR = (*COMMON, "feedback_reduction", "feedback_view", "feedback_momentum")
 
 
-@torch.no_grad()
-def taylor(step):
+class Taylor:
     """h = L_old − L_new: how much the student's step lowered its labelled loss, ().
 
     The difference is of the step that was really taken, with momentum, weight decay and clipping: to first
@@ -158,27 +144,43 @@ def taylor(step):
     first order in η that is the same whatever the pseudo labels: over sampled ones its part in the teacher's
     gradient is zero on average, and ``--feedback-momentum`` subtracts it.
     """
-    losses = torch.stack([step.loss_before, labeled_loss(step)])
-    old, new = step.student.runtime.all_reduce_mean([losses])[0]
-    return old - new
+
+    flags = SCALAR  # of main.py, without effect for some estimators but not for this one
+    per_class = False  # the value is a scalar
+
+    @torch.no_grad()
+    def before(self, step):
+        self.loss = labeled_loss(step)
+
+    @torch.no_grad()
+    def after(self, step):
+        losses = torch.stack([self.loss, labeled_loss(step)])
+        old, new = step.student.runtime.all_reduce_mean([losses])[0]
+        return old - new
 
 
-def dot(step):
+class Dot:
     """h = η · ⟨s ∇ CE(y_l, S(x_l; θ_S')), ∇ CE(ŷ, S(x_u; θ_S))⟩, () (paper, equation 12).
 
     The derivative of L_old − L_new along the plain step −ηs∇CE: momentum, weight decay and clipping are not
-    part of it; the gradient of the labelled images with ``--student-labeled-weight`` is, as in ``taylor``.
+    part of it; the gradient of the labelled images with ``--student-labeled-weight`` is, as in ``Taylor``.
     Cost: one forward and backward pass on x_l.
     """
-    v = gradient_after(step)
-    product = torch.stack([(v[name] * step.gradient[name]).sum() for name in v]).sum()
-    return step.student.runtime.scalar(step.rate) * product
+
+    flags = SCALAR
+    per_class = False
+
+    def before(self, step):
+        # over all processes, and before the update clips it
+        self.gradient = copies({name: p.grad for name, p in step.student.parameters.items()})
+
+    def after(self, step):
+        v = gradient_after(step)
+        product = torch.stack([(v[name] * self.gradient[name]).sum() for name in v]).sum()
+        return step.student.runtime.scalar(step.rate) * product
 
 
-# ---------------------------------------------------------------- exact form
-
-
-def exact(step):
+class Exact:
     """∂J/∂q, the gradient of the student's labelled loss with respect to its pseudo labels, (N, K).
 
     The gradient of CE(q, S(x_u)) is linear in q, so that differentiating J through the plain step −ηs∇CE
@@ -201,21 +203,32 @@ def exact(step):
     Raises:
         UserError: ``forward``, and an operation of the network has no forward derivative.
     """
-    student, v = step.student, gradient_after(step)
 
-    def log_probabilities(parameters):
-        return F.log_softmax(student_logits(step, parameters), dim=1)
+    flags = (*COMMON, "feedback_jvp")
+    per_class = True  # the value has an entry for each image and class
 
-    with student.runtime.replay(step.random_state):
-        derivative = directional_derivative(log_probabilities, step.before, v, student, how=step.jvp)
-    factor = (1 - step.label_smoothing) * step.rate / (len(step.images_u) // step.micro_batches)
-    return student.runtime.scalar(factor) * derivative
+    def before(self, step):
+        self.parameters = copies(step.student.parameters)  # θ_S
+
+    def after(self, step):
+        student, v = step.student, gradient_after(step)
+
+        def log_probabilities(parameters):
+            return F.log_softmax(student_logits(step, parameters), dim=1)
+
+        with student.runtime.replay(step.random_state):
+            derivative = directional_derivative(log_probabilities, self.parameters, v, student, how=step.jvp)
+        factor = (1 - step.label_smoothing) * step.rate / (len(step.images_u) // step.micro_batches)
+        return student.runtime.scalar(factor) * derivative
+
+
+ESTIMATORS = {"taylor": Taylor, "dot": Dot, "exact": Exact}  # the names are choices of --feedback
 
 
 def student_logits(step, parameters):
     """S(x_u; ``parameters``), (N, K), of a pass like the step's own: batch norm sees x_l behind x_u."""
     pairs = zip(*(images.chunk(step.micro_batches) for images in (step.images_u, step.images_l)), strict=True)
-    return torch.cat([step.student.logits_at(parameters, torch.cat(pair))[: len(pair[0])] for pair in pairs])
+    return torch.cat([step.student.preview_at(parameters, torch.cat(pair))[: len(pair[0])] for pair in pairs])
 
 
 # ---------------------------------------------------------------- the teacher's side
@@ -225,7 +238,7 @@ def feedback_term(value, logits, labels, *, reduction="sum", shares=1):
     """The term of the teacher's loss whose gradient is the feedback, ().
 
     Args:
-        value: () from ``taylor`` or ``dot``, or (N, K) from ``exact``.
+        value: () from ``Taylor`` or ``Dot``, or (N, K) from ``Exact``.
         logits: (N, K), the teacher's, with gradient, of the view that gave the labels.
         labels: (N, K) distributions, the pseudo labels that the student learned, detached.
         reduction: of the scalar forms' cross-entropies over images. ``sum`` is the log likelihood of all
@@ -238,21 +251,3 @@ def feedback_term(value, logits, labels, *, reduction="sum", shares=1):
         return (log_q.exp() * value).sum()
     cross_entropy = -(labels * log_q).sum(dim=1)
     return value * (cross_entropy.mean() if reduction == "mean" else shares * cross_entropy.sum())
-
-
-class Estimator(NamedTuple):
-    """One way to estimate the feedback: a row of ``ESTIMATORS``."""
-
-    value: Callable  # of the StudentStep after the step
-    reads: tuple  # of loss_before, gradient, before and random_state: what the StudentStep keeps for it
-    flags: tuple  # of the command line, that it uses
-    per_class: bool = False  # the value is (N, K), one for each image and class, not a scalar
-
-
-COMMON = ("feedback_weight", "flip_feedback")
-SCALAR = (*COMMON, "feedback_reduction", "feedback_view", "feedback_momentum")
-ESTIMATORS = {
-    "taylor": Estimator(taylor, ("loss_before",), SCALAR),
-    "dot": Estimator(dot, ("gradient",), SCALAR),
-    "exact": Estimator(exact, ("before", "random_state"), (*COMMON, "feedback_jvp"), per_class=True),
-}

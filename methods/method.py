@@ -1,0 +1,293 @@
+"""What the methods share: the class ``Method``, micro-batches, pseudo labels and their loss, networks.
+
+A method owns its networks with what trains them (``learner.py``). ``step`` takes one step on the ``Views`` of
+one batch and returns a dict of scalar tensors for the meters, without waiting for the device. Plain
+attributes such as ``uses_unlabeled`` say what a method uses.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from augmentation import Views, mixup, mixup_shares, neighbours
+from learner import Learner, RMSProp, parameter_groups, sgd
+from models import build_model
+from runtime import UserError
+from utils import learning_rate, load_state, predictor_state, ramp_up, tell
+
+# ---------------------------------------------------------------- micro-batches
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """An equal part of a batch, and what the networks say of it in the course of a step.
+
+    B labelled and N unlabelled images, K classes.
+    """
+
+    views: Views
+    mixed: Views  # the same views with their labelled images mixed (--mixup-alpha)
+    truth: torch.Tensor | None  # (N,) int64, true classes of the unlabelled images where known: for meters
+    logits: "Logits | None" = None  # noqa: F821  the teacher's, see ``uda.py``
+    labels: torch.Tensor | None = None  # (N, K) float32, the teacher's pseudo labels
+    feedback: torch.Tensor | None = None  # of these labels: () or (N, K)
+
+
+def micro_batches(views, mixed, truth, count):
+    """The batch in ``count`` equal parts; the command line has made sure that its images divide."""
+
+    def parts(tensors):
+        chunks = [[None] * count if tensor is None else tensor.chunk(count) for tensor in tensors]
+        return zip(*chunks, strict=True)
+
+    rows = zip(parts(views), parts(mixed), parts([truth]), strict=True)
+    return [MicroBatch(Views(*part), Views(*mixed_part), truth) for part, mixed_part, (truth,) in rows]
+
+
+# ---------------------------------------------------------------- pseudo labels
+
+
+def soft_cross_entropy(labels, logits, label_smoothing=0.0):
+    """Cross-entropy of each image against a distribution, (N,); labels and logits are (N, K)."""
+    if label_smoothing:
+        labels = labels * (1 - label_smoothing) + label_smoothing / labels.shape[1]
+    return -(labels * F.log_softmax(logits, dim=1)).sum(dim=1)
+
+
+def pseudo_labels(logits, kind):
+    """The teacher's labels for the student, (N, K) distributions without gradient, from logits (N, K).
+
+    ``argmax``: the most probable class, one-hot. ``sample``: one class drawn from the prediction (the
+    paper's ŷ ~ T(x_u)), one-hot. ``soft``: the prediction itself (the published code, of the strong view).
+    """
+    logits = logits.detach()
+    if kind == "soft":
+        return F.softmax(logits, dim=1)
+    if kind == "sample":  # Gumbel's trick: argmax of log p + g, on the device, without a wait
+        logits = logits - torch.empty_like(logits).exponential_().log()
+    return F.one_hot(logits.argmax(dim=1), logits.shape[1]).to(logits.dtype)
+
+
+def pseudo_label_accuracy(labels, truth):
+    """Share of pseudo labels (N, K) whose class is the true one, of the images whose truth (N,) is known."""
+    known = truth >= 0
+    return ((labels.argmax(dim=1) == truth) & known).sum() / known.sum().clamp_min(1)
+
+
+def known_accuracy(labels, truth):
+    """The meter of pseudo-label accuracy, where the data set knows the truth."""
+    return {} if truth is None else {"pseudo_label_accuracy": pseudo_label_accuracy(labels, truth)}
+
+
+# ---------------------------------------------------------------- the class
+
+
+class Method:
+    """What the methods share: a student that is evaluated through its EMA, and saving.
+
+    Args:
+        args: the command line.
+        num_classes: K.
+        image_size: pixels; networks for small images have another first layer.
+        runtime: where to run.
+        class_shares: K shares of the classes among the labelled images.
+    """
+
+    uses_unlabeled = True  # unlabelled images, --mu for each labelled one
+    uses_strong_view = True  # the strong view of the unlabelled images
+    uses_feedback = False  # the student's labelled loss trains what labels for it: --feedback
+    uses_teacher_checkpoint = False  # a fixed teacher, from --teacher-checkpoint
+    uses_student_model = False  # the student may be another network: --student-model
+    trains_teacher = False  # a teacher learns beside the student: --ensemble, --student-wait-steps
+    flags = ()  # of main.py, without effect for some methods but not for this one: named in messages alone
+
+    teacher_network = None  # where there is one, to be evaluated beside the student
+
+    def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
+        self.args, self.runtime, self.num_classes = args, runtime, num_classes
+        self.diagnostics = {}  # scalars of the last step that was asked to ``diagnose``
+        network = build_network(args, num_classes, image_size, "student")
+        self.warmup_steps = args.teacher_warmup_steps if self.trains_teacher else 0
+        self.wait_steps = max(args.student_wait_steps, self.warmup_steps) if self.trains_teacher else 0
+        self.student = self.learner(network, args.student_lr, self.wait_steps, ema=args.ema)
+        self.learners = {"student": self.student}
+
+    def learner(self, network, peak, wait_steps=0, ema=None, body_scale=None):
+        """A learner of the network as the command line describes it, with this peak learning rate."""
+        args = self.args
+        body_scale = args.body_lr_scale if body_scale is None else body_scale
+
+        def optimizer(network):
+            if args.optimizer == "sgd":
+                return sgd(network, peak, args.momentum, args.nesterov, args.weight_decay, body_scale)
+            groups = parameter_groups(network, args.weight_decay, body_scale)
+            if args.optimizer == "adamw":
+                return torch.optim.AdamW(groups, lr=peak)
+            return RMSProp(groups, peak, args.momentum)
+
+        def rate(step):
+            return learning_rate(
+                step,
+                peak=peak,
+                total_steps=args.total_steps,
+                warmup_steps=args.warmup_steps,
+                wait_steps=wait_steps,
+                shape=args.schedule,
+                milestones=args.milestones,
+            )
+
+        return Learner(
+            network, self.runtime, optimizer=optimizer, rate=rate, grad_clip=args.grad_clip, ema=ema
+        )
+
+    def prepare(self, dataset, views, folder):
+        """What is computed once, before the first step of every process that trains the run.
+
+        Args:
+            dataset: ``Dataset``.
+            views: ``ImageViews`` or ``PointViews``.
+            folder: where the run's record is, for files to be found again when it is resumed.
+        """
+
+    def step(self, views, step, truth=None, diagnose=False):
+        """One training step.
+
+        Args:
+            views: ``Views`` of one batch.
+            step: its number, from 0.
+            truth: (N,) true classes of the unlabelled images, -1 where unknown, or None: for meters alone.
+            diagnose: also measure ``diagnostics``.
+
+        Returns:
+            {name: () tensor}, the scalars of the meters.
+        """
+        raise NotImplementedError
+
+    def mixed(self, views, step, partners=None, partner_targets=None):
+        """The views with labelled images mixed, and targets (B, K), where ``--mixup-alpha`` asks for it: each
+        with another labelled image, or with its row of ``partners`` (B, …), whose targets are (B, K)."""
+        args, runtime, labeled = self.args, self.runtime, views.labeled
+        if not args.mixup_alpha:
+            return views
+        shares = mixup_shares(labeled, args.mixup_alpha, args.seed, step, runtime.rank, runtime.world_size)
+        targets = F.one_hot(views.targets, self.num_classes).to(labeled.dtype)
+        if partners is None:
+            partners, partner_targets = neighbours(labeled), neighbours(targets)
+        return views._replace(
+            labeled=mixup(labeled, partners, shares), targets=mixup(targets, partner_targets, shares)
+        )
+
+    def unlabeled_weight(self, step):
+        """λ(t), the weight of the unlabelled images' loss, for arithmetic with tensors."""
+
+        def weight(step):
+            return self.args.lambda_u * ramp_up(step, self.args.uda_steps, self.warmup_steps)
+
+        return self.runtime.scalar(self.runtime.number(weight, step))
+
+    @property
+    def predictor(self):
+        """The network that is evaluated: the EMA of the student."""
+        return self.student.predictor
+
+    @property
+    def members(self):
+        """{role: network} whose mean probabilities are evaluated: the student's EMA; with ``--ensemble`` also
+        the teacher, its EMA where it has one."""
+        return {role: self.learners[role].predictor for role in predicting_roles(vars(self.args))}
+
+    def sync_statistics(self):
+        """The same running statistics in all processes: before an evaluation or a checkpoint."""
+        for learner in self.learners.values():
+            learner.sync_statistics()
+
+    def state_dict(self):
+        state = {}
+        for role, learner in self.learners.items():
+            state |= learner.state_dict(role)
+        return state
+
+    def load_state_dict(self, state, path):
+        """Continue from ``state_dict()``; ``path`` is named in errors (``UserError``)."""
+        for role, learner in self.learners.items():
+            learner.load_state_dict(state, role, path)
+
+
+# ---------------------------------------------------------------- networks
+
+
+def network_name(args, role):
+    """The name of a role's network, "teacher" or "student", by the arguments of a run as a dict."""
+    from methods import METHODS  # which imports this file
+
+    if role == "student" and METHODS[args["method"]].uses_student_model and args.get("student_model"):
+        return args["student_model"]
+    return args["model"]
+
+
+def predicting_roles(args):
+    """The networks whose mean probabilities are evaluated, by the arguments of a run as a dict."""
+    from methods import METHODS
+
+    if args.get("ensemble") and METHODS[args["method"]].trains_teacher:
+        return ("student", "teacher")
+    return ("student",)
+
+
+def build_network(args, num_classes, image_size, role, model=None):
+    """The network of ``--model``, or of ``--student-model`` for the student; UserError if it does not fit.
+
+    ``model`` names another one, whose weights are in a checkpoint. A run that is resumed gets its weights
+    from the checkpoint: nothing is downloaded.
+    """
+    dropout = args.student_dropout if role == "student" else args.teacher_dropout
+    try:
+        return build_model(
+            model or network_name(vars(args), role),
+            num_classes,
+            image_size=image_size,
+            dropout=dropout,
+            stochastic_depth=args.stochastic_depth,
+            pretrained=args.pretrained and not (args.weights or args.resume or model),
+            weights=None if args.resume or model else args.weights,
+            freeze_body=args.freeze_body,
+            bn_momentum=args.bn_momentum,
+            bn_eps=args.bn_eps,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def saved_members(args, runtime, saved, dataset, size):
+    """The networks that predict, from a checkpoint, on the device: ``Method.members``, {role: network}."""
+    members, roles = {}, predicting_roles(vars(args))
+    if "finetune_step" in saved and len(roles) > 1:
+        tell(runtime, f"{args.resume} holds the finetuned student alone: it is no ensemble")
+        roles = ("student",)
+    for role in roles:
+        network = build_network(args, dataset.num_classes, size, role)
+        load_state(network, predictor_state(saved, args.resume, role), args.resume)
+        members[role] = runtime.place(network)
+    return members
+
+
+def fixed_teacher(args, num_classes, image_size, runtime):
+    """The network that predicts in ``--teacher-checkpoint``, on the CPU, in evaluation mode, not to learn."""
+    path = args.teacher_checkpoint
+    state = runtime.load(path)
+    weights = predictor_state(state, path)
+    # the network that is in the file, whatever --model says of the student
+    unsaid = {"bn_eps": None, "stochastic_depth": None}  # by checkpoints of earlier versions
+    theirs = argparse.Namespace(**vars(args) | unsaid | state.get("args", {}))
+    known = state.get("data", {}).get("classes")
+    if known and len(known) != num_classes:
+        raise UserError(
+            f"the teacher in {path} was trained on {theirs.dataset} and knows {len(known)} classes, but "
+            f"{args.dataset} has {num_classes}: give one that was trained on the same classes"
+        )
+    model = network_name(vars(theirs), "student")
+    network = build_network(theirs, num_classes, image_size, "teacher", model)
+    load_state(network, weights, path)
+    return network.eval().requires_grad_(False)

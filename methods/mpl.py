@@ -1,0 +1,238 @@
+"""Meta Pseudo Labels (Pham et al., CVPR 2021), algorithm 1 of the paper, with a UDA teacher.
+
+``MPL.step`` is the algorithm. What it calls stands below it in the order of the calls; the estimators of the
+feedback are in ``feedback.py``, the teacher's passes and its consistency loss in ``uda.py``.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from methods.feedback import ESTIMATORS, StudentStep, feedback_term
+from methods.method import (
+    Method,
+    build_network,
+    known_accuracy,
+    micro_batches,
+    pseudo_labels,
+    soft_cross_entropy,
+)
+from methods.uda import CONSISTENCY_FLAGS, Consistency, TeacherPass, supervised_and_uda_loss, teacher_logits
+
+
+class MPL(Method):
+    """Meta Pseudo Labels.
+
+    The teacher labels the unlabelled images, the student learns from these labels alone, and the teacher
+    learns from the labelled images, from its own consistency and from the feedback: how the student's
+    labelled loss answered to its step.
+
+    With ``--switch-every`` the two exchange roles in turn (TransferMPL). What trains a network stays with it:
+    optimiser, learning rate, dropout, EMA. ``teacher`` and ``student`` name roles, in checkpoints and meters
+    too: those of the last step.
+    """
+
+    uses_feedback = uses_student_model = trains_teacher = True
+    flags = (
+        *(*CONSISTENCY_FLAGS, "temperature", "uda_loss", "pseudo_label", "pseudo_label_view", "feedback"),
+        *("student_model", "student_wait_steps", "student_labeled_weight", "switch_every", "ensemble"),
+        *("teacher_lr", "teacher_dropout", "teacher_warmup_steps"),
+    )
+
+    def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
+        super().__init__(args, num_classes, image_size, runtime)
+        self.teacher = self.build_teacher(num_classes, image_size)
+        self.learners = {"teacher": self.teacher, "student": self.student}
+        self.consistency = Consistency(args, num_classes, runtime, class_shares)
+        self.align = self.consistency.align
+        self.estimator_class = ESTIMATORS.get(args.feedback)  # None for --feedback none
+        self.baseline = torch.zeros((), device=runtime.device)  # moving average of a scalar feedback
+        self.switched = False  # whether the network that began as the student is the teacher
+
+    def step(self, views, step, truth=None, diagnose=False):
+        """Algorithm 1 of the paper. The student descends CE(ŷ, S(x_u)), the teacher
+
+            CE(y_l, T(x_l)) + λ(t) · mean over x_u of weight · CE(softmax(T(weak)/τ), T(strong)) + feedback,
+
+        where the feedback is h · CE(ŷ, T(x_u)) (taylor, dot) or Σ softmax(T(x_u)) · ∂J/∂q (exact), see
+        ``feedback.py``. During ``--teacher-warmup-steps`` λ is 0 and the student waits, so that there is no
+        feedback. The batch may be taken in micro-batches, one after the other (``--accumulate``).
+        """
+        self.take_roles(step)
+        args, teacher, student = self.args, self.teacher, self.student
+        batches = micro_batches(views, self.mixed(views, step), truth, args.accumulate)
+
+        # 1. The teacher labels the unlabelled images.
+        teacher_pass = TeacherPass(self.runtime, batches, self.teacher_logits, eager=diagnose)
+        for batch in batches:
+            batch.labels = pseudo_labels(self.labeling(batch.logits), args.pseudo_label)
+
+        # 2. The student takes a step on these labels.
+        student_step = StudentStep(
+            student=student,
+            images_u=views.strong,
+            images_l=views.labeled,
+            targets=views.targets,
+            rate=self.runtime.number(student.rate, step),
+            random_state=self.runtime.rng_state(),
+            label_smoothing=args.label_smoothing,
+            micro_batches=args.accumulate,
+            jvp=args.feedback_jvp,
+        )
+        estimator = self.estimator_class() if self.estimator_class else None
+        scalars = student.backward(self.student_loss, batches)
+        if estimator:
+            estimator.before(student_step)
+        student.update(student_step.rate)
+
+        # 3. The feedback: how did that step change the student's loss on the labelled images?
+        if estimator:
+            scalars["feedback"] = self.take_feedback(estimator.after(student_step), batches)
+
+        # 4. The teacher takes its step: labels, consistency and feedback.
+        self.consistency.observe(batches)
+        weight = self.unlabeled_weight(step)
+
+        def teacher_loss(batch):
+            logits = teacher_pass.with_graph(batch)
+            loss, figures = self.own_loss(logits, batch.mixed.targets, weight)
+            if estimator:
+                term = args.feedback_weight * self.feedback_term(batch, logits)
+                if diagnose and batch is batches[0] and loss.requires_grad:
+                    self.diagnostics = {"feedback_cosine": self.cosine(term, loss)}
+                loss = loss + term
+            return loss, figures | known_accuracy(batch.labels, batch.truth)
+
+        with teacher_pass.second():
+            scalars = teacher.learn(teacher_loss, batches, step) | scalars
+        if args.weak_pass == "ema":
+            teacher.sync_statistics()
+        self.align.update([batch.logits.weak for batch in batches])
+        return scalars
+
+    # 1. labels
+
+    def teacher_logits(self, views, graph):
+        """``Logits`` of a micro-batch, with or without what a backward pass needs."""
+        return teacher_logits(self.teacher, views, self.args.weak_pass, graph)
+
+    def labeling(self, logits):
+        """The logits (N, K) that the pseudo labels are made of."""
+        return self.align(logits.weak if self.args.pseudo_label_view == "weak" else logits.strong)
+
+    # 2. the student's step
+
+    def student_loss(self, batch):
+        """CE(ŷ, S(strong)), (), and its scalars.
+
+        The labelled images stand behind the strong ones, so that batch norm sees both (published code); they
+        have a part in the loss only with ``--student-labeled-weight``.
+        """
+        args, views = self.args, batch.views
+        logits = self.student(torch.cat([views.strong, views.labeled]))
+        on_strong, on_labeled = logits.split([len(views.strong), len(views.labeled)])
+        loss = soft_cross_entropy(batch.labels, on_strong, args.label_smoothing).mean()
+        figures = {"student_loss": loss}
+        if args.student_labeled_weight:
+            labeled_loss = F.cross_entropy(on_labeled, views.targets, label_smoothing=args.label_smoothing)
+            figures["student_labeled_loss"] = labeled_loss
+            loss = loss + args.student_labeled_weight * labeled_loss
+        return loss, figures
+
+    # 3. the feedback
+
+    def take_feedback(self, value, batches):
+        """Give each micro-batch its ``feedback``: the estimator's value, with baseline and sign.
+
+        Returns:
+            how much the student improved, (): h, or to first order −Σ q · ∂J/∂q, without the share of
+            ``--student-labeled-weight`` that h has.
+        """
+        args = self.args
+        if self.student.scaler.is_enabled():  # a step that the fp16 scaler skipped has no feedback
+            value = torch.where(torch.isfinite(value), value, 0.0)
+        if self.estimator_class.per_class:
+            labels = torch.cat([batch.labels for batch in batches])
+            improvement = -(value * labels).sum() / args.accumulate
+        else:
+            improvement = value
+            if args.feedback_momentum:
+                self.baseline.lerp_(value, 1 - args.feedback_momentum)
+                value = value - self.baseline
+        if args.flip_feedback:
+            value = -value
+        parts = value.chunk(len(batches)) if self.estimator_class.per_class else [value] * len(batches)
+        for batch, part in zip(batches, parts, strict=True):
+            batch.feedback = part
+        return improvement
+
+    # 4. the teacher's step
+
+    def own_loss(self, logits, targets, weight):
+        """The teacher's loss without feedback, (), and its scalars for the meters."""
+        return supervised_and_uda_loss(logits, targets, weight, self.consistency, self.args)
+
+    def feedback_term(self, batch, logits):
+        """The feedback's term of the teacher's loss, ()."""
+        args, labeling, labels = self.args, self.labeling(logits), batch.labels
+        if args.feedback_view == "strong" and not self.estimator_class.per_class:
+            # MPL-pytorch: labels that the student has not learned
+            labeling = self.align(logits.strong)
+            labels = pseudo_labels(labeling, args.pseudo_label)
+        shares = self.runtime.world_size * args.accumulate
+        return feedback_term(
+            batch.feedback, labeling, labels, reduction=args.feedback_reduction, shares=shares
+        )
+
+    def cosine(self, term, rest):
+        """Cosine between the teacher's gradients of the feedback and of the rest of its loss, ()."""
+        parameters = list(self.teacher.parameters.values())
+        gradients = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (term, rest)]
+        means = [self.runtime.all_reduce_mean(list(each)) for each in gradients]
+        return F.cosine_similarity(*(torch.cat([g.reshape(-1) for g in each]) for each in means), dim=0)
+
+    # role-playing
+
+    def take_roles(self, step):
+        """Exchange the roles every N steps (``--switch-every`` N), first N steps after the student's
+        first: before, it would have nothing to teach."""
+        if self.args.switch_every:
+            learned = max(0, step - self.wait_steps)
+            if (learned // self.args.switch_every % 2 == 1) != self.switched:
+                self.switch_roles()
+
+    def switch_roles(self):
+        """Teacher and student change places. Alignment and baseline begin anew: the new teacher has learned
+        aligned labels, so that its predictions are even without a bias."""
+        self.teacher, self.student = self.student, self.teacher
+        self.learners = {"teacher": self.teacher, "student": self.student}
+        self.switched = not self.switched
+        self.align.bias.zero_()
+        self.baseline.zero_()
+        self.runtime.finish_step()  # XLA: zeros inside the graph of the next step would make it another one
+        if self.args.weak_pass == "ema":
+            self.teacher.sync_statistics()  # of an average that was the student's, and labels from now on
+
+    # set-up and saving
+
+    def build_teacher(self, num_classes, image_size):
+        """The learner that the feedback trains."""
+        args = self.args
+        network = build_network(args, num_classes, image_size, "teacher")
+        # an average that labels, or that predicts once the network is the student
+        average = args.weak_pass == "ema" or args.switch_every
+        return self.learner(network, args.teacher_lr, ema=args.ema if average else None)
+
+    @property
+    def teacher_network(self):
+        return self.teacher.network
+
+    def state_dict(self):
+        own = {"feedback_baseline": self.baseline, "switched": self.switched}
+        return super().state_dict() | self.consistency.state_dict() | own
+
+    def load_state_dict(self, state, path):
+        if state.get("switched", False) != self.switched:  # not in checkpoints of earlier versions
+            self.switch_roles()
+        super().load_state_dict(state, path)
+        self.consistency.load_state_dict(state)
+        self.baseline.copy_(state["feedback_baseline"])

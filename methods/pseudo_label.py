@@ -1,0 +1,38 @@
+"""Pseudo labels of a teacher that does not learn; in rounds, with a student that becomes the teacher, Noisy
+Student (Xie et al., CVPR 2020)."""
+
+import torch
+
+from methods.method import (
+    Method,
+    fixed_teacher,
+    known_accuracy,
+    micro_batches,
+    pseudo_labels,
+    soft_cross_entropy,
+)
+
+
+class PseudoLabel(Method):
+    """A fixed teacher, from ``--teacher-checkpoint``, labels; the student learns from these labels alone."""
+
+    uses_teacher_checkpoint = uses_student_model = True
+    flags = ("mu", "pseudo_label", "pseudo_label_view", "student_model", "teacher_checkpoint")
+
+    def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
+        super().__init__(args, num_classes, image_size, runtime)
+        self.teacher_network = runtime.place(fixed_teacher(args, num_classes, image_size, runtime))
+        self.compiled_teacher = runtime.compile(self.teacher_network)
+
+    def step(self, views, step, truth=None, diagnose=False):
+        args = self.args
+
+        def loss(batch):
+            with torch.no_grad(), self.runtime.autocast():
+                view = batch.views.weak if args.pseudo_label_view == "weak" else batch.views.strong
+                labels = pseudo_labels(self.compiled_teacher(view).float(), args.pseudo_label)
+            logits = self.student(batch.views.strong)
+            loss = soft_cross_entropy(labels, logits, args.label_smoothing).mean()
+            return loss, {"student_loss": loss} | known_accuracy(labels, batch.truth)
+
+        return self.student.learn(loss, micro_batches(views, views, truth, args.accumulate), step)

@@ -1,0 +1,61 @@
+"""Reduced Meta Pseudo Labels (paper, section of that name): a large teacher that labels only once."""
+
+import argparse
+import os
+
+import torch.nn.functional as F
+
+from evaluation import stored_predictions
+from loader import to_device
+from methods.method import fixed_teacher
+from methods.mpl import MPL
+from methods.uda import Logits
+from models import LabelPerceptron
+
+
+class ReducedMPL(MPL):
+    """Reduced Meta Pseudo Labels.
+
+    The teacher comes from ``--teacher-checkpoint`` and stays fixed; ``prepare`` stores the class
+    distributions that it gives to all unlabelled images. A small perceptron turns them into the distributions
+    that the student's labels are taken from. The feedback trains the perceptron, and nothing else does: it
+    takes the steps of ``MPL``'s teacher without labelled loss and UDA.
+    """
+
+    uses_teacher_checkpoint = True
+    trains_teacher = False  # the perceptron is no network for images
+    flags = ("mu", "pseudo_label", "student_model", "teacher_checkpoint", "teacher_lr", "feedback")
+
+    def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
+        # without the losses of MPL's teacher, its views and its role-playing
+        args = argparse.Namespace(**vars(args))
+        args.align = args.mixup_alpha = args.student_labeled_weight = 0.0
+        args.switch_every = 0
+        args.confidence, args.weak_pass = "threshold", "joint"
+        args.pseudo_label_view, args.feedback_view = "weak", "same"
+        super().__init__(args, num_classes, image_size, runtime, class_shares)
+        self.learners = {"perceptron": self.teacher, "student": self.student}
+        self.large_teacher = fixed_teacher(args, num_classes, image_size, runtime)
+        self.predictions = None  # (N, K) float16, of all unlabelled images
+
+    def prepare(self, dataset, views, folder):
+        path = os.path.join(folder, "teacher_predictions.pt")
+        self.predictions = stored_predictions(path, self.teacher_network, dataset, views, self.runtime)
+        self.large_teacher.cpu()  # leaves the device until it is evaluated at the end
+
+    def build_teacher(self, num_classes, image_size):
+        return self.learner(LabelPerceptron(num_classes), self.args.teacher_lr, body_scale=1.0)
+
+    def teacher_logits(self, views, graph):
+        # not index_select: torch_xla 2.9 ends the process where its index is a chunk of another tensor
+        rows = to_device(self.predictions[views.indices], self.runtime.device)
+        logits = (self.teacher if graph else self.teacher.preview)(*self.runtime.shard((rows,)))
+        return Logits(None, logits, logits)  # the same for both views
+
+    def own_loss(self, logits, targets, weight):
+        confidence = F.softmax(logits.weak.detach(), dim=1).amax(dim=1).mean()
+        return logits.weak.new_zeros(()), {"label_confidence": confidence}
+
+    @property
+    def teacher_network(self):
+        return self.runtime.place(self.large_teacher)

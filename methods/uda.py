@@ -1,0 +1,305 @@
+"""Consistency: the UDA loss of unlabelled images, which of them count, and the methods UDA and FixMatch.
+
+Also what every consistent teacher does, MPL's among them: its passes (``TeacherPass``), alignment and loss.
+"""
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from methods.method import Method, known_accuracy, micro_batches, pseudo_labels, soft_cross_entropy
+
+CONSISTENCY_FLAGS = ("mu", "mixup_alpha", "confidence", "threshold", "lambda_u", "uda_steps")
+CONSISTENCY_FLAGS += ("align", "align_to", "weak_pass")
+
+# ---------------------------------------------------------------- the loss
+
+
+UDA_LOSSES = {  # of each image, (N,); the names are the choices of --uda-loss
+    "ce": soft_cross_entropy,
+    "cos": lambda targets, logits: -F.cosine_similarity(targets, F.softmax(logits, dim=1), dim=1),
+}
+
+
+def uda_loss(targets, strong_logits, weights, kind="ce"):
+    """Unsupervised data augmentation: weight · CE(target, strong), the mean over all N images, ().
+
+    Args:
+        targets: (N, K) distributions, of the weak view, without gradient.
+        strong_logits: (N, K).
+        weights: (N,), 0 to 1: how much an image counts.
+        kind: ``cos``: the negative cosine between target and prediction in place of their cross-entropy
+            (TransferMPL).
+    """
+    return (weights * UDA_LOSSES[kind](targets, strong_logits)).mean()
+
+
+def largest_probability(logits):
+    """Confidence of each image's prediction, (N,), from logits (N, K)."""
+    return F.softmax(logits, dim=1).amax(dim=1)
+
+
+class DistributionAlignment:
+    """Distribution alignment: a bias per class that brings the mean prediction on the weak views to a target.
+
+    Consistency alone cannot recover a cluster that few labels assigned to a neighbouring class. The bias,
+    added to the teacher's logits wherever they become targets or pseudo labels, does: each step moves it by
+    rate · log(target / m), m the mean of the aligned predictions of the batch. Rate 1 is one iteration of
+    Sinkhorn's algorithm; a lower one smooths over batches. The target is uniform, for classes of equal size,
+    or the labelled images' distribution. For batches with many unlabelled images per class (ten, say): of
+    fewer the logarithm of m is mostly noise. After ReMixMatch (Berthelot et al., ICLR 2020), which aims at
+    the labelled images' distribution, and Sinkhorn Label Allocation (Tai et al., ICML 2021).
+
+    Args:
+        rate: of the bias, 0 for none.
+        num_classes: K.
+        runtime: where to run.
+        target: K shares of the classes, all above 0; None: equal ones.
+    """
+
+    def __init__(self, rate, num_classes, runtime, target=None):
+        self.rate, self.runtime = rate, runtime
+        self.bias = torch.zeros(num_classes, device=runtime.device)
+        odds = [num_classes] * num_classes if target is None else [1 / share for share in target]
+        self.per_share = torch.tensor(odds, dtype=self.bias.dtype, device=runtime.device)
+
+    def __call__(self, logits):
+        """Logits (N, K) of the aligned predictions; the bias is a constant to their gradient."""
+        return logits + self.bias if self.rate else logits
+
+    @torch.no_grad()
+    def update(self, weak_logits):
+        """After a step, with the weak views' logits (N, K) of each micro-batch; the same in all processes."""
+        if self.rate:
+            prediction = F.softmax(self(torch.cat(weak_logits)), dim=1)
+            (mean,) = self.runtime.all_reduce_mean([prediction.mean(dim=0)])
+            self.bias -= self.rate * (mean.clamp_min(1e-6) * self.per_share).log()
+            self.bias -= self.bias.mean()  # an offset common to all classes says nothing, and would grow
+
+    def state_dict(self):
+        return {"align_bias": self.bias}
+
+    def load_state_dict(self, state):
+        if "align_bias" in state:  # checkpoints of earlier versions have none: zero
+            self.bias.copy_(state["align_bias"])
+
+
+class Consistency:
+    """The UDA loss of a batch: the targets of the unlabelled images, and how much each of them counts.
+
+    The target is the sharpened weak prediction softmax(T(weak)/τ), or, ``hard``, the most probable class. The
+    weight is 0 or 1, but for soft, and decided by (``--confidence``)
+
+        threshold   largest probability of the sharpened prediction (hard: of the prediction) ≥ threshold
+        relative    m ≥ threshold · mean of the largest probabilities of the labelled images
+        soft        exp(−min(0, m − μ)² / (2 σ²/4)), with moving averages μ and σ² of mean and variance of m
+
+    where m is the largest probability of the weak prediction before sharpening. threshold tests the sharpened
+    one, as the published code and MPL-pytorch do: with ten classes and τ 0.7, 0.6 is a probability of 0.41 to
+    0.57 before sharpening. relative is AdaMatch's (Berthelot et al., ICLR 2022), soft SoftMatch's (Chen et
+    al., ICLR 2023), with its decay of 0.999, first values 1/K and 1, and unbiased variance.
+
+    Weak predictions are aligned (``--align``), labelled ones are not: theirs are those of the loss on labels,
+    of the view that ``--labeled-view`` says. The statistics are over the whole batch of all processes.
+
+    Args:
+        args: the command line.
+        num_classes: K.
+        runtime: where to run.
+        class_shares: K shares of the classes among the labelled images, for ``--align-to labeled``.
+        hard: the targets are classes.
+    """
+
+    def __init__(self, args, num_classes, runtime, class_shares=None, hard=False):
+        self.args, self.runtime, self.hard = args, runtime, hard
+        target = class_shares if args.align_to == "labeled" else None
+        self.align = DistributionAlignment(args.align, num_classes, runtime, target)
+        self.least = args.threshold  # of the largest probability; relative sets it anew in every step
+        self.moments = torch.tensor([1 / num_classes, 1.0], device=runtime.device)  # μ and σ²
+        runtime.replicate([self.moments])
+        self.reads_batch = args.confidence != "threshold"  # before the first of its micro-batches has a loss
+
+    @torch.no_grad()
+    def observe(self, batches):
+        """Before the losses of a batch: the statistics of its micro-batches' ``logits``."""
+        if self.args.confidence == "relative":
+            largest = largest_probability(torch.cat([batch.logits.labeled for batch in batches]))
+            (mean,) = self.runtime.all_reduce_mean([largest.mean()])
+            self.least = self.args.threshold * mean
+        elif self.args.confidence == "soft":
+            largest = largest_probability(self.align(torch.cat([batch.logits.weak for batch in batches])))
+            # measured from the moving average, so that subtracting squares cancels little
+            offsets = largest - self.moments[0]
+            (means,) = self.runtime.all_reduce_mean([torch.stack([offsets, offsets.square()]).mean(dim=1)])
+            offset, square = means.unbind()
+            count = len(largest) * self.runtime.world_size
+            variance = (square - offset.square()) * count / max(1, count - 1)
+            self.moments += 0.001 * torch.stack([offset, variance - self.moments[1]])
+
+    def weights(self, logits):
+        """How much each image counts, (N,), from its aligned weak logits (N, K)."""
+        args = self.args
+        if args.confidence == "soft":
+            mean, variance = self.moments.unbind()
+            below = (largest_probability(logits) - mean).clamp_max(0)
+            return (-2 * below.square() / variance.clamp_min(torch.finfo(variance.dtype).tiny)).exp()
+        sharpened = args.confidence == "threshold" and not self.hard
+        return (largest_probability(logits / args.temperature if sharpened else logits) >= self.least).float()
+
+    def __call__(self, logits):
+        """The loss () and the mean weight () of a micro-batch with these ``Logits``; the weak view has no
+        gradient."""
+        args, weak = self.args, self.align(logits.weak.detach())
+        targets = pseudo_labels(weak, "argmax") if self.hard else F.softmax(weak / args.temperature, dim=1)
+        weights = self.weights(weak)
+        kind = "ce" if self.hard else args.uda_loss
+        return uda_loss(targets, logits.strong, weights, kind), weights.mean()
+
+    def state_dict(self):
+        return self.align.state_dict() | {"confidence_moments": self.moments}
+
+    def load_state_dict(self, state):
+        self.align.load_state_dict(state)
+        if "confidence_moments" in state:  # checkpoints of earlier versions have none
+            self.moments.copy_(state["confidence_moments"])
+
+
+def supervised_and_uda_loss(logits, targets, weight, consistency, args):
+    """A teacher's loss without feedback, (): CE on labels + weight · UDA, and its scalars for the meters."""
+    labeled_loss = F.cross_entropy(logits.labeled, targets, label_smoothing=args.label_smoothing)
+    loss, mask = consistency(logits)
+    scalars = {"labeled_loss": labeled_loss, "uda_loss": loss, "uda_mask": mask}
+    return labeled_loss + weight * loss, scalars
+
+
+# ---------------------------------------------------------------- a teacher's passes
+
+
+class Logits(NamedTuple):
+    """What a teacher says of a batch, (B, K), (N, K) and (N, K)."""
+
+    labeled: torch.Tensor
+    weak: torch.Tensor
+    strong: torch.Tensor
+
+
+def teacher_logits(learner, views, weak_pass="joint", graph=True):
+    """Logits of the labelled, weak and strong images of a batch.
+
+    With ``weak_pass`` joint they come from one pass, so that batch norm sees all of them (published code);
+    apart, the weak images pass by themselves and without gradient, which saves their backward pass; ema, they
+    pass without gradient through the moving average of the weights (Mean Teacher, Tarvainen and Valpola,
+    NeurIPS 2017; with the average of batch norm's running statistics, EMAN, Cai et al., CVPR 2021). Without
+    ``graph`` nothing is kept for a backward pass, and running statistics stay as they are.
+    """
+    forward = learner if graph else learner.preview
+    if weak_pass == "joint":
+        images = torch.cat([views.labeled, views.weak, views.strong])
+        return Logits(*forward(images).split([len(views.labeled), len(views.weak), len(views.strong)]))
+    if weak_pass == "ema":
+        weak = learner.predict_average(views.weak)
+    else:
+        with torch.no_grad():
+            weak = forward(views.weak)
+    sizes = [len(views.labeled), len(views.strong)]
+    labeled, strong = forward(torch.cat([views.labeled, views.strong])).split(sizes)
+    return Logits(labeled, weak, strong)
+
+
+class TeacherPass:
+    """The teacher's logits of each micro-batch: before its update, and once more with a graph for its loss.
+
+    A single micro-batch passes through the teacher once and keeps its graph. Several pass twice, with the
+    same dropout, so that one graph is in memory at a time. The logits of the first pass go to
+    ``MicroBatch.logits``.
+
+    Args:
+        runtime: where to run.
+        batches: the micro-batches.
+        forward: (views, graph=…) → ``Logits``.
+        eager: not compiled, so that gradients can be taken through the graph more than once.
+        ahead: the logits of all micro-batches are needed before the loss of the first. Otherwise several pass
+            through the teacher in their losses alone.
+    """
+
+    def __init__(self, runtime, batches, forward, eager=False, ahead=True):
+        self.runtime, self.forward, self.eager = runtime, forward, eager
+        self.single = len(batches) == 1
+        self.random_state = None if self.single or not ahead else runtime.rng_state()
+        if self.single or ahead:
+            for batch in batches:
+                batch.logits = self._logits(batch, graph=self.single)
+
+    def _logits(self, batch, graph):
+        with self.runtime.uncompiled() if self.eager else contextlib.nullcontext():
+            return self.forward(batch.mixed, graph=graph)
+
+    def with_graph(self, batch):
+        """The logits of a micro-batch with what a backward pass needs; inside ``second``."""
+        if self.single:
+            return batch.logits
+        logits = self._logits(batch, graph=True)
+        if batch.logits is None:
+            batch.logits = Logits(*(part.detach() for part in logits))
+        return logits
+
+    def second(self):
+        """Context of the second passes, where there are any: they draw the dropout of the first."""
+        if self.random_state is None:
+            return contextlib.nullcontext()
+        return self.runtime.replay(self.random_state)
+
+
+# ---------------------------------------------------------------- the methods
+
+
+class UDA(Method):
+    """Unsupervised Data Augmentation (Xie et al. 2020): one network, consistent under augmentation."""
+
+    flags = (*CONSISTENCY_FLAGS, "temperature", "uda_loss")
+    hard_targets = False
+
+    def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
+        super().__init__(args, num_classes, image_size, runtime)
+        self.consistency = Consistency(args, num_classes, runtime, class_shares, self.hard_targets)
+        self.align = self.consistency.align
+
+    def step(self, views, step, truth=None, diagnose=False):
+        args = self.args
+        weight = self.unlabeled_weight(step)
+        batches = micro_batches(views, self.mixed(views, step), truth, args.accumulate)
+        forward = functools.partial(teacher_logits, self.student, weak_pass=args.weak_pass)
+        passes = TeacherPass(self.runtime, batches, forward, ahead=self.consistency.reads_batch)
+        self.consistency.observe(batches)
+
+        def loss(batch):
+            logits = passes.with_graph(batch)
+            loss, scalars = supervised_and_uda_loss(
+                logits, batch.mixed.targets, weight, self.consistency, args
+            )
+            return loss, scalars | known_accuracy(self.align(logits.weak), batch.truth)
+
+        with passes.second():
+            scalars = self.student.learn(loss, batches, step)
+        if args.weak_pass == "ema":
+            self.student.sync_statistics()
+        self.align.update([batch.logits.weak for batch in batches])
+        return scalars
+
+    def state_dict(self):
+        return super().state_dict() | self.consistency.state_dict()
+
+    def load_state_dict(self, state, path):
+        super().load_state_dict(state, path)
+        self.consistency.load_state_dict(state)
+
+
+class FixMatch(UDA):
+    """FixMatch (Sohn et al., NeurIPS 2020): UDA whose target is the most probable class of the weak view,
+    where its probability, not sharpened, reaches the threshold."""
+
+    flags = CONSISTENCY_FLAGS
+    hard_targets = True
