@@ -9,7 +9,6 @@ import argparse
 import errno
 import os
 import re
-import sys
 
 import torch
 
@@ -18,7 +17,7 @@ from feedback import ESTIMATORS
 from methods import METHODS
 from models import TIMM, count_flops, count_parameters, timm_statistics
 from runtime import Runtime, UserError
-from utils import Parser, network_name, tell, well_formed, writing
+from utils import Parser, network_name, say, tell, well_formed, writing
 
 # flags that belong to one command and are not taken from a checkpoint
 OF_COMMAND = ("evaluate", "finetune", "resume", "overwrite", "local_rank", "start_step", "help")
@@ -84,7 +83,7 @@ def arguments(parser, argv, saved=None, path=None):
         how += f" --optimizer {args.optimizer}" * (args.optimizer != "sgd")
         how += " --confidence soft" * ("threshold" in unused and "threshold" in used)
         flags = ", ".join(map(flag, unused))
-        print(f"{how} on {args.dataset}: {flags} without effect", file=sys.stderr)
+        say(f"{how} on {args.dataset}: {flags} without effect")
         for name in unused:
             setattr(args, name, parser.get_default(name))
 
@@ -199,14 +198,13 @@ def check_arguments(args, parser, before):
     for name, outcome in late.items() if training else ():
         if getattr(args, name) >= args.total_steps:
             told = f"{flag(name, getattr(args, name))} is not below --total-steps {args.total_steps}"
-            print(f"{told}: {outcome}", file=sys.stderr)
+            say(f"{told}: {outcome}")
     trained = "feedback" in flags and training
     scalar = args.feedback in ESTIMATORS and not ESTIMATORS[args.feedback].per_class
     if trained and args.pseudo_label == "soft" and scalar:
-        print(
+        say(
             f"--pseudo-label soft gives --feedback {args.feedback} no gradient, as in the published code: "
-            "--feedback exact has one",
-            file=sys.stderr,
+            "--feedback exact has one"
         )
 
 
@@ -575,7 +573,7 @@ def check_continuation(args, saved, given, before):
         if name not in INCIDENTAL and not args.finetune:
             changed.append(f"{flag(name)} {was} → {now}")
     if changed:
-        print(f"changed since {args.resume}: {', '.join(changed)}", file=sys.stderr)
+        say(f"changed since {args.resume}: {', '.join(changed)}")
 
 
 # ---------------------------------------------------------------- whose name it is
@@ -596,7 +594,7 @@ def claim(args, saved):
     if is_own(args, saved) and (left := of_other_runs(checkpoints_of(args))):
         for path in left:
             os.remove(path)
-        print(f"removed {len(left)} checkpoints of the run that {args.name} replaces", file=sys.stderr)
+        say(f"removed {len(left)} checkpoints of the run that {args.name} replaces")
     return replacing
 
 

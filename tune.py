@@ -536,4 +536,4 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    script.execute(run, sys.argv[1:])
