@@ -5,8 +5,10 @@ is changed.
 """
 
 import json
+import multiprocessing
 import os
 import pickle
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,13 +19,17 @@ from pathlib import Path
 import forked
 import kill_worker
 import numpy as np
+import optuna
 import pytest
 import torch
 from conftest import teacher_file
 from PIL import Image
 from test_cli import assert_same_checkpoint
 
+import evaluation
+import loader
 import main
+import methods
 
 ROOT = Path(main.__file__).parent
 TINY = (
@@ -312,6 +318,93 @@ def test_keep(here):
     assert [path.name for path in (here / "checkpoint").glob("run_step*")] == ["run_step00000004.pth.tar"]
     step = load(here / "checkpoint/run_step00000004.pth.tar")["step"]
     assert step == 4
+
+
+# ---------------------------------------------------------------- an error that nobody foresaw
+
+LARGE = ("--resize", "70", "--batch-size", "2", "--mu", "1", "--name", "run")  # decoded by workers
+
+
+def broken(place, name, arguments, folder):
+    """``python NAME.py ARGUMENTS`` with a bug in one place; leaves the process numbers of its workers."""
+    os.chdir(folder)
+    rank, taken = os.environ.get("RANK", "0"), []
+
+    def noted(*_, **__):
+        pids = [worker.pid for worker in multiprocessing.active_children()]
+        Path(f"workers-{rank}").write_text(json.dumps(pids))
+
+    def fails(*_, **__):
+        noted()
+        raise RuntimeError("nobody foresaw this")
+
+    def fails_later(function):
+        def wrapped(*arguments, **options):
+            taken.append(None)
+            return fails() if len(taken) == 3 else function(*arguments, **options)
+
+        return wrapped
+
+    if place == "step" or (place == "step of rank 1" and rank == "1"):
+        methods.MPL.step = fails_later(methods.MPL.step)
+    elif place == "worker":
+        loader.read_image = fails
+    elif place == "prediction":
+        evaluation.ranked = fails
+    elif place == "search":
+        optuna.Trial.report = fails
+    sys.argv = [str(ROOT / f"{name}.py"), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def alive(pid):
+    """Whether a process runs, and has not merely nobody who asks for its status."""
+    listed = subprocess.run(["ps", "-p", str(pid), "-o", "stat="], capture_output=True, text=True)
+    return listed.stdout.strip()[:1] not in ("", "Z")
+
+
+def ended_with_a_traceback(started, folder):
+    """What it said; no process waits for it, and none is left."""
+    errors = started.communicate(timeout=100)[1]
+    assert started.returncode == 1, errors
+    assert "RuntimeError: nobody foresaw this" in errors, errors
+    pids = [pid for path in folder.glob("workers-*") for pid in json.loads(path.read_text())]
+    assert not any(map(alive, pids))
+    return errors, pids
+
+
+@pytest.mark.parametrize("place", ["step", "worker"])
+def test_an_error_ends_a_run_whose_workers_decode(place, tmp_path):
+    photographs(tmp_path / "own", (70, 70), count=40)
+    flags = [*TINY, *folder_flags(tmp_path / "own"), *LARGE, "--workers", "2", "--total-steps", "1000"]
+    started = forked.Started(broken, place, "main", flags, str(tmp_path))
+    errors, pids = ended_with_a_traceback(started, tmp_path)
+    assert "Traceback (most recent call last)" in errors
+    assert len(pids) == 2 or place == "worker"
+
+
+def test_an_error_ends_a_prediction_whose_workers_decode(tmp_path, trained):
+    folder = photographs(tmp_path / "own", (70, 70), count=40)
+    content = load(trained)
+    content["data"] |= {"size": 70, "crop": "none"}  # so that workers decode
+    torch.save(content, tmp_path / "large.pth.tar")
+    words = ["large.pth.tar", str(folder), "--batch-size", "2", "--workers", "2", "--device", "cpu"]
+    _, pids = ended_with_a_traceback(
+        forked.Started(broken, "prediction", "predict", words, str(tmp_path)), tmp_path
+    )
+    assert len(pids) == 2
+
+
+@pytest.mark.parametrize("restarts", [None, 1])
+def test_an_error_in_one_rank_ends_all(restarts, tmp_path):
+    """Alone and under torchrun, which starts them again as often as it may."""
+    photographs(tmp_path / "own", (70, 70), count=40)
+    flags = [*TINY, *folder_flags(tmp_path / "own"), *LARGE, "--workers", "1", "--total-steps", "1000"]
+    how = {"processes": 2} if restarts is None else {"restarts": restarts}
+    flags += ["--eval-step", "1000"]
+    started = forked.Started(broken, "step of rank 1", "main", flags, str(tmp_path), **how)
+    errors, _ = ended_with_a_traceback(started, tmp_path)
+    assert errors.count("RuntimeError: nobody foresaw this") == 1 + (restarts or 0), errors
 
 
 # ---------------------------------------------------------------- killed, and started again
