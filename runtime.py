@@ -450,13 +450,23 @@ class Runtime:
 
     @contextlib.contextmanager
     def local_main_first(self):
-        """Context that one process of each machine goes through before the others: to download, say."""
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        if not first:
-            self.barrier()
-        yield
+        """Context that one process of each machine goes through before the others: to download, say.
+
+        Where it raises a UserError there, the others end without a word, with the same exit status.
+        """
+        first, error = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
         if first:
-            self.barrier()
+            try:
+                yield
+            except UserError as raised:
+                error = str(raised)
+        failed = bool(self.all_reduce_max_int(int(error is not None)))
+        if error:
+            raise UserError(error)
+        if failed:
+            sys.exit(2)
+        if not first:
+            yield
 
     def barrier(self):
         if self.processes > 1:
