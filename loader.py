@@ -341,7 +341,8 @@ def _unchanged(sample):
 
 def _leave_signals_to_parent(_):
     """Ctrl-C and SIGTERM may reach the whole process group. Workers ignore them: the main process still needs
-    them to finish its step, and ends them when it ends itself."""
+    them to finish its step. So SIGTERM does not end them either where it comes from Python's own exit, which
+    would wait for them for ever: ``script.execute`` kills them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -586,20 +586,22 @@ def test_an_unreadable_image_in_the_first_batch_leaves_nothing(two_places, monke
     assert main.run([*FILES, "--skip-unreadable"]) == 0
 
 
-def test_an_unreadable_test_image_saves_the_run_first(two_places, monkeypatch, capsys):
-    """Found by the last evaluation, whose checkpoint is written; the run goes on as one that left it out."""
+def test_an_unreadable_test_image_saves_the_run_first(two_places):
+    """Found by one of two processes in the last evaluation, whose checkpoint is written: the run goes on as
+    one that left the image out."""
+    flags = [*FILES, "--total-steps", "2", "--eval-step", "2"]
     whole, stopped = two_places
     for place in two_places:
         next(place.glob("own/test/*/*.png")).write_text("no image")
-    monkeypatch.chdir(whole)
-    assert main.run([*FILES, "--total-steps", "3", "--eval-step", "3", "--skip-unreadable"]) == 0
-    monkeypatch.chdir(stopped)
-    flags = [*FILES, "--total-steps", "3", "--eval-step", "3"]
-    assert main.run(flags) == 2
-    assert "cannot be read" in capsys.readouterr().err.splitlines()[-1]
-    assert load("checkpoint/run_last.pth.tar")["step"] == 3
-    assert not Path("results/run/summary.json").exists()
-    assert main.run([*flags, "--resume", "auto", "--skip-unreadable"]) == 0
+    done = forked.run_main([*flags, "--skip-unreadable"], whole, processes=2)
+    assert done.returncode == 0, done.stderr
+    done = forked.run_main(flags, stopped, processes=2)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("main.py: the image") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert load(stopped / "checkpoint/run_last.pth.tar")["step"] == 2
+    assert not (stopped / "results/run/summary.json").exists()
+    done = forked.run_main([*flags, "--resume", "auto", "--skip-unreadable"], stopped, processes=2)
+    assert done.returncode == 0, done.stderr
     figures = [json.loads((place / "results/run/summary.json").read_text()) for place in two_places]
     assert figures[0]["top1"] == figures[1]["top1"] and figures[1]["test_images"] == 23
     assert_same_lines(whole, stopped)
