@@ -9,7 +9,6 @@ import argparse
 import errno
 import os
 import re
-import sys
 
 import torch
 
@@ -18,7 +17,7 @@ from methods import METHODS, network_name
 from methods.feedback import ESTIMATORS
 from models import TIMM, count_flops, count_parameters, timm_statistics
 from runtime import Runtime, UserError
-from utils import Parser, tell, well_formed, writing
+from utils import Parser, say, tell, well_formed, writing
 
 # flags that belong to one command and are not taken from a checkpoint
 OF_COMMAND = ("evaluate", "finetune", "resume", "overwrite", "local_rank", "start_step", "help")
@@ -88,7 +87,7 @@ def arguments(parser, argv, saved=None, path=None):
         if "threshold" in named and "threshold" in method.flags:
             how.append("--confidence soft")
         flags = ", ".join(map(flag, named))
-        print(f"{' '.join(how)} on {args.dataset}: {flags} without effect", file=sys.stderr)
+        say(f"{' '.join(how)} on {args.dataset}: {flags} without effect")
 
     # what has no effect excludes nothing
     defaults = {name: parser.get_default(name) for name in unused}
@@ -203,14 +202,13 @@ def check_arguments(args, parser, before):
     for name, outcome in late.items() if training else ():
         if getattr(args, name) >= args.total_steps:
             told = f"{flag(name, getattr(args, name))} is not below --total-steps {args.total_steps}"
-            print(f"{told}: {outcome}", file=sys.stderr)
+            say(f"{told}: {outcome}")
     trained = method.uses_feedback and training
     scalar = args.feedback in ESTIMATORS and not ESTIMATORS[args.feedback].per_class
     if trained and args.pseudo_label == "soft" and scalar:
-        print(
+        say(
             f"--pseudo-label soft gives --feedback {args.feedback} no gradient, as in the published code: "
-            "--feedback exact has one",
-            file=sys.stderr,
+            "--feedback exact has one"
         )
 
 
@@ -580,7 +578,7 @@ def check_continuation(args, saved, given, before):
         if name not in INCIDENTAL and not args.finetune:
             changed.append(f"{flag(name)} {was} → {now}")
     if changed:
-        print(f"changed since {args.resume}: {', '.join(changed)}", file=sys.stderr)
+        say(f"changed since {args.resume}: {', '.join(changed)}")
 
 
 # ---------------------------------------------------------------- whose name it is
@@ -601,7 +599,7 @@ def claim(args, saved):
     if is_own(args, saved) and (left := of_other_runs(checkpoints_of(args))):
         for path in left:
             os.remove(path)
-        print(f"removed {len(left)} checkpoints of the run that {args.name} replaces", file=sys.stderr)
+        say(f"removed {len(left)} checkpoints of the run that {args.name} replaces")
     return replacing
 
 

@@ -42,6 +42,7 @@ class ImageSet:
     crop: str = "none"  # what evaluation sees of a file: its centre, or with "pad" the whole image
     workers: int = 0  # DataLoader processes that decode files for evaluation
     skip_unreadable: bool = False  # leave out files that cannot be decoded instead of stopping
+    on_unreadable: object = None  # takes the sentence about such a file instead of a UserError
     names: list | None = None  # of a folder: N paths relative to it, with "/"
     fingerprints: torch.Tensor | None = None  # of a folder: (N,) int64 digests of the files' content
 

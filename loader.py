@@ -143,8 +143,8 @@ class TrainLoader:
             rank), so that continuing a run needs no stored random state.
 
     Raises (when a batch is drawn):
-        UserError: an image cannot be decoded. If the set skips such images, another image of the batch takes
-            its place instead.
+        UserError: an image cannot be decoded. If the set skips such images, or has an ``on_unreadable``,
+            another image of the batch takes its place instead.
     """
 
     def __init__(self, dataset, batch_size, mu, seed, runtime, workers=2):
@@ -167,6 +167,7 @@ class TrainLoader:
         self.truth_known = bool((dataset.unlabeled.targets >= 0).any())  # of at least one unlabelled image
         self.decoded = None  # iterator over what the workers decode; started by the first batch
         self.skipped = set()  # messages about unreadable files, each printed once
+        self.before = {}  # images and positions of each share in the latest batch of files
 
     def __iter__(self):
         return self
@@ -208,20 +209,26 @@ class TrainLoader:
             images, positions, unreadable = _gather(self.decoded, share.count, self.device)
             if unreadable:
                 try:
-                    images, positions = self._replaced(images, positions, unreadable, share.image_set)
+                    images, positions = self._replaced(images, positions, unreadable, share)
                 except UserError:
                     self.decoded = None  # stops the workers now, not when the traceback is collected
                     raise
+            self.before[share.name] = images, positions
             parts.append((images, to_device(share.image_set.targets[positions], self.device), positions))
         return parts
 
-    def _replaced(self, images, positions, unreadable, image_set):
-        """Images and positions with each unreadable image replaced by another one of the same batch."""
-        _stop_or_skip(unreadable, image_set, self.skipped)
+    def _replaced(self, images, positions, unreadable, share):
+        """Images and positions with each unreadable image replaced by another one of the same batch; where
+        there is none, the batch before until the run has stopped."""
+        _stop_or_skip(unreadable, share.image_set, self.skipped)
         bad = [i for i, _ in unreadable]
         good = sorted(set(range(len(images))) - set(bad))
         if not good:
-            raise UserError(f"no image of a batch can be read: {unreadable[0][1]}")
+            sentence = f"no image of a batch can be read: {unreadable[0][1]}"
+            if share.name not in self.before:
+                raise UserError(sentence)
+            _stop(sentence, share.image_set)
+            return self.before[share.name]
         index = torch.arange(len(images))
         index[bad] = torch.tensor([good[k % len(good)] for k in range(len(bad))])
         return images[index.to(images.device)], positions[index]
@@ -248,7 +255,8 @@ def batches(image_set, batch_size, device, rank=0, world_size=1):
         the set, 0 for padding (zeros, target 0) and for files that were skipped.
 
     Raises:
-        UserError: an image cannot be decoded, and the set does not skip such images.
+        UserError: an image cannot be decoded, and the set neither skips such images nor has an
+            ``on_unreadable``.
     """
     device = torch.device(device)
     start, stop = part_of(image_set, rank, world_size)
@@ -333,7 +341,8 @@ def _unchanged(sample):
 
 def _leave_signals_to_parent(_):
     """Ctrl-C and SIGTERM may reach the whole process group. Workers ignore them: the main process still needs
-    them to finish its step, and ends them when it ends itself."""
+    them to finish its step. So SIGTERM does not end them either where it comes from Python's own exit, which
+    would wait for them for ever: ``script.execute`` kills them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -366,8 +375,15 @@ def _gather(decoded, count, device):
     return torch.cat(images).contiguous(), torch.cat(positions), unreadable
 
 
+def _stop(sentence, image_set):
+    """UserError, or whatever the set does instead."""
+    if image_set.on_unreadable is None:
+        raise UserError(sentence)
+    image_set.on_unreadable(sentence)
+
+
 def _stop_or_skip(unreadable, image_set, skipped):
-    """UserError for the first unreadable file or, if the set skips such files, one line for each new one.
+    """``_stop`` for unreadable files or, if the set skips such files, one line for each new one.
 
     Args:
         unreadable: list of (position, message).
@@ -375,7 +391,7 @@ def _stop_or_skip(unreadable, image_set, skipped):
     """
     for _, message in unreadable:
         if not image_set.skip_unreadable:
-            raise UserError(f"{message}: {REPAIR}")
-        if message not in skipped:
+            _stop(f"{message}: {REPAIR}", image_set)
+        elif message not in skipped:
             skipped.add(message)
             tqdm.write(f"skipped, {len(skipped)} so far: {message}", file=sys.stderr)  # above a bar

@@ -177,20 +177,18 @@ def main(argv):
     args, given = build_parser().parse_given(argv)
     checked = None if args.resume else parse_arguments(argv)  # before a device is started
     runtime = Runtime(commands.device_of(args, given))
-    try:
-        args, saved = (checked, None) if checked else read_command(argv, runtime)
-        if args.evaluate and args.amp and args.amp_dtype == "fp16" and runtime.kind != "cuda":
-            utils.tell(runtime, f"fp16 needs CUDA: evaluating in float32 on {runtime.kind}")
-            args.amp = False
-        runtime.configure(
-            args.amp, args.amp_dtype, args.channels_last, args.sync_bn, args.compile, args.cuda_graph
-        )
-        if args.evaluate:
-            evaluate(runtime, [(args, saved), *(read_command(each, runtime) for each in more)])
-        else:
-            train(args, runtime, saved or {}, "labeled_indices" in given)
-    finally:
-        runtime.close()
+    args, saved = (checked, None) if checked else read_command(argv, runtime)
+    if args.evaluate and args.amp and args.amp_dtype == "fp16" and runtime.kind != "cuda":
+        utils.tell(runtime, f"fp16 needs CUDA: evaluating in float32 on {runtime.kind}")
+        args.amp = False
+    runtime.configure(
+        args.amp, args.amp_dtype, args.channels_last, args.sync_bn, args.compile, args.cuda_graph
+    )
+    if args.evaluate:
+        evaluate(runtime, [(args, saved), *(read_command(each, runtime) for each in more)])
+    else:
+        train(args, runtime, saved or {}, "labeled_indices" in given)
+    runtime.close()
 
 
 def read_command(argv, runtime):
@@ -246,6 +244,8 @@ def train(args, runtime, saved, labels_given):
 
     # train, finetune, sum up
     with contextlib.closing(log), utils.Interrupt() as interrupt:
+        for image_set in filter(None, (dataset.labeled, dataset.unlabeled, dataset.val, dataset.test)):
+            image_set.on_unreadable = interrupt.note_fault
         runtime.on_main(lambda: write_labeled(log.folder, dataset))
         commands.describe_run(args, runtime, dataset, method, folder, saved.get("step"))
         if method:
@@ -291,7 +291,8 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     Args:
         state: the run's state (``FRESH``), updated in place; with the ``POSITION`` of a checkpoint where a
             run is continued.
-        interrupt: an entered ``Interrupt``; after a signal the loop saves and exits with 128 + its number.
+        interrupt: an entered ``Interrupt``; after a signal the loop saves and exits with 128 + its number,
+            after a fault with 2.
     """
     mu = args.mu if method.uses_unlabeled else 0
     loader = TrainLoader(dataset, args.batch_size, mu, args.seed, runtime, args.workers)
@@ -316,10 +317,24 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
         content |= {"step": step + 1, "args": vars(args), "data": record_of_data}
         commands.save(args, runtime, log, content, kinds)
 
+    def stop(taken, status):
+        """End the process after so many steps, saved if there are new ones."""
+        if taken > args.start_step:
+            meters.read()
+            if taken > throughput.taken:
+                throughput.count(taken)
+            method.sync_statistics()
+            loader.position = taken  # a batch that was drawn for the next step is drawn again
+            checkpoint(taken - 1, "last")
+            progress.stopped(f"after step {taken}", commands.checkpoint_path(args, "last"))
+        interrupt.end(status)
+
     runtime.finish_step()  # on XLA the set-up is no part of the first step
     for step in range(args.start_step, args.total_steps):
         # a batch, then its views and a step of the method
         batch = next(loader)
+        if interrupt.fault and runtime.processes == 1:  # several wait for each other: they take this step
+            stop(step, 2)
         runtime.seed(args.seed, step)
         evaluating = (step + 1) % args.eval_step == 0 or step + 1 == args.total_steps
         scalars = take_step(batch, step, diagnose=True) if evaluating else repeated_step(batch, step)
@@ -361,15 +376,9 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
             progress.record(step + 1, record)
             throughput.restart(step + 1)
 
-        # a signal
-        if number := interrupt.stops(runtime):
-            meters.read()
-            if step + 1 > throughput.taken:
-                throughput.count(step + 1)
-            method.sync_statistics()
-            checkpoint(step, "last")
-            progress.stopped(f"after step {step + 1}", commands.checkpoint_path(args, "last"))
-            sys.exit(128 + number)
+        # a signal, or an image that cannot be read
+        if status := interrupt.stops(runtime, wait=evaluating):
+            stop(step + 1, status)
     progress.close()
 
 
@@ -447,6 +456,16 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
         }
         commands.save(args, runtime, log, content | state, kinds)
 
+    def stop(taken, status):
+        if taken > done:
+            meters.read()
+            learner.sync_statistics()
+            loader.position = taken
+            checkpoint(taken - 1, "finetune_last")
+            path = commands.checkpoint_path(args, "finetune_last")
+            progress.stopped(f"after step {taken} of finetuning", path)
+        interrupt.end(status)
+
     def loss_of(part):
         images, targets = part
         loss = F.cross_entropy(learner(images), targets)
@@ -455,13 +474,16 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
     runtime.finish_step()
     for step in range(done, steps):
         batch = next(loader)
+        if interrupt.fault and runtime.processes == 1:
+            stop(step, 2)
         runtime.seed(args.seed + 1, step)
         labeled, targets, *_ = runtime.shard(views(batch.images_l, batch.targets, None, loader.generator))
         meters.update(learner.learn(loss_of, [(labeled, targets)], step), steps_before + step)
         runtime.finish_step()
         progress.step()
 
-        if (step + 1) % max(50, steps // 10) == 0 or step + 1 == steps:
+        evaluating = (step + 1) % max(50, steps // 10) == 0 or step + 1 == steps
+        if evaluating:
             learner.sync_statistics()
             record = {"finetune_loss": meters.read()["finetune_loss"]}
             test, confusion, val_top1 = measure_splits(runtime, members, dataset, views)
@@ -479,13 +501,8 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
             checkpoint(step, *["finetune_best"] * better, "finetune_last")
             progress.line(f"step {step + 1}/{steps}  finetuned to {test['top1']:.2f} %")
 
-        if number := interrupt.stops(runtime):
-            meters.read()
-            learner.sync_statistics()
-            checkpoint(step, "finetune_last")
-            path = commands.checkpoint_path(args, "finetune_last")
-            progress.stopped(f"after step {step + 1} of finetuning", path)
-            sys.exit(128 + number)
+        if status := interrupt.stops(runtime, wait=evaluating):
+            stop(step + 1, status)
     progress.close()
     return state["finetune_top1"]
 
@@ -585,4 +602,4 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    script.execute(run, sys.argv[1:])

@@ -373,4 +373,4 @@ def run(argv):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # names of files may be no UTF-8
-    sys.exit(run(sys.argv[1:]))
+    script.execute(run, sys.argv[1:])

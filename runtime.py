@@ -450,13 +450,23 @@ class Runtime:
 
     @contextlib.contextmanager
     def local_main_first(self):
-        """Context that one process of each machine goes through before the others: to download, say."""
-        first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-        if not first:
-            self.barrier()
-        yield
+        """Context that one process of each machine goes through before the others: to download, say.
+
+        Where it raises a UserError there, the others end without a word, with the same exit status.
+        """
+        first, error = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
         if first:
-            self.barrier()
+            try:
+                yield
+            except UserError as raised:
+                error = str(raised)
+        failed = bool(self.all_reduce_max_int(int(error is not None)))
+        if error:
+            raise UserError(error)
+        if failed:
+            sys.exit(2)
+        if not first:
+            yield
 
     def barrier(self):
         if self.processes > 1:
@@ -465,23 +475,26 @@ class Runtime:
     def on_main(self, function):
         """What ``function()`` returns in the main process, which alone calls it: the same answer in all.
 
-        Raises:
-            UserError: it raised one there; all processes raise it.
+        What it raises there is raised there; the others end without a word, with the same exit status.
         """
         if self.processes == 1:
             return function()
-        outcome = [None, None]
+        outcome = [None, 0]
         if self.is_main:
             try:
                 outcome[0] = function()
-            except UserError as error:
-                outcome[1] = str(error)
+            except Exception as error:
+                dist.broadcast_object_list([None, 2 if isinstance(error, UserError) else 1])
+                raise
         dist.broadcast_object_list(outcome)
-        if outcome[1]:
-            raise UserError(outcome[1])
-        return outcome[0]
+        answer, status = outcome
+        if status:
+            sys.exit(status)
+        return answer
 
     def close(self):
+        """At the end of what all processes have done together. After an error there is none: it could wait
+        for the others."""
         if self.processes > 1:
             dist.destroy_process_group()
 
@@ -561,11 +574,13 @@ class Runtime:
         The paths are written one after the other; the state leaves the device once. Only the main process
         writes; all return when the files are there.
         """
-        if self.is_main:
-            state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), state)
+
+        def write():
+            content = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), state)
             for path in paths:
-                write_atomically(path, lambda file: torch.save(state, file))
-        self.barrier()
+                write_atomically(path, lambda file: torch.save(content, file))
+
+        self.on_main(write)
 
     def load(self, path):
         """Read what ``save`` wrote, onto the CPU. Never runs code from the file (``weights_only``).

@@ -308,22 +308,26 @@ def run_trial(tuning, trial, log, interrupt):
     folder, size, sent = tuning.folder.parent / run, 0, 0
     reported = dict(tuning.trials()[trial.number].intermediate_values)
     status = None
-    while status is None:
-        time.sleep(POLL)
-        status = process.poll()
-        pruned = False
-        if (now := size_of(folder / "metrics.jsonl")) != size:
-            size = now
-            accuracies = validation_accuracies(folder)
-            for step in accuracies.keys() - reported.keys():
-                trial.report(accuracies[step], step)
-            reported |= accuracies
-            # never the first: the result is no worse than the flags as given; nor one that is finished
-            running = max(reported, default=0) < tuning.args.total_steps
-            pruned = trial.number > 0 and running and trial.should_prune()
-        if status is None and not sent and (pruned or interrupt.signal):
-            sent = interrupt.signal or signal.SIGTERM  # the run saves
-            process.send_signal(sent)
+    try:
+        while status is None:
+            time.sleep(POLL)
+            status = process.poll()
+            pruned = False
+            if (now := size_of(folder / "metrics.jsonl")) != size:
+                size = now
+                accuracies = validation_accuracies(folder)
+                for step in accuracies.keys() - reported.keys():
+                    trial.report(accuracies[step], step)
+                reported |= accuracies
+                # never the first: the result is no worse than the flags as given; nor one that is finished
+                running = max(reported, default=0) < tuning.args.total_steps
+                pruned = trial.number > 0 and running and trial.should_prune()
+            if status is None and not sent and (pruned or interrupt.signal):
+                sent = interrupt.signal or signal.SIGTERM  # the run saves
+                process.send_signal(sent)
+    finally:
+        if status is None:  # an error: nobody would look after the run
+            process.terminate()
     if status == 0:
         value = max(validation_accuracies(folder).values())
         tuning.study.tell(trial, value)
@@ -536,4 +540,4 @@ def run(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    script.execute(run, sys.argv[1:])

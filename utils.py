@@ -48,6 +48,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
     def error(self, message):
+        if not first_process():  # which has the same command line, and says it
+            sys.exit(2)
         hint = "--help lists all flags"
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if unknown != message.split()[0]:
@@ -91,6 +93,17 @@ def count_or_fraction(text):
     if not 0 < value < math.inf or (value >= 1 and value != int(value)):
         raise argparse.ArgumentTypeError(f"{text} is neither a count nor a fraction such as 0.05, nor all")
     return int(value) if value >= 1 else value
+
+
+def first_process():
+    """Whether this is the process that speaks before there is a ``Runtime``: the first of torchrun's."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def say(*lines):
+    """Lines on standard error about the command line, which is the same in all processes: once."""
+    if first_process():
+        print("\n".join(lines), file=sys.stderr)
 
 
 def tell(runtime, *lines):
@@ -291,10 +304,15 @@ def writing(path):
 
 
 class Interrupt:
-    """Context that remembers SIGTERM or SIGINT, so that a loop can stop between two steps."""
+    """Context that remembers SIGTERM, SIGINT or a fault in the data, so that a loop can stop after a step.
+
+    Attributes:
+        signal: its number, 0 for none.
+        fault: the sentence about the first image that could not be read, None for none.
+    """
 
     def __enter__(self):
-        self.signal, self.asked = 0, None
+        self.signal, self.fault, self.asked = 0, None, None
         self.before = {
             number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
         }
@@ -305,16 +323,28 @@ class Interrupt:
         if number == signal.SIGINT:  # a second Ctrl-C ends the process at once; launchers repeat SIGTERM
             signal.signal(number, signal.SIG_DFL)
 
-    def stops(self, runtime):
-        """The signal that ends the run after this step, 0 for none: the same answer in all processes.
+    def note_fault(self, sentence):
+        self.fault = self.fault or sentence
 
-        Several processes ask each other at every step and read the answer at the next, so that none waits.
+    def stops(self, runtime, wait=False):
+        """The exit status with which the run ends after this step, 0 if it goes on: the same in all
+        processes.
+
+        Several processes ask each other at every step and read the answer at the next, so that none waits,
+        or with ``wait`` at once.
         """
+        status = 128 + self.signal if self.signal else 2 if self.fault else 0
         if runtime.processes == 1:
-            return self.signal
-        answer = int(self.asked) if self.asked is not None else 0
-        self.asked = runtime.all_reduce_max_int(self.signal)
-        return answer
+            return status
+        earlier, self.asked = self.asked, runtime.all_reduce_max_int(status)
+        answer = self.asked if wait else earlier
+        return 0 if answer is None else int(answer)
+
+    def end(self, status):
+        """End this process: one that has found a fault says so."""
+        if self.fault:
+            raise UserError(self.fault)
+        sys.exit(status)
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -599,8 +629,12 @@ class RunLog:
 
     def _open(self):
         if self.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is used
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is used
+            except Exception as error:  # not installed, or at odds with another package
+                self.tensorboard = False
+                self._say(f"no TensorBoard events are written, metrics.jsonl has the same figures: {error}")
+                return
             self.writer = SummaryWriter(self.folder, purge_step=self.purge_step)
 
     def _arguments(self, folder):

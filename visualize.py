@@ -680,5 +680,10 @@ def main(argv):
     print(save(figure, args.out or path))
 
 
+def run(argv):
+    """``main``, with errors as one sentence; returns the exit status."""
+    return script.run("visualize.py", main, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(script.run("visualize.py", main, sys.argv[1:]))
+    script.execute(run, sys.argv[1:])

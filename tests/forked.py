@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from script import execute
+
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 SERVER = multiprocessing.get_context("forkserver")
@@ -130,10 +132,10 @@ def run(function, *arguments, processes=1):
 
 
 def script(name, arguments, cwd):
-    """What ``python NAME.py ARGUMENTS`` does in ``cwd``; returns its status."""
+    """What ``python NAME.py ARGUMENTS`` does in ``cwd``; ends the process, or returns after a success."""
     os.chdir(cwd)
     sys.argv = [str(ROOT / f"{name}.py"), *arguments]
-    return importlib.import_module(name).run(arguments)
+    execute(importlib.import_module(name).run, arguments)
 
 
 def run_main(arguments, cwd, processes=1):

@@ -5,25 +5,35 @@ is changed.
 """
 
 import json
+import multiprocessing
 import os
 import pickle
+import runpy
 import signal
 import subprocess
 import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import kill_worker
 import numpy as np
+import optuna
 import pytest
 import torch
 from conftest import teacher_file
 from PIL import Image
 from test_cli import assert_same_checkpoint
 
+import evaluation
+import loader
 import main
+import methods
+from loader import TrainLoader
+from runtime import Runtime, UserError
+from script import execute, run
 
 ROOT = Path(main.__file__).parent
 TINY = (
@@ -312,6 +322,335 @@ def test_keep(here):
     assert [path.name for path in (here / "checkpoint").glob("run_step*")] == ["run_step00000004.pth.tar"]
     step = load(here / "checkpoint/run_step00000004.pth.tar")["step"]
     assert step == 4
+
+
+# ---------------------------------------------------------------- an error that nobody foresaw
+
+LARGE = ("--resize", "70", "--batch-size", "2", "--mu", "1", "--name", "run")  # decoded by workers
+
+
+def broken(place, name, arguments, folder):
+    """``python NAME.py ARGUMENTS`` with a bug in one place; leaves the process numbers of its workers."""
+    os.chdir(folder)
+    rank, taken = os.environ.get("RANK", "0"), []
+
+    def noted(*_, **__):
+        pids = [worker.pid for worker in multiprocessing.active_children()]
+        Path(f"workers-{rank}").write_text(json.dumps(pids))
+
+    def fails(*_, **__):
+        noted()
+        raise RuntimeError("nobody foresaw this")
+
+    def fails_later(function):
+        def wrapped(*arguments, **options):
+            taken.append(None)
+            return fails() if len(taken) == 3 else function(*arguments, **options)
+
+        return wrapped
+
+    if place == "step" or (place == "step of rank 1" and rank == "1"):
+        methods.MPL.step = fails_later(methods.MPL.step)
+    elif place == "worker":
+        loader.read_image = fails
+    elif place == "prediction":
+        evaluation.ranked = fails
+    elif place == "search":
+        optuna.Trial.report = fails
+    sys.argv = [str(ROOT / f"{name}.py"), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def alive(pid):
+    """Whether a process runs, and has not merely nobody who asks for its status."""
+    listed = subprocess.run(["ps", "-p", str(pid), "-o", "stat="], capture_output=True, text=True)
+    return listed.stdout.strip()[:1] not in ("", "Z")
+
+
+def ended_with_a_traceback(started, folder):
+    """What it said; no process waits for it, and none is left."""
+    errors = started.communicate(timeout=100)[1]
+    assert started.returncode == 1, errors
+    assert "RuntimeError: nobody foresaw this" in errors, errors
+    pids = [pid for path in folder.glob("workers-*") for pid in json.loads(path.read_text())]
+    assert not any(map(alive, pids))
+    return errors, pids
+
+
+@pytest.mark.parametrize("place", ["step", "worker"])
+def test_an_error_ends_a_run_whose_workers_decode(place, tmp_path):
+    photographs(tmp_path / "own", (70, 70), count=40)
+    flags = [*TINY, *folder_flags(tmp_path / "own"), *LARGE, "--workers", "2", "--total-steps", "1000"]
+    started = forked.Started(broken, place, "main", flags, str(tmp_path))
+    errors, pids = ended_with_a_traceback(started, tmp_path)
+    assert "Traceback (most recent call last)" in errors
+    assert len(pids) == 2 or place == "worker"
+
+
+def test_an_error_ends_a_prediction_whose_workers_decode(tmp_path, trained):
+    folder = photographs(tmp_path / "own", (70, 70), count=40)
+    content = load(trained)
+    content["data"] |= {"size": 70, "crop": "none"}  # so that workers decode
+    torch.save(content, tmp_path / "large.pth.tar")
+    words = ["large.pth.tar", str(folder), "--batch-size", "2", "--workers", "2", "--device", "cpu"]
+    _, pids = ended_with_a_traceback(
+        forked.Started(broken, "prediction", "predict", words, str(tmp_path)), tmp_path
+    )
+    assert len(pids) == 2
+
+
+@pytest.mark.parametrize("restarts", [None, 1])
+def test_an_error_in_one_rank_ends_all(restarts, tmp_path):
+    """Alone and under torchrun, which starts them again as often as it may."""
+    photographs(tmp_path / "own", (70, 70), count=40)
+    flags = [*TINY, *folder_flags(tmp_path / "own"), *LARGE, "--workers", "1", "--total-steps", "1000"]
+    how = {"processes": 2} if restarts is None else {"restarts": restarts}
+    flags += ["--eval-step", "1000"]
+    started = forked.Started(broken, "step of rank 1", "main", flags, str(tmp_path), **how)
+    errors, _ = ended_with_a_traceback(started, tmp_path)
+    assert errors.count("RuntimeError: nobody foresaw this") == 1 + (restarts or 0), errors
+
+
+def test_an_error_ends_a_search_and_its_run(tmp_path):
+    words = "--study study --search temperature=0.3:3 --dataset twomoons --num-labeled 6 --num-val 100"
+    words += " --batch-size 6 --mu 4 --device cpu --total-steps 1000000 --eval-step 20 --no-pictures"
+    started = forked.Started(broken, "search", "tune", words.split(), str(tmp_path))
+    ended_with_a_traceback(started, tmp_path)
+    (log,) = tmp_path.glob("results/study/*.log")
+    end = time.monotonic() + 60
+    while "stopped after step" not in log.read_text() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert "stopped after step" in log.read_text()
+
+
+def on_main(kind):
+    """What the first of two processes finds is wrong, while the other waits for its answer."""
+
+    def fails():
+        raise kind("wrong in the first")
+
+    execute(lambda argv: run("main.py", lambda argv: Runtime("cpu").on_main(fails), argv), [])
+
+
+@pytest.mark.parametrize(("kind", "status"), [(ValueError, 1), (UserError, 2)])
+def test_what_the_main_process_raises_ends_all(kind, status):
+    """Each by itself: torchrun is not there to end the others. The first alone says it."""
+    started = forked.Started(on_main, kind, processes=2)
+    errors = started.communicate(timeout=100)[1]
+    assert [process.exitcode for process in started.processes] == [status, status]
+    says = "ValueError: wrong in the first" if status == 1 else "main.py: wrong in the first"
+    assert errors.count(says) == 1, errors
+    assert errors.count("Traceback (most recent call last)") == (status == 1)
+
+
+def test_messages_of_arguments_are_printed_once(tmp_path):
+    flags = [*TINY, "--warmup-steps", "9", "--jitter", "0", "1", "--total-steps", "2"]
+    done = forked.run_main(flags, tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("--jitter without effect") == 1
+    assert done.stderr.count("the learning rate does not reach its peak") == 1
+    changed = forked.run_main([*TINY, "--resume", "auto", "--mu", "1"], tmp_path, processes=2)
+    assert changed.returncode == 0, changed.stderr
+    assert changed.stderr.count("--mu 2 → 1") == 1
+    refused = forked.run_main([*TINY, "--mu", "-3"], tmp_path, processes=2)
+    assert refused.returncode == 2 and refused.stderr.count("-3 is out of range") == 1, refused.stderr
+
+
+def without_tensorboard(arguments, folder):
+    for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard"]:
+        del sys.modules[name]
+    sys.modules.pop("torch.utils.tensorboard", None)
+    sys.modules["tensorboard"] = None  # as Python has it for what cannot be imported
+    forked.script("main", arguments, folder)
+
+
+def test_without_tensorboard(tmp_path):
+    """One line, also where a run replaces another one, whose log is opened twice."""
+    for number in (1, 2):
+        done = forked.run(without_tensorboard, [*TINY, "--overwrite"], str(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("no TensorBoard events are written") == 1, (number, done.stderr)
+        assert not list(tmp_path.glob("results/run/events*"))
+        lines = (tmp_path / "results/run/metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [2, 4]
+
+
+# ---------------------------------------------------------------- an image that turns out to be unreadable
+
+FILES = [*TINY, *LARGE, "--num-labeled", "4", "--dataset", "folder", "--data-path", "own", "--workers", "1"]
+
+
+def draws(flags, steps, seed=0, mu=None, rank=0, world_size=1):
+    """Of each step, the paths of the images that are drawn."""
+    args = main.parse_arguments(flags)
+    dataset = main.read_data(args, None, False)
+    where = SimpleNamespace(
+        rank=rank, world_size=world_size, device=torch.device("cpu"), generator=Runtime("cpu").generator
+    )
+    mu = args.mu if mu is None else mu
+    loader = TrainLoader(dataset, args.batch_size, mu, seed, where, workers=0)
+    drawn = []
+    for step in range(steps):
+        drawn.append([share.image_set.files[i] for share in loader.shares for i in share.take(step).tolist()])
+    return drawn
+
+
+def first_drawn(drawn, step, but=()):
+    """An image that is drawn at this step, in none of the lists of paths before nor in ``but``."""
+    earlier = {path for paths in [*drawn[:step], *but] for path in paths}
+    return Path(next(path for path in drawn[step][::-1] if path not in earlier))
+
+
+def goes_bad(path, patch, name="train_loop"):
+    """The file becomes unreadable when ``main.NAME`` begins, which is after the set-up of a run."""
+    function = getattr(main, name)
+
+    def then(*arguments):
+        path.write_text("no image")
+        return function(*arguments)
+
+    patch.setattr(main, name, then)
+
+
+def assert_same_end(one, other):
+    """Two checkpoints whose runs differ in what a file held, which is all that ``data`` is about."""
+    assert_same_checkpoint(*({**load(path), "data": None} for path in (one, other)))
+
+
+def train_while_it_goes_bad(path, arguments, folder):
+    goes_bad(Path(path), pytest.MonkeyPatch())
+    forked.script("main", arguments, folder)
+
+
+def assert_same_lines(one, other, name="run"):
+    """The same figures at the same steps, but for the speed."""
+    lines = []
+    for folder in (one, other):
+        text = (folder / f"results/{name}/metrics.jsonl").read_text()
+        lines.append([json.loads(line) | {"images_per_second": 0} for line in text.splitlines()])
+    assert lines[0] == lines[1]
+
+
+@pytest.fixture
+def two_places(tmp_path):
+    """Two folders for runs, each with the same photographs."""
+    for name in ("whole", "stopped"):
+        photographs(tmp_path / name / "own", (70, 70), count=12)
+    return tmp_path / "whole", tmp_path / "stopped"
+
+
+def test_an_unreadable_image_met_later_saves_the_run_first(two_places, monkeypatch, capsys):
+    """It goes on from the step before with --skip-unreadable, or as if nothing had happened once repaired."""
+    whole, stopped = two_places
+    flags = [*FILES, "--total-steps", "8", "--eval-step", "5"]
+    monkeypatch.chdir(whole)
+    bad = first_drawn(draws(flags, 8), 3)
+    assert main.run(flags) == 0
+    with monkeypatch.context() as patch:
+        goes_bad(bad, patch)
+        assert main.run([*flags, "--skip-unreadable", "--name", "skipping"]) == 0
+
+    monkeypatch.chdir(stopped)
+    bad = stopped / bad.relative_to(whole)
+    content = bad.read_bytes()
+    goes_bad(bad, monkeypatch)
+    capsys.readouterr()
+    assert main.run(flags) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert "stopped after step 3; go on with --resume" in lines[-2]
+    assert lines[-1].startswith(f"main.py: the image {bad} cannot be read")
+    saved = load("checkpoint/run_last.pth.tar")
+    assert saved["step"] == 3 and saved["loader"] == {"position": 3}
+
+    assert main.run([*flags, "--resume", "auto"]) == 2  # again, and nothing is lost
+    assert_same_checkpoint(load("checkpoint/run_last.pth.tar"), saved)
+    again = ["--skip-unreadable", "--resume", "checkpoint/run_last.pth.tar", "--name", "skipping"]
+    assert main.run([*flags, *again]) == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(stopped)
+    bad.write_bytes(content)
+    assert main.run([*flags, "--resume", "auto"]) == 0
+    for name, lines in (("run", [5, 8]), ("skipping", [5, 8])):
+        path = f"checkpoint/{name}_last.pth.tar"
+        assert_same_end(stopped / path, whole / path)
+        metrics = Path(f"results/{name}/metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in metrics] == lines
+        assert_same_lines(whole, stopped, name)
+
+
+def test_an_unreadable_image_in_the_first_batch_leaves_nothing(two_places, monkeypatch):
+    monkeypatch.chdir(two_places[0])
+    Path(draws(FILES, 1)[0][0]).write_text("no image")
+    assert main.run(FILES) == 2
+    assert not list(Path("checkpoint").glob("*.tar"))
+    assert main.run([*FILES, "--skip-unreadable"]) == 0
+
+
+def test_an_unreadable_test_image_saves_the_run_first(two_places):
+    """Found by one of two processes in the last evaluation, whose checkpoint is written: the run goes on as
+    one that left the image out."""
+    flags = [*FILES, "--total-steps", "2", "--eval-step", "2"]
+    whole, stopped = two_places
+    for place in two_places:
+        next(place.glob("own/test/*/*.png")).write_text("no image")
+    done = forked.run_main([*flags, "--skip-unreadable"], whole, processes=2)
+    assert done.returncode == 0, done.stderr
+    done = forked.run_main(flags, stopped, processes=2)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("main.py: the image") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert load(stopped / "checkpoint/run_last.pth.tar")["step"] == 2
+    assert not (stopped / "results/run/summary.json").exists()
+    done = forked.run_main([*flags, "--resume", "auto", "--skip-unreadable"], stopped, processes=2)
+    assert done.returncode == 0, done.stderr
+    figures = [json.loads((place / "results/run/summary.json").read_text()) for place in two_places]
+    assert figures[0]["top1"] == figures[1]["top1"] and figures[1]["test_images"] == 23
+    assert_same_lines(whole, stopped)
+
+
+def test_an_unreadable_image_met_by_finetuning_saves_it_first(two_places, monkeypatch, capsys):
+    """A labelled one: it goes on when it has been put back, as if nothing had happened."""
+    whole, stopped = two_places
+    flags = [*FILES, "--total-steps", "1", "--method", "supervised", "--finetune-epochs", "4"]
+    flags += ["--finetune-batch-size", "2"]
+    monkeypatch.chdir(whole)
+    assert main.run(flags) == 0
+    bad = stopped / first_drawn(draws(flags, 2, seed=1, mu=0), 1).relative_to(whole)
+    content = bad.read_bytes()
+    monkeypatch.chdir(stopped)
+    with monkeypatch.context() as patch:
+        goes_bad(bad, patch, "finetune")
+        assert main.run(flags) == 2
+    assert "stopped after step 1 of finetuning" in capsys.readouterr().err
+    last = Path("checkpoint/run_finetune_last.pth.tar")
+    assert load(last)["finetune_step"] == load(last)["loader"]["position"] == 1
+    bad.write_bytes(content)
+    assert main.run([*flags, "--resume", "auto"]) == 0
+    assert_same_checkpoint(load(last), load(whole / last))
+    assert_same_lines(whole, stopped)
+
+
+def test_an_unreadable_image_met_by_one_of_two_processes(two_places, monkeypatch):
+    """Both save the same step, and go on as two that left it out from the start."""
+    whole, stopped = two_places
+    flags = [*FILES, "--total-steps", "8", "--eval-step", "8"]
+    monkeypatch.chdir(whole)
+    drawn = [draws(flags, 8, rank=rank, world_size=2) for rank in (0, 1)]
+    bad = first_drawn(drawn[1], 3, drawn[0][:5])
+    words = train_while_it_goes_bad, str(bad), [*flags, "--skip-unreadable"], str(whole)
+    done = forked.run(*words, processes=2)
+    assert done.returncode == 0, done.stderr
+    words = train_while_it_goes_bad, str(stopped / bad.relative_to(whole)), flags, str(stopped)
+    done = forked.run(*words, processes=2)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("main.py: the image") == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("stopped after step 5;") == 1, done.stderr
+    last = stopped / "checkpoint/run_last.pth.tar"
+    assert load(last)["step"] == load(last)["loader"]["position"] == 5
+    done = forked.run_main([*flags, "--skip-unreadable", "--resume", "auto"], stopped, processes=2)
+    assert done.returncode == 0, done.stderr
+    networks = [load(place / "checkpoint/run_last.pth.tar")["avg_state_dict"] for place in two_places]
+    for name, tensor in networks[0].items():  # batch norm's statistics were averaged once more
+        torch.testing.assert_close(networks[1][name], tensor, rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------- killed, and started again
