@@ -330,11 +330,17 @@ class _Tree:
         """The file of this path, absolute or relative to the folder of images or to that of the table."""
         for place in self.places:
             path = os.path.normpath(os.path.join(place, name))
-            for top in self.tops:
-                if path.startswith(top) and (files := self._matching(path[len(top) :], exact=True)):
-                    return files
+            if files := self._inside(path):
+                return files
             if path.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(path):
-                return [path]
+                return self._inside(os.path.realpath(path)) or [path]
+        return []
+
+    def _inside(self, path):
+        """The file of this path where it begins with the folder of images."""
+        for top in self.tops:
+            if path.startswith(top):
+                return self._matching(path[len(top) :], exact=True)
         return []
 
     def _below(self, name, part):
