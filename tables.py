@@ -295,13 +295,13 @@ class _Tree:
         self.root, self.places = root, (os.path.abspath(root), beside)
         self.tops = [os.path.join(place, "") for place in (self.places[0], os.path.realpath(root))]
         names = [_composed(name) for name in relative(files, root)]
-        stems = [os.path.splitext(name)[0] for name in names]
-        self.spellings = []  # full names, then names without suffix
-        for spelled in (names, stems):
-            by_last = defaultdict(list)
+        self.indices = []  # of full names, then of names without suffix: {name: files}, {last part: names}
+        for spelled in (names, [os.path.splitext(name)[0] for name in names]):
+            files_of, names_of = defaultdict(list), defaultdict(list)
             for name, file in zip(spelled, files, strict=True):
-                by_last[name.rpartition("/")[2]].append((name, file))
-            self.spellings.append(by_last)
+                files_of[name].append(file)
+                names_of[name.rpartition("/")[2]].append(name)
+            self.indices.append((files_of, names_of))
 
     def find_all(self, rows):
         """For each row the list of files that it may mean.
@@ -311,22 +311,20 @@ class _Tree:
         """
         folders = (_parts([*_spellings(row.file)][-1])[:-1] for row in rows)
         shared = [*itertools.takewhile(lambda each: len(set(each)) == 1, zip(*folders, strict=False))]
-        for dropped in range(1 + len(shared)):
-            found = [self.find(row, dropped) for row in rows]
-            if any(found):
-                break
-        return found
+        dropped = range(1 + len(shared))
+        dropped = next((n for n in dropped if any(self.find(row, n) for row in rows[:100])), 0)
+        return [self.find(row, dropped) for row in rows]
 
     def find(self, row, dropped):
         """The files that a row may mean without the first ``dropped`` folders of its name."""
         for name in _spellings(row.file):
-            files = self._here(name) if dropped == 0 else None
-            files = files or self._below("/".join(_parts(name)[dropped:]), row.part)
-            if files:
+            rest = "/".join(_parts(name)[dropped:])
+            files = (self._placed(name) if dropped == 0 else []) or self._named(rest)
+            if files := files or self._ending(rest, row.part):
                 return files
         return []
 
-    def _here(self, name):
+    def _placed(self, name):
         """The file of this path, absolute or relative to the folder of images or to that of the table."""
         for place in self.places:
             path = os.path.normpath(os.path.join(place, name))
@@ -337,33 +335,24 @@ class _Tree:
         return []
 
     def _inside(self, path):
-        """The file of this path where it begins with the folder of images."""
-        for top in self.tops:
-            if path.startswith(top):
-                return self._matching(path[len(top) :], exact=True)
-        return []
+        """The file of this path if it is below the folder of images."""
+        top = next(filter(path.startswith, self.tops), None)
+        return self._named(path[len(top) :].replace(os.sep, "/")) if top else []
 
-    def _below(self, name, part):
-        """Files at any depth whose path ends like this; test folders hold no training images."""
-        if not name:
-            return []
-        files = self._matching(name, exact=True)
-        return files or self._matching(name, exact=False, avoid_test=part in ("train", "unlabeled"))
+    def _named(self, name):
+        """The file of this name in the folder of images, with or without suffix."""
+        name = _composed(name)
+        return next((files_of[name] for files_of, _ in self.indices if name in files_of), [])
 
-    def _matching(self, name, exact, avoid_test=False):
-        name = _composed(name.replace(os.sep, "/"))
-        for by_last in self.spellings:
-            near = by_last.get(name.rpartition("/")[2], ())
-            if exact:
-                found = [file for full, file in near if full == name]
-            else:
-                found = [
-                    file
-                    for full, file in near
-                    if full.endswith(f"/{name}") and not (avoid_test and _is_test(full.removesuffix(name)))
-                ]
-            if found:
-                return found
+    def _ending(self, name, part):
+        """The files at any depth whose name ends like this; a folder of test images has none for training."""
+        name = _composed(name)
+        for files_of, names_of in self.indices:
+            near = {full for full in names_of.get(name.rpartition("/")[2], ()) if full.endswith(f"/{name}")}
+            if part in ("train", "unlabeled"):
+                near = {full for full in near if not _is_test(full.removesuffix(name))}
+            if near:
+                return [file for full in sorted(near) for file in files_of[full]]
         return []
 
 
