@@ -80,7 +80,7 @@ def test_columns_are_known_by_their_names(header, cells, tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_separators_and_encodings(separator, encoding, tmp_path):
     files(tmp_path / "in", "a b.jpg", "Löwe,1;2.jpg")
-    rows = [("image", "label"), ("a b.jpg", "猫"), ('"Löwe,1;2.jpg"', "Löwe"), (), ("", "")]
+    rows = [("image", "label", "note"), ("a b.jpg", "猫", ""), ('"Löwe,1;2.jpg"', "Löwe"), (), ("", "")]
     path = table(tmp_path / "labels.csv", *map(separator.join, rows), encoding=encoding, end="\r\n")
     assert read(path, tmp_path / "in") == ({"a b.jpg": "猫", "Löwe,1;2.jpg": "Löwe"}, [])
 
