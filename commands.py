@@ -561,7 +561,8 @@ def take_places(args, given, before):
 
 def take_table(args, given, before):
     """A table of labels belongs to its folder of images: an evaluation on others does not take it along."""
-    same = args.dataset == before.get("dataset") and os.path.abspath(args.data_path) == before["data_path"]
+    place = os.path.abspath(args.data_path)
+    same = (args.dataset, place) == (before.get("dataset"), before.get("data_path"))
     if args.evaluate and "labels" not in given and not same:
         args.labels = args.label_columns = None
 
