@@ -22,7 +22,7 @@ from utils import Parser, say, tell, well_formed, writing
 # flags that belong to one command and are not taken from a checkpoint
 OF_COMMAND = ("evaluate", "finetune", "resume", "overwrite", "local_rank", "start_step", "help")
 PATHS = ("data_path", "save_path", "results_path", "unlabeled_path", "labeled_indices", "weights")
-PATHS = (*PATHS, "teacher_checkpoint", "resume")
+PATHS = (*PATHS, "labels", "teacher_checkpoint", "resume")
 # flags that say what a run is about: it cannot go on with others
 IDENTITY = (
     *("dataset", "num_labeled", "num_val", "seed", "resize", "test_fraction", "method", "model"),
@@ -75,6 +75,9 @@ def arguments(parser, argv, saved=None, path=None):
         take_places(args, given, before)
         args.finetune |= "finetune_step" in saved and not args.evaluate
         args.start_step = 0 if args.evaluate or args.finetune else saved["step"]
+        take_table(args, given, before)
+    elif args.labels and "dataset" not in given:
+        args.dataset = "folder"
 
     # flags without effect
     unused = without_effect(args)
@@ -133,6 +136,7 @@ def without_effect(args):
     unused |= {"randaug"} if not method.uses_strong_view and args.labeled_view == "weak" else set()
     unused |= {"milestones"} if args.schedule != "milestones" else set()
     unused |= {"test_fraction"} if args.dataset != "folder" else set()
+    unused |= {"label_columns"} if not args.labels else set()
     unused |= {"sgd": set(), "rmsprop": {"nesterov"}, "adamw": {"nesterov", "momentum"}}[args.optimizer]
     unused |= {"body_lr_scale"} if args.freeze_body else set()
     return unused | ({"svhn_extra"} if args.dataset != "svhn" else set())
@@ -529,6 +533,8 @@ def remembered(saved, parser, path):
         # --num-labeled is a count or a fraction; what a number must be else, its type says below
         kinds = (str, float) if default is None else (float,) if type(default) is int else (type(default),)
         known = isinstance(value, (*kinds, int, type(None)))
+        if action.dest == "label_columns":
+            known = value is None or (isinstance(value, list) and [*map(type, value)] == [str, str])
         known = known and (not action.choices or value in action.choices)
         for number in value if isinstance(value, list) else [value]:
             if known and action.type and number is not None:
@@ -556,6 +562,14 @@ def take_places(args, given, before):
                 setattr(args, name, default)
 
 
+def take_table(args, given, before):
+    """A table of labels belongs to its folder of images: an evaluation on others does not take it along."""
+    place = os.path.abspath(args.data_path)
+    same = (args.dataset, place) == (before.get("dataset"), before.get("data_path"))
+    if args.evaluate and "labels" not in given and not same:
+        args.labels = args.label_columns = None
+
+
 def check_continuation(args, saved, given, before):
     """UserError where the command line makes another run of a checkpoint's; says what else it changes."""
     begins = args.finetune and "finetune_step" not in saved  # finetuning has an optimiser of its own
@@ -567,7 +581,7 @@ def check_continuation(args, saved, given, before):
         was, now = before[name], getattr(args, name)
         if name == "resize" and was is None:
             was = size
-        if name in PATHS and name not in ("data_path", "unlabeled_path"):
+        if name in PATHS and name not in ("data_path", "unlabeled_path", "labels"):
             continue
         if was == now or (name in PATHS and was and now and os.path.abspath(was) == now):
             continue

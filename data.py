@@ -39,6 +39,7 @@ from images import (
     sizes_line,
 )
 from runtime import UserError, write_atomically
+from tables import find_table
 
 # Channel mean and standard deviation of the training images / 255, as published for each data set.
 STATISTICS = {
@@ -129,7 +130,7 @@ class Dataset:
 
 # keywords of load_dataset that a run passes on from its flags as they are
 OPTIONS = ("num_labeled", "num_val", "seed", "unlabeled_path", "unlabeled_mode", "test_fraction", "workers")
-OPTIONS += ("skip_unreadable", "svhn_extra")
+OPTIONS += ("skip_unreadable", "svhn_extra", "labels", "label_columns")
 
 
 def load_dataset(
@@ -147,6 +148,8 @@ def load_dataset(
     workers=2,
     skip_unreadable=False,
     svhn_extra=False,
+    labels=None,
+    label_columns=(),
     record=None,
     only_test=False,
 ):
@@ -171,6 +174,8 @@ def load_dataset(
         workers: threads that read images into memory, or DataLoader processes that decode them.
         skip_unreadable: leave out images that cannot be decoded, with a line on standard error.
         svhn_extra: add SVHN's 531,131 ``extra`` images to the unlabelled ones, as in the paper.
+        labels: table of the images' classes, in the place of class folders (see tables.py).
+        label_columns: names of its file column and its label column; empty: found by the usual names.
         record: ``Dataset.record()`` of the run that is continued or evaluated: classes, statistics, and the
             labelled, validation and test images are those of the run. Checkpoints of early versions recorded
             no images; these are then drawn as those versions drew them.
@@ -185,6 +190,8 @@ def load_dataset(
         raise UserError(f"data set '{name}' is not known: use one of {', '.join(NAMES)}")
     if resize is not None and resize < 1:
         raise UserError(f"images cannot be resized to {resize} pixels: use 1 or more")
+    if labels and name != "folder":
+        raise UserError(f"--labels {labels} is for images of your own: give --dataset folder, not {name}")
     source = READERS[name](
         data_path,
         resize,
@@ -192,6 +199,8 @@ def load_dataset(
         workers=workers,
         skip_unreadable=skip_unreadable,
         svhn_extra=svhn_extra,
+        labels=labels,
+        label_columns=label_columns,
         record=record,
         only_test=only_test,
     )
@@ -284,8 +293,8 @@ def _class_sizes(targets, classes):
 # ----------------------------------------------------------------------------------------------- the readers
 #
 # One function per data set, all called as reader(path, resize, **options) with the options of load_dataset
-# that concern reading: test_fraction, workers, skip_unreadable, svhn_extra, record, only_test. Each names
-# those that it uses. ``resize`` is None for the data set's own size.
+# that concern reading: test_fraction, workers, skip_unreadable, svhn_extra, labels, label_columns, record,
+# only_test. Each names those that it uses. ``resize`` is None for the data set's own size.
 
 
 def _two_moons(path, resize, **_):
@@ -426,8 +435,21 @@ def _imagenet(path, resize, *, workers, skip_unreadable, **_):
     )
 
 
-def _folder(path, resize, *, test_fraction, workers, skip_unreadable, record, only_test, **_):
-    """Any folder of class folders: ``train/`` with ``test/`` or ``val/``, or one level that is split here.
+def _folder(
+    path,
+    resize,
+    *,
+    test_fraction,
+    workers,
+    skip_unreadable,
+    labels=None,
+    label_columns=(),
+    record,
+    only_test,
+    **_,
+):
+    """Any folder of class folders: ``train/`` with ``test/`` or ``val/``, or one level that is split here; or
+    any folder of images whose classes are in the table ``labels``.
 
     ``val/`` is used if there is no ``test/``; validation images are drawn from the training images. If all
     images have the same size up to 64 pixels, or ``resize`` is at most 64, they are held in memory, each as a
@@ -435,9 +457,14 @@ def _folder(path, resize, *, test_fraction, workers, skip_unreadable, record, on
     """
     if not os.path.isdir(path):
         raise UserError(f"there is no folder '{path}': give the folder of your images with --data-path")
-    found = find_folders(path, record and record["classes"], only_test)
+    known = record and record["classes"]
+    if labels:
+        found = find_table(labels, path, label_columns, known, only_test)
+    else:
+        found = find_folders(path, known, only_test)
     classes, train, test, notes = found.classes, found.train, found.test, list(found.notes)
-    for part in (train, test):
+    unlabeled = found.unlabeled
+    for part in (train, test, unlabeled):
         if part is not None:
             part.fingerprints = fingerprints(part.files, workers)
     if found.test is None:
@@ -459,6 +486,7 @@ def _folder(path, resize, *, test_fraction, workers, skip_unreadable, record, on
         way = "a larger --test-fraction or a folder test/ helps"
         if found.test is not None:
             way = f"put some into {test.names[0].split('/')[0]}/"
+            way = "give some of their rows the split test" if labels else way
         notes += [f"these classes have no test image: {listed(missing)}; {way}"] if missing else []
     notes.append(sizes_line(test if only_test else train))
 
@@ -472,13 +500,26 @@ def _folder(path, resize, *, test_fraction, workers, skip_unreadable, record, on
             test = first
         else:
             train, test = first, read_images(test, size, workers, skip_unreadable)
+            unlabeled = unlabeled and read_images(unlabeled, size, workers, skip_unreadable)
     else:
         size, crop = resize or 224, "none"
         mean, std = (None, None) if record else sampled_statistics(train, workers, skip_unreadable)
         decoding = {"size": size, "workers": workers, "skip_unreadable": skip_unreadable}
         test = replace(test, **decoding)
         train = None if only_test else replace(train, **decoding)
-    return Source(classes, mean, std, flip=True, size=size, crop=crop, train=train, test=test, notes=notes)
+        unlabeled = unlabeled and replace(unlabeled, **decoding)
+    return Source(
+        classes,
+        mean,
+        std,
+        flip=True,
+        size=size,
+        crop=crop,
+        train=train,
+        test=test,
+        unlabeled=unlabeled,
+        notes=notes,
+    )
 
 
 READERS = {

@@ -73,6 +73,8 @@ def build_parser():
     add("--dataset", default="cifar10", choices=NAMES, help="twomoons and digits need no download; folder: your own")
     add("--svhn-extra", action="store_true", help="SVHN: its 531,131 extra images are unlabelled ones too (the paper's SVHN-1K)")
     add("--data-path", default="data", help="folder of the data set")
+    add("--labels", metavar="FILE", help="table of the classes of your own images (CSV with a header such as image,label), in the place of class folders: --dataset folder")
+    add("--label-columns", nargs=2, metavar=("FILE", "LABEL"), help="with --labels: its columns of file names and of labels (default: found by the usual names)")
     add("--num-labeled", type=utils.count_or_fraction, default=4000, metavar="N", help="labelled images, drawn per class with --seed; below 1: a fraction of the training images; all: every one")
     add("--labeled-indices", metavar="FILE", help="take these labelled images: labeled_indices.txt of a run, labeled.txt of one on a folder")
     add("--num-val", type=count, default=0, metavar="N", help="training images with labels held out to choose the best checkpoint; 0: the last is taken")
@@ -194,7 +196,7 @@ def main(argv):
 def read_command(argv, runtime):
     """The arguments of a command, and the checkpoint of its ``--resume``, None without one."""
     args, given = build_parser().parse_given(argv)
-    path, saved = commands.read_checkpoint(args, runtime, "dataset" in given)
+    path, saved = commands.read_checkpoint(args, runtime, bool(given & {"dataset", "labels"}))
     return parse_arguments(argv, saved, path), saved
 
 

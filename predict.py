@@ -1,6 +1,8 @@
 """Classes and probabilities of your own images, and the network as a file for other programs.
 
     python predict.py checkpoint/NAME_best.pth.tar FOLDER > predictions.csv     # a row for each image
+    python predict.py CKPT a.jpg b.jpg FOLDER                                   # files and folders
+    python predict.py CKPT FOLDER --out table.csv                               # corrected, for main.py --labels
     python predict.py CKPT FOLDER --copy-to sorted                              # and copies in class folders
     python predict.py CKPT FOLDER --uncertain 100 --copy-to label_next          # those to be labelled next
     python predict.py CKPT --export classifier.pt2                              # or .onnx
@@ -37,8 +39,8 @@ import torch
 
 from augmentation import ImageViews, normalization
 from evaluation import EVALUATION_BATCH, predictions, ranked
-from folders import image_tree, relative
-from images import SMALL, ImageSet
+from folders import image_tree, listed, relative
+from images import IMAGE_SUFFIXES, SMALL, ImageSet
 from methods import METHODS, network_name, predicting_roles
 from models import Ensemble, build_model
 from runtime import Runtime, UserError, write_atomically
@@ -65,8 +67,8 @@ def build_parser():
     count = between(int, 1)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="checkpoint that main.py has written")
-    add("folder", metavar="FOLDER", nargs="?", help="any tree of images; unreadable ones are named on standard error and left out")
-    add("--out", metavar="FILE", help="write the CSV file there, replacing it when all images are done (default: standard output)")
+    add("paths", metavar="PATH", nargs="*", help="image files, and folders that are searched at any depth; unreadable images are named on standard error and left out")
+    add("--out", metavar="FILE", help="write the CSV file there, replacing it when all images are done (default: standard output); corrected, it is a table for main.py --labels")
     add("--top", type=count, default=2, metavar="K", help="the K most probable classes of each image, at most all")
     add("--uncertain", type=count, metavar="N", help="only the N images most worth labelling next: those with the smallest margin between the probabilities of the first class and the runner-up, smallest first")
     add("--copy-to", metavar="DIR", help="also copy each listed image into a folder there that is named after the predicted class; no file is replaced")
@@ -83,9 +85,9 @@ def build_parser():
 def main(argv):
     """From a command line to a CSV file, sorted copies or an exported network; UserError for invalid input."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    if (args.folder is None) == (args.export is None):
-        parser.error("give a FOLDER of images, or --export FILE")
+    args = parser.parse_intermixed_args(argv)
+    if bool(args.paths) == bool(args.export):
+        parser.error("give the PATH of images, files or folders, or --export FILE")
     for path in filter(None, (args.out, args.export)):
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
             raise UserError(f"cannot write {path}: give the name of a file in a folder that is there")
@@ -176,7 +178,7 @@ class Prediction(NamedTuple):
     """What an image was taken for."""
 
     file: str
-    name: str  # the path relative to the folder, with "/"
+    name: str  # the path relative to the folder if one alone was given, else the path as given; with "/"
     classes: list  # most probable first, at least two
     probabilities: list
 
@@ -187,26 +189,26 @@ class Prediction(NamedTuple):
 
 
 def classify(args):
-    """A row for each image of a folder, in the natural order of their names, and copies if asked."""
+    """A row for each image, in the natural order of their names, and copies if asked."""
     runtime = Runtime(args.device, alone=True)
-    files, notes = image_tree(args.folder, "FOLDER")
+    named, notes = named_images(args.paths)
     classifier = read_classifier(args, runtime)
     tell(runtime, *notes)
-    images = image_set(args, classifier, files)
+    images = image_set(args, classifier, named)
     folders = class_folders(args, classifier.classes) if args.copy_to else None
 
     rows = []
     emit = rows.append if args.out else print_row
     with contextlib.closing(predicted(args, runtime, classifier, images)) as found:
         if args.uncertain:
-            listed = heapq.nsmallest(args.uncertain, found, key=lambda prediction: prediction.margin)
-            tell(runtime, f"{len(listed)} images with the smallest margin between first class and runner-up")
+            shown = heapq.nsmallest(args.uncertain, found, key=lambda prediction: prediction.margin)
+            tell(runtime, f"{len(shown)} images with the smallest margin between first class and runner-up")
         else:
-            listed = found
+            shown = found
         count = min(args.top, len(classifier.classes))
         numbered = ((f"class_{k}", f"probability_{k}") for k in range(2, count + 1))
         emit(("image", "class", "probability", *itertools.chain(*numbered)))
-        for each in listed:
+        for each in shown:
             if folders:
                 with writing(folders[each.classes[0]]):
                     copy_image(each.file, folders[each.classes[0]])
@@ -216,13 +218,36 @@ def classify(args):
         write_csv(args.out, rows)
 
 
-def image_set(args, classifier, files):
-    """The files as an ``ImageSet`` in natural order: ``2.jpg`` before ``10.jpg``."""
+def named_images(paths):
+    """{file: its name in the table}, each file once, and lines for the user.
+
+    Names are relative to the folder where one alone is given, else paths as they are given.
+
+    Raises:
+        UserError: a path is not there or has no image.
+    """
+    named, notes = {}, []
+    for path in paths:
+        if os.path.isfile(path):
+            if not path.lower().endswith(IMAGE_SUFFIXES):
+                raise UserError(f"'{path}' is no image: files must end in {', '.join(IMAGE_SUFFIXES)}")
+            files, names = [path], [path]
+        else:
+            files, more = image_tree(path, "PATH")
+            names = relative(files, path) if len(paths) == 1 else files
+            notes += more
+        for file, name in zip(files, names, strict=True):
+            named.setdefault(file, name.replace(os.sep, "/"))
+    return named, notes
+
+
+def image_set(args, classifier, named):
+    """The files as an ``ImageSet`` in the natural order of their names: ``2.jpg`` before ``10.jpg``."""
 
     def natural(file):
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file)]
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", named[file])]
 
-    files = sorted(files, key=natural)
+    files = sorted(named, key=natural)
     return ImageSet(
         [-1] * len(files),
         files=files,
@@ -230,7 +255,7 @@ def image_set(args, classifier, files):
         crop=classifier.crop,
         workers=args.workers,
         skip_unreadable=True,
-        names=relative(files, args.folder),
+        names=[named[file] for file in files],
     )
 
 
@@ -252,7 +277,8 @@ def predicted(args, runtime, classifier, images):
         progress.step(count=len(batch))
     progress.close()
     if not readable:
-        raise UserError(f"none of the {len(images)} images in '{args.folder}' can be read: check the files")
+        where = listed([f"'{path}'" for path in args.paths])
+        raise UserError(f"none of the {len(images)} images in {where} can be read: check the files")
 
 
 def print_row(row):
@@ -273,9 +299,11 @@ def print_row(row):
 
 def class_folders(args, classes):
     """{class: its folder in ``--copy-to``}. UserError for a place where copies would be taken for new images."""
-    place, source = (os.path.realpath(path) for path in (args.copy_to, args.folder))
-    if os.path.commonpath((place, source)) == source:
-        raise UserError(f"--copy-to {args.copy_to} lies in '{args.folder}': give a place beside it")
+    place = os.path.realpath(args.copy_to)
+    for path in filter(os.path.isdir, args.paths):
+        source = os.path.realpath(path)
+        if os.path.commonpath((place, source)) == source:
+            raise UserError(f"--copy-to {args.copy_to} lies in '{path}': give a place beside it")
     with writing(args.copy_to):
         os.makedirs(args.copy_to, exist_ok=True)
     folders = (os.path.join(args.copy_to, name) for name in folder_names(classes))

@@ -51,7 +51,7 @@ def problem(num_classes=3, n=6, batch=4, norm=True, dropout=0.0, dtype=torch.flo
 def take_step(
     problem, labels, rate, smoothing=0.0, runtime=None, jvp="auto", body_scale=1.0, estimators=ESTIMATORS
 ):
-    """One plain SGD step of a copy of the student on ``labels``, as a StudentStep with the ``estimators`` that
+    """One plain SGD step of a copy of the student on ``labels``: a StudentStep with ``estimators`` that
     have looked at it before; in its pass the labelled images stand behind the unlabelled ones."""
     runtime = runtime or Runtime("cpu")
     student = Learner(

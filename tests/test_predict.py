@@ -25,6 +25,8 @@ import predict
 from augmentation import ImageViews
 from images import ORIENTATION
 from runtime import Runtime
+from tables import find_table
+from utils import write_csv
 
 ROOT = Path(main.__file__).parent
 COLUMNS = ["image", "class", "probability", "class_2", "probability_2"]
@@ -275,6 +277,55 @@ def test_unreadable_images_are_named_and_left_out(workers, here, capsys):
     assert (here / "rows.csv").read_text() == "mine"
 
 
+def test_files_and_folders_are_named_as_they_are_given(here, capsys):
+    """Each file once, also between flags; a folder alone names its images by their paths in it."""
+    whole, _ = predicted(capsys, SMALL, "mine/test")
+    expected = {row["image"]: {**row, "image": f"mine/test/{row['image']}"} for row in whole}
+    files = ("mine/test/owl/04.png", "mine/test/cat/01.png")
+    one, _ = predicted(capsys, SMALL, files[0])
+    assert one == [expected["owl/04.png"]]
+    rows, _ = predicted(capsys, SMALL, files[0], "--top", "2", "mine/test/cat", files[1])
+    assert rows == [*(expected[f"cat/{k:02d}.png"] for k in range(5)), expected["owl/04.png"]]
+    alone, _ = predicted(capsys, SMALL, "--batch-size", "7", "mine/test/cat/", "--copy-to", "sorted")
+    assert alone == [{**expected[f"cat/{k:02d}.png"], "image": f"{k:02d}.png"} for k in range(5)]
+    most, *_, least = sorted(expected.values(), key=margin, reverse=True)
+    files = (most["image"], least["image"])
+    rows, _ = predicted(capsys, SMALL, *files, "--uncertain", "1", "--copy-to", "next")
+    assert rows == [least] and margin(least) < margin(most)
+    assert [*contents("next").values()] == [(here / least["image"]).read_bytes()]
+
+
+def margin(row):
+    return float(row["probability"]) - float(row["probability_2"])
+
+
+def test_a_corrected_table_is_read_back(here, capsys):
+    """Predict, correct the table, train again: names of any kind, and what is not sure stays unlabelled."""
+    names = ("a,b.png", 'say "x".png', " spaces .png", "猫/10.png", "猫/2.png", "f\udcff.png", "left.png")
+    for name, source in zip(names, sorted((here / "mine/test/dog").iterdir()) * 2, strict=False):
+        (here / "new" / name).parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(source) as image:  # each a picture of its own
+            image.resize((20 + len(name), 20)).save(here / "new" / name)
+    assert predict.run([SMALL, "new", "--out", "table.csv", *PLAIN]) == 0
+    rows = read((here / "table.csv").read_text(errors="surrogateescape"))
+    assert {row["image"] for row in rows} == {*names}
+    labels = dict(zip(names, ("cat", "dog", "owl", "owl", "dog", "cat", ""), strict=True))
+    corrected = [(row["image"], labels[row["image"]], *list(row.values())[2:]) for row in rows]
+    for kept in (corrected, [row for row in corrected if row[1]]):  # without a class, or without the row
+        write_csv("table.csv", [COLUMNS, *kept])
+        found = find_table("table.csv", "new")
+        assert found.classes == ["cat", "dog", "owl"]
+        classes = dict(zip(found.train.names, found.train.targets.tolist(), strict=True))
+        assert classes == {name: found.classes.index(label) for name, label in labels.items() if label}
+        assert found.unlabeled.names == ["left.png"]
+    words = "--labels table.csv --data-path new --num-labeled all --total-steps 1 --batch-size 3 --resize 12"
+    assert main.run([*FOLDER, *words.split(), "--name", "again", "--save-path", "again"]) == 0
+    data = torch.load("again/again_last.pth.tar", weights_only=True)["data"]
+    known = dict(zip(data["labeled"], data["labeled_targets"].tolist(), strict=True))
+    assert known == {name: ["cat", "dog", "owl"].index(labels[name]) for name in known}
+    assert {*known, *data["test"]} == {*names[:6]}
+
+
 # ---------------------------------------------------------------- copies
 
 
@@ -439,9 +490,11 @@ def test_a_checkpoint_that_says_too_little(missing, here, capsys):
         (["nowhere"], "nowhere"),
         (["empty"], "no images in 'empty'"),
         (["heic"], ".heic 1 (photographs among them"),
-        (["mine/test/cat/00.png"], "is a file: give the folder"),
-        ([], "FOLDER"),
-        (["mine", "--export", "net.pt2"], "FOLDER"),
+        (["heic/a.heic"], "'heic/a.heic' is no image: files must end in .jpg"),
+        (["mine", "mine/test/cat/99.png"], "no folder 'mine/test/cat/99.png'"),
+        ([], "PATH"),
+        (["mine", "--export", "net.pt2"], "PATH"),
+        (["mine/test/cat", "mine/test/owl", "--copy-to", "mine/test/owl/sorted"], "lies in 'mine/test/owl'"),
         (["mine", "--out", "nowhere/rows.csv"], "nowhere/rows.csv"),
         (["mine", "--out", "empty"], "cannot write empty"),
         (["--export", "net.pth"], ".pt2 or .onnx"),
