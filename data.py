@@ -302,8 +302,8 @@ def load_dataset(
         dataset.unlabeled = dataset.unlabeled.extended(_part(further, kept))
     if dataset.copies:
         dataset.notes.append(
-            f"{len(dataset.copies):,} images to learn from are copies of test or validation images: left out"
-            + ("" if record else "; --keep-test-copies keeps them")
+            f"images left out as copies of test or validation images: {len(dataset.copies):,}"
+            + ("" if record else " (--keep-test-copies keeps them)")
         )
     added = [] if positional or source.unlabeled is None else [(source.unlabeled, data_path)]
     if unlabeled_path is not None:
@@ -427,10 +427,12 @@ def _digits(path, resize, **_):
     values, targets = load_digits(return_X_y=True)  # (1797, 64) in 0..16
     order = np.random.RandomState(0).permutation(len(targets))
     images = torch.from_numpy(values[order]).float().view(-1, 1, 8, 8) * (255 / 16)
+    prints = pixel_prints(images)
     images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
     images = images.round().to(torch.uint8).repeat(1, 3, 1, 1)
     train, test = (
-        _known(targets[order[part]], images[part], size) for part in (slice(1297), slice(1297, None))
+        ImageSet(targets[order[part]], images[part], fingerprints=prints[part])
+        for part in (slice(1297), slice(1297, None))
     )
     mean, std = channel_statistics(train.images)
     classes = [str(k) for k in range(10)]

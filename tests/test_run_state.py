@@ -935,7 +935,7 @@ def test_images_in_both_parts_are_left_out_or_warned_of(here, capsys):
     shutil.copy(here / "mine/train/cat/03.png", here / "mine/test/cat/copy.png")
     assert command(*FOLDER, "--data-path", "mine", "--name", "without") == 0
     said = capsys.readouterr().err
-    assert "1 images to learn from are copies of test or validation images: left out" in said
+    assert "images left out as copies of test or validation images: 1 (" in said
     assert "cat: 15, dog: 16, owl: 16" in said and "6 labelled, 47 unlabelled" in said
     record = load("checkpoint/without_last.pth.tar")["data"]
     assert not torch.isin(record["tested"], record["trained"]).any()
