@@ -27,7 +27,7 @@ PATHS = (*PATHS, "labels", "teacher_checkpoint", "resume")
 IDENTITY = (
     *("dataset", "num_labeled", "num_val", "seed", "resize", "test_fraction", "method", "model"),
     *("student_model", "optimizer", "weak_pass", "freeze_body", "body_lr_scale", "switch_every"),
-    "svhn_extra",
+    *("svhn_extra", "keep_test_copies"),
 )
 # flags whose change is not worth a line
 INCIDENTAL = (*OF_COMMAND, "name", "device", "workers", "keep", "pictures", "log_step", "expand_labels")
@@ -163,7 +163,7 @@ def check_arguments(args, parser, before):
             "--feedback none leaves --method reduced-mpl nothing that trains its perceptron: give another "
             "--feedback, or --method pseudo-label"
         )
-    if args.unlabeled_mode == "only" and not args.unlabeled_path:
+    if args.unlabeled_mode == "only" and not args.unlabeled_path and args.dataset != "folder":
         parser.error("--unlabeled-mode only needs --unlabeled-path DIR")
     if args.freeze_body and not (args.pretrained or args.weights or args.resume):
         parser.error(

@@ -10,6 +10,7 @@ A new data set needs one function that returns a ``Source`` and one line of ``RE
 import contextlib
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 from folders import (
     class_folders,
     find_folders,
+    ignored_kinds,
     image_tree,
     listed,
     place_of,
@@ -32,6 +34,8 @@ from images import (
     ImageSet,
     channel_statistics,
     fingerprints,
+    pixel_prints,
+    prints_in_stages,
     read_images,
     reason,
     resized,
@@ -64,6 +68,7 @@ class Source(NamedTuple):
     crop: str  # "pad": random crops after padding; "none": the workers already crop, or points
     train: ImageSet | None  # may be None if only the test set was asked for
     test: ImageSet
+    val: ImageSet | None = None  # validation images of its own; None: they are drawn from the training images
     unlabeled: ImageSet | None = None  # further images to learn from, without their labels
     notes: tuple = ()  # sentences for the user about what was found
 
@@ -85,7 +90,9 @@ class Dataset:
     test: ImageSet
     labeled_indices: list  # positions of the labelled images in the training set
     val_indices: list = field(default_factory=list)  # and of the validation images
+    copies: list = field(default_factory=list)  # of training images that are left out, see ``load_dataset``
     path: str = ""  # folder of the files, absolute; "" for data sets without files
+    fingerprint: str = "bytes"  # the rule by which files are known, see ``images.fingerprints``
     notes: list = field(default_factory=list)  # sentences for the user about what was found
 
     @property
@@ -100,7 +107,9 @@ class Dataset:
             Of a folder also "labeled", "val", "test": lists of names; "labeled_prints", "labeled_targets",
             "val_prints", "val_targets": (N,) int64 fingerprints and classes of these images; "trained",
             "tested": (N,) int64 fingerprints of the images that the networks learn from or are chosen by, and
-            of the test images. Of other data sets "labeled", "val": int64 positions; "test": how many.
+            of the test images; "fingerprint": their rule, not there in records of the earlier rule. Of other
+            data sets "labeled", "val": int64 positions; "test": how many; "copies": int64 positions of images
+            that are left out, among the training images followed by the further unlabelled ones.
         """
         content = {
             "name": self.name,
@@ -113,7 +122,9 @@ class Dataset:
         }
         if self.labeled.names is None:
             content |= {"labeled": torch.tensor(self.labeled_indices), "test": len(self.test)}
+            content |= {"copies": torch.tensor(self.copies, dtype=torch.int64)}
             return content | {"val": torch.tensor(self.val_indices) if self.val else None}
+        content |= {"fingerprint": "bytes"} if self.fingerprint == "bytes" else {}
         for kind, part in (("labeled", self.labeled), ("val", self.val or self.labeled.subset([]))):
             content |= {f"{kind}_prints": part.fingerprints, f"{kind}_targets": part.targets}
         learned = [part for part in (self.labeled, self.unlabeled, self.val) if part is not None]
@@ -131,6 +142,7 @@ class Dataset:
 # keywords of load_dataset that a run passes on from its flags as they are
 OPTIONS = ("num_labeled", "num_val", "seed", "unlabeled_path", "unlabeled_mode", "test_fraction", "workers")
 OPTIONS += ("skip_unreadable", "svhn_extra", "labels", "label_columns")
+OPTIONS += ("skip_unreadable", "svhn_extra", "keep_test_copies", "save_path", "results_path")
 
 
 def load_dataset(
@@ -150,6 +162,9 @@ def load_dataset(
     svhn_extra=False,
     labels=None,
     label_columns=(),
+    keep_test_copies=False,
+    save_path="checkpoint",
+    results_path="results",
     record=None,
     only_test=False,
 ):
@@ -168,14 +183,15 @@ def load_dataset(
             STL-10, 224 for ImageNet; for a folder the size of its images up to 64, else 224).
         labeled_indices: file of the labelled images, as written by ``write_labeled``.
         unlabeled_path: any tree of images without classes, added to the unlabelled set
-            (``unlabeled_mode="add"``) or replacing it (``"only"``). Test and validation images in it are left
-            out.
+            (``unlabeled_mode="add"``) or replacing it (``"only"``). Default: ``unlabeled`` inside a folder.
         test_fraction: part of every class that is set aside for testing if a folder has no ``test``.
         workers: threads that read images into memory, or DataLoader processes that decode them.
         skip_unreadable: leave out images that cannot be decoded, with a line on standard error.
         svhn_extra: add SVHN's 531,131 ``extra`` images to the unlabelled ones, as in the paper.
         labels: table of the images' classes, in the place of class folders (see tables.py).
         label_columns: names of its file column and its label column; empty: found by the usual names.
+        keep_test_copies: also learn from copies of test and validation images, which are else left out.
+        save_path, results_path: folders of the program's own, which are no classes.
         record: ``Dataset.record()`` of the run that is continued or evaluated: classes, statistics, and the
             labelled, validation and test images are those of the run. Checkpoints of early versions recorded
             no images; these are then drawn as those versions drew them.
@@ -192,6 +208,7 @@ def load_dataset(
         raise UserError(f"images cannot be resized to {resize} pixels: use 1 or more")
     if labels and name != "folder":
         raise UserError(f"--labels {labels} is for images of your own: give --dataset folder, not {name}")
+    rule = "bytes" if not record else record.get("fingerprint", "pieces")
     source = READERS[name](
         data_path,
         resize,
@@ -201,6 +218,9 @@ def load_dataset(
         svhn_extra=svhn_extra,
         labels=labels,
         label_columns=label_columns,
+        unlabeled_path=unlabeled_path,
+        own_paths=(save_path, results_path),
+        rule=rule,
         record=record,
         only_test=only_test,
     )
@@ -223,6 +243,7 @@ def load_dataset(
         test=source.test,
         labeled_indices=[],
         path="" if name in WITHOUT_FILES else os.path.abspath(data_path),
+        fingerprint=rule,
         notes=list(source.notes),
     )
     if record and "tested" in record and source.test.fingerprints is not None:
@@ -235,10 +256,18 @@ def load_dataset(
     if only_test:
         return dataset
 
-    train = source.train
+    # a run goes on with the images that it began with: earlier versions kept copies of test images
+    train, positional = source.train, source.train.names is None
+    of_before = bool(record) and ("copies" if positional else "fingerprint") not in record
+    keeps = keep_test_copies or of_before
+    if keeps and not record:
+        dataset.notes += _leak(source)
+
+    # labelled and validation images; positions are in the training images, followed by a folder's val/
+    pool = train if source.val is None else train.extended(source.val)
     if record and "labeled" in record:
-        labeled, val = recorded_images(record, train, data_path)
-        if labeled_indices is not None and read_labeled(labeled_indices, train, source.classes) != labeled:
+        labeled, val = recorded_images(record, pool, data_path)
+        if labeled_indices is not None and read_labeled(labeled_indices, pool, source.classes) != labeled:
             raise UserError(
                 f"{labeled_indices} lists other labelled images than the {len(labeled)} that the run has "
                 "learned from: leave --labeled-indices out, or start a new run"
@@ -254,17 +283,53 @@ def load_dataset(
             classes=source.classes,
             labeled=given,
             names=train.names if record is None else None,
+            prints=train.fingerprints,
+            copies=[] if keeps else _copies(train, [source.test, source.val]),
         )
+        if source.val is not None:
+            val = [len(train) + i for i in _own_validation(source, num_val, keeps, dataset.notes)]
     dataset.labeled_indices, dataset.val_indices = labeled, val
-    dataset.labeled = train.subset(labeled)
-    dataset.val = train.subset(val) if val else None
-    dataset.unlabeled = train.subset(np.setdiff1d(np.arange(len(train)), val)) if val else train
-    if source.unlabeled is not None:
-        dataset.unlabeled = dataset.unlabeled.extended(source.unlabeled)
+    dataset.labeled = pool.subset(labeled)
+    dataset.val = pool.subset(val) if val else None
+
+    # unlabelled images: the training images, the data set's further ones, those that the user adds
+    further = source.unlabeled if positional else None
+    if positional and record:
+        dataset.copies = torch.as_tensor(record.get("copies", [])).tolist()
+    elif not keeps:
+        found = _copies(train, [dataset.test, dataset.val])
+        if further is not None:
+            found += [len(train) + i for i in _copies(further, [dataset.test, dataset.val])]
+        dataset.copies = sorted({*found} - {*labeled, *val})
+    kept = np.setdiff1d(np.arange(len(train)), dataset.copies)
+    learned = train.targets[kept]
+    moved = [
+        i for i in labeled if i >= len(train)
+    ]  # labelled images that now lie beside the validation images
+    dataset.unlabeled = _part(pool, [*np.setdiff1d(kept, val), *moved])
+    if further is not None:
+        kept = np.setdiff1d(np.arange(len(further)), np.array(dataset.copies, dtype=int) - len(train))
+        dataset.unlabeled = dataset.unlabeled.extended(_part(further, kept))
+    if dataset.copies:
+        dataset.notes.append(
+            f"images left out as copies of test or validation images: {len(dataset.copies):,}"
+            + ("" if record else " (--keep-test-copies keeps them)")
+        )
+    added = [] if positional or source.unlabeled is None else [(source.unlabeled, data_path)]
     if unlabeled_path is not None:
-        extra = _unlabeled_images(unlabeled_path, dataset, train, workers, skip_unreadable)
-        dataset.unlabeled = dataset.unlabeled.extended(extra) if unlabeled_mode == "add" else extra
-    dataset.notes += _class_sizes(train.targets, source.classes)
+        added.append((_tree(unlabeled_path, dataset, None if positional else rule, workers), unlabeled_path))
+    if unlabeled_mode == "only" and not added:
+        raise UserError(
+            f"--unlabeled-mode only needs images without labels: put them into a folder unlabeled/ in "
+            f"'{data_path}', or name their folder with --unlabeled-path DIR"
+        )
+    for number, (images, place) in enumerate(added):
+        images = replace(images, size=dataset.size, workers=workers, skip_unreadable=skip_unreadable)
+        images = _unlabeled_images(images, place, dataset, train, keep_test_copies)
+        replaces = number == 0 and unlabeled_mode == "only"
+        dataset.unlabeled = images if replaces else dataset.unlabeled.extended(images)
+    dataset.notes += _class_sizes(learned, source.classes)
+
     if record and train.names is not None and "trained" in record:
         before, now = record["trained"], dataset.record()["trained"]
         if not torch.equal(before, now):
@@ -273,6 +338,50 @@ def load_dataset(
                 f"ones then, {len(now):,} now"
             )
     return dataset
+
+
+def _part(images, positions):
+    """The images at these positions; the set itself where these are all."""
+    return images if len(positions) == len(images) else images.subset(positions)
+
+
+def _copies(images, held_out):
+    """Positions of the images that are copies of one in the sets ``held_out``, of which some may be None."""
+    prints = [part.fingerprints for part in held_out if part is not None]
+    if images.fingerprints is None or any(each is None for each in prints):  # points have no copies
+        return []
+    return np.flatnonzero(torch.isin(images.fingerprints, torch.cat(prints))).tolist()
+
+
+def _leak(source):
+    """The warning about test images among the images to learn from, in a list."""
+    test = source.test
+    learned = [part for part in (source.train, source.unlabeled) if part is not None]
+    twins = _copies(test, learned)
+    if not twins:
+        return []
+    example = f", such as {test.names[twins[0]]}" if test.names else ""
+    return [
+        f"{len(twins):,} of {len(test):,} test images are among the training images too{example}: "
+        "the accuracy will be too high by them"
+    ]
+
+
+def _own_validation(source, num_val, keeps, notes):
+    """Positions of the images in a folder's val/ that choose among checkpoints: no copies of test images."""
+    val = source.val
+    if num_val:
+        raise UserError(
+            f"there are validation images already, such as {val.names[0]}: leave out --num-val {num_val}"
+        )
+    copies = [] if keeps else _copies(val, [source.test])
+    if len(copies) == len(val):
+        raise UserError(
+            f"all validation images are copies of test images, such as {val.names[0]}: replace or remove them"
+        )
+    if copies:
+        notes.append(f"{len(copies):,} of {len(val):,} validation images are copies of test images: left out")
+    return np.setdiff1d(np.arange(len(val)), copies).tolist()
 
 
 def _class_sizes(targets, classes):
@@ -293,8 +402,9 @@ def _class_sizes(targets, classes):
 # ----------------------------------------------------------------------------------------------- the readers
 #
 # One function per data set, all called as reader(path, resize, **options) with the options of load_dataset
-# that concern reading: test_fraction, workers, skip_unreadable, svhn_extra, labels, label_columns, record,
-# only_test. Each names those that it uses. ``resize`` is None for the data set's own size.
+# that concern reading: test_fraction, workers, skip_unreadable, svhn_extra, labels, label_columns,
+# unlabeled_path, own_paths, rule, record, only_test. Each names the options that it uses. ``resize`` is None
+# for the data set's own size.
 
 
 def _two_moons(path, resize, **_):
@@ -328,9 +438,13 @@ def _digits(path, resize, **_):
     values, targets = load_digits(return_X_y=True)  # (1797, 64) in 0..16
     order = np.random.RandomState(0).permutation(len(targets))
     images = torch.from_numpy(values[order]).float().view(-1, 1, 8, 8) * (255 / 16)
+    prints = pixel_prints(images)
     images = F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
     images = images.round().to(torch.uint8).repeat(1, 3, 1, 1)
-    train, test = (ImageSet(targets[order[part]], images[part]) for part in (slice(1297), slice(1297, None)))
+    train, test = (
+        ImageSet(targets[order[part]], images[part], fingerprints=prints[part])
+        for part in (slice(1297), slice(1297, None))
+    )
     mean, std = channel_statistics(train.images)
     classes = [str(k) for k in range(10)]
     return Source(classes, mean, std, flip=False, size=size, crop="pad", train=train, test=test)
@@ -353,7 +467,7 @@ def _cifar100(path, resize, **_):
 def _cifar(make, title, archive, path, resize, statistics):
     parts = _downloaded(make, title, archive, path, [{"train": True}, {"train": False}])
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts]
-    train, test = (ImageSet(part.targets, _fitted(x, resize)) for part, x in zip(parts, images, strict=True))
+    train, test = (_known(part.targets, x, resize) for part, x in zip(parts, images, strict=True))
     size = train.images.shape[-1]
     return Source(parts[0].classes, *statistics, flip=True, size=size, crop="pad", train=train, test=test)
 
@@ -371,9 +485,7 @@ def _svhn(path, resize, *, svhn_extra, **_):
         files = "train_32x32.mat, test_32x32.mat and extra_32x32.mat"
         splits.append({"split": "extra"})
     parts = _downloaded(SVHN, "SVHN", files, path, splits)
-    train, test, *extra = (
-        ImageSet(part.labels, _fitted(torch.from_numpy(part.data), resize)) for part in parts
-    )
+    train, test, *extra = (_known(part.labels, torch.from_numpy(part.data), resize) for part in parts)
     return Source(
         [str(k) for k in range(10)],
         *STATISTICS["svhn"],
@@ -392,9 +504,7 @@ def _stl10(path, resize, **_):
 
     splits = [{"split": "train"}, {"split": "test"}, {"split": "unlabeled"}]
     parts = _downloaded(STL10, "STL-10", "stl10_binary.tar.gz", path, splits)
-    train, test, unlabeled = (
-        ImageSet(part.labels, _fitted(torch.from_numpy(part.data), resize)) for part in parts
-    )
+    train, test, unlabeled = (_known(part.labels, torch.from_numpy(part.data), resize) for part in parts)
     mean, std = channel_statistics(train.images)
     return Source(
         parts[0].classes,
@@ -409,8 +519,11 @@ def _stl10(path, resize, **_):
     )
 
 
-def _imagenet(path, resize, *, workers, skip_unreadable, **_):
-    """ImageNet in torchvision's layout: ``train/<class>/*`` and ``val/<class>/*``, decoded by workers."""
+def _imagenet(path, resize, *, workers, skip_unreadable, record, only_test, **_):
+    """ImageNet in torchvision's layout: ``train/<class>/*`` and ``val/<class>/*``, decoded by workers.
+
+    The files are compared with each other when a run begins; its record keeps which ones are copies.
+    """
     for part in ("train", "val"):
         if not os.path.isdir(os.path.join(path, part)):
             raise UserError(
@@ -418,10 +531,17 @@ def _imagenet(path, resize, *, workers, skip_unreadable, **_):
                 "per class in each"
             )
     size = resize or 224
-    classes, parts, notes = class_folders(path, "val")
+    ignored = Counter()
+    classes, parts = class_folders(path, [os.path.join(path, part) for part in ("train", "val")], ignored)
+    prints = [None, None]
+    if not record and not only_test:
+        prints = prints_in_stages([file for part in parts for file in part.files], workers)
+        prints = prints.split([len(part) for part in parts])
     train, test = (
-        replace(part, names=None, size=size, workers=workers, skip_unreadable=skip_unreadable)
-        for part in parts
+        replace(
+            part, names=None, fingerprints=known, size=size, workers=workers, skip_unreadable=skip_unreadable
+        )
+        for part, known in zip(parts, prints, strict=True)
     )
     return Source(
         classes,
@@ -431,7 +551,7 @@ def _imagenet(path, resize, *, workers, skip_unreadable, **_):
         crop="none",
         train=train,
         test=test,
-        notes=notes,
+        notes=ignored_kinds(ignored),
     )
 
 
@@ -442,44 +562,39 @@ def _folder(
     test_fraction,
     workers,
     skip_unreadable,
-    labels=None,
-    label_columns=(),
+    labels,
+    label_columns,
+    unlabeled_path,
+    own_paths,
+    rule,
     record,
     only_test,
     **_,
 ):
-    """Any folder of class folders: ``train/`` with ``test/`` or ``val/``, or one level that is split here; or
-    any folder of images whose classes are in the table ``labels``.
+    """Any folder of class folders, parts with the usual names or one level that is split here; or any folder
+    of images whose classes are in the table ``labels``.
 
-    ``val/`` is used if there is no ``test/``; validation images are drawn from the training images. If all
-    images have the same size up to 64 pixels, or ``resize`` is at most 64, they are held in memory, each as a
-    whole and stretched to a square. Otherwise workers decode crops of ``resize`` or 224 pixels.
+    If all images have the same size up to 64 pixels, or ``resize`` is at most 64, they are held in memory,
+    each as a whole and stretched to a square. Otherwise workers decode crops of ``resize`` or 224 pixels. The
+    unlabelled images stay files until it is known which of them are left out.
     """
     if not os.path.isdir(path):
         raise UserError(f"there is no folder '{path}': give the folder of your images with --data-path")
-    known = record and record["classes"]
     if labels:
-        found = find_table(labels, path, label_columns, known, only_test)
+        found = find_table(labels, path, label_columns, record and record["classes"], only_test)
     else:
-        found = find_folders(path, known, only_test)
-    classes, train, test, notes = found.classes, found.train, found.test, list(found.notes)
-    unlabeled = found.unlabeled
-    for part in (train, test, unlabeled):
+        found = find_folders(path, record, only_test, unlabeled_path, own_paths)
+    classes, train, test, val, notes = found.classes, found.train, found.test, found.val, list(found.notes)
+    for part in (train, test, val, found.unlabeled):
         if part is not None:
-            part.fingerprints = fingerprints(part.files, workers)
-    if found.test is None:
+            part.fingerprints = fingerprints(part.files, workers, rule)
+    if not only_test:
+        notes += _in_two_classes([part for part in (train, test, val) if part is not None], classes)
+    if test is None:
         train, test, more = split_folder(train, path, classes, test_fraction, record, only_test)
         notes += more
     if record and "trained" in record:
         refuse_trained(test, record, path)
-    elif train is not None and not record:
-        twins = torch.isin(test.fingerprints, train.fingerprints)
-        if twins.any():
-            name = test.names[int(twins.int().argmax())]
-            notes.append(
-                f"{int(twins.sum())} of {len(twins)} test images are among the training images too, such as "
-                f"{name}: the accuracy will be too high by them"
-            )
     if not only_test:
         counts = np.bincount(test.targets, minlength=len(classes))
         missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
@@ -500,14 +615,14 @@ def _folder(
             test = first
         else:
             train, test = first, read_images(test, size, workers, skip_unreadable)
-            unlabeled = unlabeled and read_images(unlabeled, size, workers, skip_unreadable)
+            val = val and read_images(val, size, workers, skip_unreadable)
     else:
         size, crop = resize or 224, "none"
         mean, std = (None, None) if record else sampled_statistics(train, workers, skip_unreadable)
         decoding = {"size": size, "workers": workers, "skip_unreadable": skip_unreadable}
         test = replace(test, **decoding)
         train = None if only_test else replace(train, **decoding)
-        unlabeled = unlabeled and replace(unlabeled, **decoding)
+        val = val and replace(val, **decoding)
     return Source(
         classes,
         mean,
@@ -517,9 +632,27 @@ def _folder(
         crop=crop,
         train=train,
         test=test,
-        unlabeled=unlabeled,
+        val=val,
+        unlabeled=found.unlabeled,
         notes=notes,
     )
+
+
+def _in_two_classes(parts, classes):
+    """The warning about the same picture in two classes, in a list."""
+    first, twice = {}, {}
+    for part in parts:
+        for name, number, target in zip(
+            part.names, part.fingerprints.tolist(), part.targets.tolist(), strict=True
+        ):
+            known, known_target = first.setdefault(number, (name, target))
+            if target != known_target:
+                twice.setdefault(number, (known, name))
+    if not twice:
+        return []
+    one, other = next(iter(twice.values()))
+    pictures = "1 picture lies" if len(twice) == 1 else f"{len(twice):,} pictures lie"
+    return [f"{pictures} in two classes, such as {one} and {other}: leave each in one of them"]
 
 
 READERS = {
@@ -580,6 +713,11 @@ def _download_lock(folder):
         yield
 
 
+def _known(targets, images, size):
+    """An ``ImageSet`` in memory that is known by its pixels before ``_fitted``."""
+    return ImageSet(targets, _fitted(images, size), fingerprints=pixel_prints(images))
+
+
 def _fitted(images, size):
     """(N, 3, H, W) uint8 images, contiguous, resized to ``size`` x ``size`` unless it is None."""
     images = images.contiguous()
@@ -591,40 +729,44 @@ def _fitted(images, size):
 # -------------------------------------------------------------------------------------- unlabelled images
 
 
-def _unlabeled_images(path, dataset, train, workers, skip_unreadable):
-    """The images of a tree without classes as an ``ImageSet`` of the same kind as the training set.
-
-    Test and validation images are left out: for files and folders those with the same content, for other data
-    sets those with the same pixels.
-    """
+def _tree(path, dataset, rule, workers):
+    """The files of a tree without classes as an ``ImageSet``; with fingerprints unless ``rule`` is None."""
     if dataset.size == 0:
         raise UserError("two moons are points: --unlabeled-path needs a data set of images")
     files, _ = image_tree(path, "--unlabeled-path")
+    prints = rule and fingerprints(files, workers, rule)
+    return ImageSet([-1] * len(files), files=files, names=relative(files, path), fingerprints=prints)
+
+
+def _unlabeled_images(extra, place, dataset, train, keeps_copies):
+    """Files without classes as an ``ImageSet`` of the same kind as the training images.
+
+    Test and validation images are left out: for files and folders those with the same content, for other data
+    sets those with the same pixels.
+
+    Args:
+        place: their folder, for messages.
+        keeps_copies: whether test and validation images are kept.
+    """
     held_out = [part for part in (dataset.test, dataset.val) if part is not None]
-    extra = ImageSet(
-        [-1] * len(files),
-        files=files,
-        size=dataset.size,
-        workers=workers,
-        skip_unreadable=skip_unreadable,
-        names=relative(files, path),
-        fingerprints=fingerprints(files, workers),
-    )
-    if train.in_memory and train.names is None:
-        extra = read_images(extra, dataset.size, workers, skip_unreadable)
-        seen = {image.numpy().tobytes() for part in held_out for image in part.images}
-        known = np.array([image.numpy().tobytes() in seen for image in extra.images])
-    else:
-        seen = [x.fingerprints if x.names else fingerprints(x.files, workers) for x in held_out]
-        known = torch.isin(extra.fingerprints, torch.cat(seen)).numpy()
-    if known.all():
-        raise UserError(f"all images in '{path}' are test or validation images: correct --unlabeled-path")
-    extra = extra.subset(np.flatnonzero(~known))
+    if train.names is None and train.in_memory:
+        extra = read_images(extra, dataset.size, extra.workers, extra.skip_unreadable)
+        extra, *held_out = (replace(x, fingerprints=pixel_prints(x.images)) for x in (extra, *held_out))
+    elif train.names is None:
+        prints = prints_in_stages([f for x in (extra, *held_out) for f in x.files], extra.workers)
+        prints = prints.split([len(x) for x in (extra, *held_out)])
+        extra, *held_out = (
+            replace(x, fingerprints=p) for x, p in zip((extra, *held_out), prints, strict=True)
+        )
+    count, copies = len(extra), [] if keeps_copies else _copies(extra, held_out)
+    if len(copies) == count:
+        raise UserError(f"all images in '{place}' are test or validation images: correct --unlabeled-path")
+    extra = extra.subset(np.setdiff1d(np.arange(count), copies))
     if train.in_memory and not extra.in_memory:
-        extra = read_images(extra, dataset.size, workers, skip_unreadable)
-    if known.any():
+        extra = read_images(extra, dataset.size, extra.workers, extra.skip_unreadable)
+    if copies:
         dataset.notes.append(
-            f"{known.sum()} of {len(files)} images in '{path}' are test or validation images: left out"
+            f"{len(copies)} of {count} images in '{place}' are test or validation images: left out"
         )
     return extra
 
@@ -632,7 +774,19 @@ def _unlabeled_images(path, dataset, train, workers, skip_unreadable):
 # ---------------------------------------------------------------------------- labelled and validation images
 
 
-def split_labels(targets, num_labeled, num_val, num_classes, seed, *, classes=None, labeled=None, names=None):
+def split_labels(
+    targets,
+    num_labeled,
+    num_val,
+    num_classes,
+    seed,
+    *,
+    classes=None,
+    labeled=None,
+    names=None,
+    prints=None,
+    copies=(),
+):
     """Draw the labelled and the validation images, class by class.
 
     Args:
@@ -645,6 +799,8 @@ def split_labels(targets, num_labeled, num_val, num_classes, seed, *, classes=No
         labeled: positions that are labelled already; only the validation images are drawn.
         names: N names of files. The order in which a class is drawn then depends on the seed and on each
             image's own name, not on which other images there are.
+        prints: (N,) numbers that are equal for copies: no validation image is a copy of a labelled one.
+        copies: positions of copies of test images, which are passed over.
 
     Returns:
         Two sorted lists of positions without overlap: labelled, validation. The labelled images do not
@@ -655,46 +811,66 @@ def split_labels(targets, num_labeled, num_val, num_classes, seed, *, classes=No
     """
     targets = np.asarray(targets)
     classes = classes or [str(k) for k in range(num_classes)]
-    sizes = np.bincount(targets, minlength=num_classes).tolist()
-    per_val = _per_class(num_val, sizes, "--num-val", classes)
+    eligible = ~np.isin(np.arange(len(targets)), copies)
+    sizes = np.bincount(targets[eligible], minlength=num_classes).tolist()
+    passed = np.bincount(targets[~eligible], minlength=num_classes).tolist()
+    beside = [f" beside {n} copies of test or validation images" if n else "" for n in passed]
+    per_val = _per_class(num_val, sizes, len(targets), "--num-val", classes)
     if labeled is None:
-        per_label = _per_class(num_labeled, sizes, "--num-labeled", classes)
+        per_label = _per_class(num_labeled, sizes, len(targets), "--num-labeled", classes)
         if isinstance(num_labeled, float):  # a fraction leaves room for validation
             per_label = [
                 min(n, max(1, size - v)) for n, size, v in zip(per_label, sizes, per_val, strict=True)
             ]
     else:
-        labeled = np.asarray(labeled)
+        labeled = np.asarray(labeled)[eligible[labeled]]
         per_label = np.bincount(targets[labeled], minlength=num_classes).tolist()
-    for name, size, n, v in zip(classes, sizes, per_label, per_val, strict=True):
+    for name, size, n, v, more in zip(classes, sizes, per_label, per_val, beside, strict=True):
         if size == 0:
-            raise UserError(f"class '{name}' has no training images: add some or remove the class")
+            raise UserError(f"class '{name}' has no training images{more}: add some or remove the class")
+        if n == 0:
+            raise UserError(f"class '{name}' has no labelled image{more}: add at least one")
         if n + v > size:
             raise UserError(
-                f"class '{name}' has {size} training images, too few for {n} labelled and {v} validation "
-                "images: lower --num-labeled or --num-val, or add images"
+                f"class '{name}' has {size} training images{more}, too few for {n} labelled and {v} "
+                "validation images: lower --num-labeled or --num-val, or add images"
             )
 
     random = np.random.RandomState(seed)
-    chosen, val = [], []
+    chosen, rests = [], []
     for k in range(num_classes):
         members = np.flatnonzero(targets == k)
         if names is None:
             order = random.permutation(members)
         else:
             order = np.array(sorted(members, key=lambda i: place_of(f"{seed}/{names[i]}")), dtype=np.int64)
+        order = order[eligible[order]]
         taken = order[: per_label[k]] if labeled is None else order[np.isin(order, labeled)]
-        rest = order[np.isin(order, taken, invert=True)]
+        rests.append(order[np.isin(order, taken, invert=True)])
         chosen += taken.tolist()
-        val += rest[: per_val[k]].tolist()
+    val = []
+    for name, rest, count in zip(classes, rests, per_val, strict=True):
+        if prints is not None and count:
+            rest = rest[~torch.isin(prints[rest], prints[chosen]).numpy()]
+        if len(rest) < count:
+            raise UserError(
+                f"class '{name}' has {len(rest)} training images that are no copies of labelled ones, too "
+                f"few for {count} validation images: lower --num-labeled or --num-val, or add images"
+            )
+        val += rest[:count].tolist()
     return sorted(chosen), sorted(val)
 
 
-def _per_class(number, sizes, flag, classes):
-    """How many images of each class a count (int) or a fraction (float) means, as a list of int."""
+def _per_class(number, sizes, total, flag, classes):
+    """How many images of each class a count (int) or a fraction (float) means, as a list of int.
+
+    Args:
+        sizes: of the classes.
+        total: how many images the data set has: as a count it means all that there are.
+    """
     if isinstance(number, float):
         return [min(size, max(1, int(number * size + 0.5))) for size in sizes]
-    if number == sum(sizes):
+    if number in (sum(sizes), total):
         return list(sizes)
     each, remainder = divmod(number, len(sizes))
     if remainder:

@@ -174,7 +174,8 @@ def _fingerprint(network, dataset):
     """Digest of a network's weights, of the unlabelled images in their order, and of how they are shown."""
     image_set, digest = dataset.unlabeled, hashlib.blake2b(digest_size=16)
     tensors = [*network.state_dict().values()]
-    tensors += [t for t in (image_set.images, image_set.fingerprints) if t is not None]
+    tensors += [image_set.images] if image_set.in_memory else []
+    tensors += [image_set.fingerprints] if image_set.names is not None else []
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     shown = [list(dataset.mean), list(dataset.std), dataset.size, dataset.crop, image_set.files]

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import unicodedata
 from collections import Counter
 from typing import NamedTuple
@@ -12,7 +13,21 @@ import torch
 from images import IMAGE_SUFFIXES, ImageSet, reason
 from runtime import UserError
 
-# --------------------------------------------------------------------------------------------- class folders
+# ------------------------------------------------------------------------------------- the parts of a folder
+
+# what people call the parts of a data set; capital letters, "_", "-" and spaces make no difference
+NAMES_OF_PARTS = {
+    "train": ("train", "training", "trainset", "trainingset", "segtrain", "labeled", "labelled"),
+    "test": ("test", "testing", "testset", "segtest"),
+    "val": ("val", "valid", "validation", "valset", "validationset", "dev"),
+    "unlabeled": ("unlabeled", "unlabelled", "unsup", "unsupervised"),
+}
+WORDS_OF_PARTS = {
+    "train": "training images",
+    "test": "test images",
+    "val": "validation images",
+    "unlabeled": "images without labels",
+}
 
 
 class Found(NamedTuple):
@@ -26,74 +41,203 @@ class Found(NamedTuple):
     notes: tuple = ()  # sentences for the user
 
 
-def find_folders(root, classes=None, only_test=False):
-    """What a folder of class folders holds: ``train/`` with ``test/`` or ``val/``, or one level of classes.
+def find_folders(root, record=None, only_test=False, unlabeled_path=None, taken=()):
+    """What a folder of class folders holds: training, test, validation and unlabelled images.
+
+    The classes lie in ``root`` itself, or in folders there with the usual names of the parts of a data set.
 
     Args:
-        classes: the class names of a run, if there is one: the folders must not have others.
-        only_test: leave out the training images where there is a folder of test images.
+        record: of a run, if there is one: its classes are the only ones, whatever they are called.
+        only_test: leave out all but the test images where there is a folder of test images.
+        unlabeled_path: a folder of unlabelled images that takes the place of ``root/unlabeled``.
+        taken: further folders that are no classes, because the program writes there.
 
     Raises:
-        UserError: no class folders, an unknown class, no images, a file in two classes, or a part is missing.
+        UserError: it is not plain which folder is what, a part is missing, there are no class folders, an
+            unknown class, no images, or a file in two classes.
     """
-    test_name = next((p for p in ("test", "val") if os.path.isdir(os.path.join(root, p))), None)
-    has_train = os.path.isdir(os.path.join(root, "train"))
-    if test_name and not has_train and not only_test:
-        raise UserError(f"'{root}' has {test_name}/ but no train/: add the folder of training images")
-    if has_train and test_name is None:
+    classes = list(record["classes"]) if record else None
+    taken = [path for path in (unlabeled_path, *taken) if path]
+    parts, others = _by_part(root, classes, taken)
+    places = {part: _innermost(_only_one(root, part, names), part) for part, names in parts.items()}
+    if "val" in places and "test" not in places:
+        places["test"] = places.pop("val")
+    one_level = not places.keys() & {"train", "test"}
+    if one_level:
+        places["train"] = root
+    elif not (only_test and "test" in places):
+        _refuse_unclear(root, places, others)
+    split_here = "test" not in places
+    if "train" in places and not one_level:
+        inside, _ = _by_part(places["train"], classes, taken)
+        for name in inside.get("unlabeled", ()):
+            here = os.path.join(places["train"], name)
+            _only_one(root, "unlabeled", [places[part] for part in places if part == "unlabeled"] + [here])
+            places["unlabeled"] = here
+    shown = {part: os.path.relpath(place, root) + "/" for part, place in places.items()}
+
+    # the parts that this run does not use
+    unused = [] if one_level else [f"{name}/" for name in others]
+    if "val" in places and (only_test or (record and record.get("val") is None)):
+        unused.append(f"{shown['val']} (the run was started without it)")
+        del places["val"]
+    if "unlabeled" in places and unlabeled_path:
+        unused.append(f"{shown['unlabeled']} (--unlabeled-path names another folder)")
+        del places["unlabeled"]
+    elif "unlabeled" in places and (only_test or (record and "fingerprint" not in record)):
+        unused.append(f"{shown['unlabeled']} (the run was started without it)")
+        del places["unlabeled"]
+
+    # the images
+    base = places["train"] if split_here else root  # the same names as if that folder had been given
+    ignored = Counter()
+    train = None if only_test and not split_here else places["train"]
+    folders = [train, places.get("test"), places.get("val")]
+    known, (train, test, val) = class_folders(base, folders, ignored, classes, taken)
+    unlabeled = None
+    if "unlabeled" in places:
+        files = [
+            path for path, _ in _image_files(places["unlabeled"], _ancestors(places["unlabeled"]), ignored)
+        ]
+        unlabeled = ImageSet([-1] * len(files), files=files, names=relative(files, root)) if files else None
+
+    # what the user should know
+    notes = []
+    if len(places) > one_level and not only_test:
+        words = WORDS_OF_PARTS | ({"train": "training and test images"} if split_here else {})
+        said = {part: f"{words[part]} in {shown[part]}" for part in WORDS_OF_PARTS if part in places}
+        if one_level:
+            said["train"] = "training and test images in the other folders, one for each class"
+        if val is not None:
+            said["val"] += " (they choose the checkpoint, as with --num-val)"
+        notes.append(f"'{root}' has {', '.join(said.values())}")
+    if unused and not only_test:
+        notes.append(f"not used of '{root}': {listed(unused)}")
+    notes += ignored_kinds(ignored)
+    return Found(known, train, test, val, unlabeled, tuple(notes))
+
+
+def part_of(name):
+    """The part of a data set that a folder of this name holds, a key of ``NAMES_OF_PARTS``, or None."""
+    plain = _plain(name)
+    return next((part for part, names in NAMES_OF_PARTS.items() if plain in names), None)
+
+
+def _plain(name):
+    return re.sub(r"[-_ ]", "", name).lower()
+
+
+def _by_part(folder, classes, taken):
+    """The folders in ``folder`` as {part: names} and a list of all other names, both sorted.
+
+    Hidden folders and those of ``taken`` are left out. A name of ``classes`` is always one of the others.
+    """
+    taken, parts, others = {os.path.realpath(path) for path in taken}, {}, []
+    for name in sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()):
+        part = part_of(name)
+        if name in (classes or ()):
+            others.append(name)
+        elif not _ignored(name):
+            free = os.path.realpath(os.path.join(folder, name)) not in taken
+            if part in ("train", "test", "val") or (part and free):
+                parts.setdefault(part, []).append(name)
+            elif free:
+                others.append(name)
+    return parts, others
+
+
+def _only_one(root, part, names):
+    """The path of the one folder of a part."""
+    if len(names) > 1:
+        one, other = (os.path.relpath(os.path.join(root, name), root) for name in names[:2])
         raise UserError(
-            f"'{root}' has train/ but neither test/ nor val/: add one of them, or give "
-            f"'{os.path.join(root, 'train')}' itself to have it split"
+            f"'{root}' has {one}/ and {other}/, which both mean {WORDS_OF_PARTS[part]}: merge them, or "
+            "rename the one that holds something else"
         )
-    known, (train, test), notes = class_folders(root, test_name, classes, only_test)
-    return Found(known, train, test, notes=tuple(notes))
+    return os.path.join(root, names[0])
 
 
-def class_folders(root, test_name, classes=None, only_test=False):
-    """Class names, [training images, test images] as files with names, and lines for the user.
+def _innermost(place, part):
+    """The folder that holds a part's classes: ``seg_train/seg_train``, where that is all in ``seg_train``."""
+    while True:
+        inside = [e.name for e in os.scandir(place) if e.is_dir() and not _ignored(e.name)]
+        if len(inside) != 1 or part_of(inside[0]) != part:
+            return place
+        place = os.path.join(place, inside[0])
 
-    With ``test_name`` the images are those of ``root/train`` (None with ``only_test``) and of
-    ``root/<test_name>``; without it all images of ``root``, and None.
+
+def _refuse_unclear(root, places, others):
+    """UserError unless it is plain which images are to be learned from and which are test images.
 
     Args:
+        places: the path of each part that there is; "train" or "test" is among them.
+        others: names of the other folders.
+    """
+    name = {part: os.path.relpath(place, root) for part, place in places.items()}
+    beside = f" beside folders that look like classes ({listed(others)})" if others else ""
+    if "train" not in places and others:
+        raise UserError(
+            f"'{root}' has {name['test']}/{beside}: move these into {os.path.join(root, 'train')}, or rename "
+            f"{name['test']}/ if it is a class, too"
+        )
+    if "train" not in places:
+        raise UserError(f"'{root}' has {name['test']}/ but no train/: add the folder of training images")
+    labeled = _plain(os.path.basename(places["train"])).startswith("label")
+    if "test" not in places and not (labeled and ("unlabeled" in places or not others)):
+        way = f"give '{places['train']}' itself to have it split"
+        if "unlabeled" in places:
+            way += f", with --unlabeled-path '{places['unlabeled']}'"
+        raise UserError(
+            f"'{root}' has {name['train']}/{beside} but neither test/ nor val/: add one of them, or {way}"
+        )
+
+
+def class_folders(root, places, ignored, classes=None, taken=()):
+    """Class names, and the images of each place as files with names; None for a place that is None.
+
+    Args:
+        root: names are relative to it.
+        places: folders of class folders; the first that is not None says what the classes are.
+        ignored: Counter of what is left out, by type; grows.
         classes: those of a run, if there is one: the folders must not have others.
+        taken: folders that are no classes.
 
     Raises:
         UserError: no class folders, an unknown class, no images, or a file in two classes.
     """
-    train = root if test_name is None else os.path.join(root, "train")
-    test = test_name and os.path.join(root, test_name)
-    places = [None if only_test and test else train, test]
-    first = places[0] or test
-    known = list(classes) if classes else _class_names(first)
+    first = next(filter(None, places))
+    known = list(classes) if classes else _class_names(first, classes, taken)
     for place in filter(None, places):
-        unknown = sorted(set(_class_names(place, at_least=1)) - set(known))
+        unknown = sorted(set(_class_names(place, classes, taken, at_least=1)) - set(known))
         if unknown and classes:
             raise UserError(f"class '{unknown[0]}' of '{place}' is not one of the run's: {listed(known)}")
         if unknown:
             raise UserError(f"class '{unknown[0]}' of '{place}' has no folder in '{first}': add or remove it")
-    ignored, owner = Counter(), {}
-    parts = [place and _list_classes(place, known, root, ignored, owner) for place in places]
-    lines = _ignored_kinds(ignored)
-    reserved = ("train", "test", "val")
-    named = [name for name in known if name.lower() in reserved and name not in reserved]
-    how = "the parts of a data set are found by the names train, test and val in small letters"
-    if named and len(named) == len(known):
-        raise UserError(f"the folders of '{root}' are {listed(named)}: {how}")
-    lines += [f"the folder '{name}' in '{root}' is taken for a class: {how}" for name in named]
-    return known, parts, lines
+    loose = sum(_loose_images(folder) for folder in {root, *filter(None, places)})
+    if loose:
+        ignored["images beside the class folders"] += loose
+    owner = {}
+    return known, [place and _list_classes(place, known, root, ignored, owner) for place in places]
 
 
-def _class_names(root, at_least=2):
-    """Sorted names of the folders in ``root``, except hidden ones."""
-    names = sorted(e.name for e in os.scandir(root) if e.is_dir() and not _ignored(e.name))
+def _class_names(folder, classes, taken, at_least=2):
+    """Sorted names of the folders in ``folder`` that are classes."""
+    parts, names = _by_part(folder, classes, taken)
+    for part in parts.keys() - {"unlabeled"}:  # a class may be called "test", too
+        names += parts[part]
     if not names:
         raise UserError(
-            f"there are no class folders in '{root}': put the images of each class into a folder there"
+            f"there are no class folders in '{folder}': put the images of each class into a folder there"
         )
     if len(names) < at_least:
-        raise UserError(f"'{root}' has only one class folder, '{names[0]}': at least 2 classes are needed")
-    return names
+        raise UserError(f"'{folder}' has only one class folder, '{names[0]}': at least 2 classes are needed")
+    return sorted(names)
+
+
+def _loose_images(folder):
+    """How many images lie in the folder itself."""
+    names = [entry.name for entry in os.scandir(folder) if entry.is_file() and not _ignored(entry.name)]
+    return sum(name.lower().endswith(IMAGE_SUFFIXES) for name in names)
 
 
 def _list_classes(place, classes, root, ignored, owner):
@@ -117,8 +261,9 @@ def _list_classes(place, classes, root, ignored, owner):
             files.append(path)
             targets.append(k)
     if not files:
+        found = "".join(f" ({line})" for line in ignored_kinds(ignored))
         raise UserError(
-            f"there are no images in the class folders of '{place}': files must end in {_suffixes()}"
+            f"there are no images in the class folders of '{place}'{found}: files must end in {_suffixes()}"
         )
     return ImageSet(targets, files=files, names=relative(files, root))
 
@@ -141,7 +286,7 @@ def image_tree(root, argument):
         raise UserError(f"there is no folder '{root}' of images: correct {argument}")
     ignored = Counter()
     files = [path for path, _ in _image_files(root, _ancestors(root), ignored)]
-    lines = _ignored_kinds(ignored)
+    lines = ignored_kinds(ignored)
     if not files:
         found = f" ({lines[0]})" if lines else ""
         raise UserError(
@@ -168,6 +313,8 @@ def _image_files(root, outside, ignored):
             entries = sorted(entries, key=lambda entry: entry.name)
         for entry in entries:
             if _ignored(entry.name):
+                if entry.name[0] in "@$" and entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    ignored["names that begin with @ or $"] += 1
                 continue
             identity = device, entry.inode()
             if entry.is_symlink():
@@ -204,12 +351,17 @@ def _ancestors(folder):
         path = os.path.dirname(path)
 
 
+# what systems keep beside photographs: Mac archives, Linux, QNAP and Synology, Windows
+SYSTEM_NAMES = ("__macosx", "lost+found", "#recycle", "#snapshot", "system volume information", "thumbs.db")
+SYSTEM_NAMES += ("desktop.ini", "recycler")
+
+
 def _ignored(name):
-    """Whether a file or folder is hidden, or one of those that a Mac adds to archives."""
-    return name[0] == "." or name == "__MACOSX"
+    """Whether a file or folder is hidden or the system's own, such as ``@eaDir`` and ``$RECYCLE.BIN``."""
+    return name[0] in ".@$" or name.lower() in SYSTEM_NAMES
 
 
-def _ignored_kinds(ignored):
+def ignored_kinds(ignored):
     """A line for the user about files that were left out, in a list; ``ignored``: Counter of their kinds."""
     if not ignored:
         return []
@@ -243,8 +395,8 @@ def split_folder(found, root, classes, test_fraction, record, only_test):
     lines for the user.
 
     On which side an image falls depends only on its own name, class folder included: adding or removing other
-    images does not move it. With the record of a run, images that the run knew stay on their side, even if
-    they have been renamed.
+    images does not move it, unless a class would be left without a training image. With the record of a run,
+    images that the run knew stay on their side, even if they have been renamed.
     """
     if not 0 < test_fraction < 1:
         raise UserError(f"--test-fraction {test_fraction} leaves no images to train or to test: use e.g. 0.2")
@@ -254,8 +406,20 @@ def split_folder(found, root, classes, test_fraction, record, only_test):
         return None if only_test else train, test, []
     if record and "trained" not in record:  # the run was not on a folder
         return None, found, []
-    testing = np.array([place_of(name) < test_fraction for name in found.names], dtype=bool)
-    if record:
+    places = np.array([place_of(name) for name in found.names])
+    testing, notes = places < test_fraction, []
+    if not record:
+        targets = found.targets.numpy()
+        emptied = sorted({*targets} - {*targets[~testing]})
+        for k in emptied:  # keep the image that would be the last to become a test image
+            members = np.flatnonzero(targets == k)
+            testing[members[places[members].argmax()]] = False
+        if emptied:
+            notes.append(
+                "all images of these classes were drawn for testing, and one of each is kept for training: "
+                + listed([classes[k] for k in emptied])
+            )
+    else:
         trained = torch.isin(found.fingerprints, record["trained"]).numpy()
         tested = torch.isin(found.fingerprints, record["tested"]).numpy()
         names = set(record["test"])
@@ -272,7 +436,7 @@ def split_folder(found, root, classes, test_fraction, record, only_test):
             f"none of the {len(found)} images in '{root}' is a test image: raise --test-fraction or add a "
             "folder test/"
         )
-    return None if only_test else train, test, []
+    return None if only_test else train, test, notes
 
 
 def _split_by_position(targets, num_classes, test_fraction):

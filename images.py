@@ -44,7 +44,7 @@ class ImageSet:
     skip_unreadable: bool = False  # leave out files that cannot be decoded instead of stopping
     on_unreadable: object = None  # takes the sentence about such a file instead of a UserError
     names: list | None = None  # of a folder: N paths relative to it, with "/"
-    fingerprints: torch.Tensor | None = None  # of a folder: (N,) int64 digests of the files' content
+    fingerprints: torch.Tensor | None = None  # (N,) int64 digests of the files' content, or of the pixels
 
     def __post_init__(self):
         self.targets = torch.as_tensor(self.targets, dtype=torch.int64)
@@ -76,13 +76,14 @@ class ImageSet:
 
     def extended(self, other):
         """This set followed by ``other``, which holds images of the same kind."""
+        named = self.names is not None and other.names is not None
         known = self.fingerprints is not None and other.fingerprints is not None
         return replace(
             self,
             targets=torch.cat([self.targets, other.targets]),
             images=torch.cat([self.images, other.images]) if self.in_memory else None,
             files=None if self.in_memory else self.files + other.files,
-            names=self.names + other.names if known else None,
+            names=self.names + other.names if named else None,
             fingerprints=torch.cat([self.fingerprints, other.fingerprints]) if known else None,
         )
 
@@ -275,31 +276,88 @@ def read_images(image_set, size, workers, skip_unreadable):
     )
 
 
-def fingerprints(files, workers=1):
+def fingerprints(files, workers=1, rule="bytes"):
     """(N,) int64 digests of the files' content: equal for copies, whatever their names.
 
-    Of files above 128 KiB only three pieces of 32 KiB and the size count. For a file that cannot be read the
-    digest is that of its path.
-    """
-    piece = 2**15
+    For a file that cannot be read the digest is that of its path.
 
-    def digest(path):
+    Args:
+        rule: "bytes" takes all bytes; "pieces" is the rule of earlier versions, for their records.
+    """
+    return _digests(_of_all_bytes if rule == "bytes" else _of_three_pieces, files, workers)
+
+
+def prints_in_stages(files, workers=1):
+    """(N,) int64, equal for files with the same bytes, of many files of which few are copies.
+
+    Sizes first, then the first and last 4 KiB of files of one size, then all bytes of files that still look
+    alike. The numbers compare files of this call alone.
+    """
+    prints = torch.zeros(len(files), dtype=torch.int64)
+    alike = np.arange(len(files))
+    for digest in (_of_size, _of_both_ends, _of_all_bytes):
+        prints[alike] = _digests(digest, [files[i] for i in alike.tolist()], workers)
+        _, which, counts = np.unique(prints.numpy(), return_inverse=True, return_counts=True)
+        alike = np.flatnonzero(counts[which] > 1)
+    return prints
+
+
+def pixel_prints(images):
+    """(N,) int64 digests of images in memory: equal for equal pixels."""
+
+    def digest(chunk):
+        rows = chunk.contiguous().reshape(len(chunk), -1).numpy()
+        return [_number(hashlib.blake2b(row, digest_size=8)) for row in rows]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return torch.tensor([value for part in pool.map(digest, images.split(256)) for value in part])
+
+
+def _digests(digest, files, workers):
+    """(N,) int64 of a function of an open file, by threads: hashing and reading release Python's lock."""
+
+    def number(path):
         taken = hashlib.blake2b(digest_size=8)
         try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                taken.update(size.to_bytes(8, "big"))
-                for start in (0,) if size <= 4 * piece else (0, size // 2, size - piece):
-                    file.seek(start)
-                    taken.update(file.read(4 * piece if size <= 4 * piece else piece))
+            with open(path, "rb", buffering=0) as file:
+                digest(file, os.fstat(file.fileno()).st_size, taken)
         except OSError:
             taken.update(os.fsencode(path))
-        return int.from_bytes(taken.digest(), "big", signed=True)
+        return _number(taken)
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
         chunks = [files[i : i + 256] for i in range(0, len(files), 256)]
-        digests = [value for part in pool.map(lambda chunk: [*map(digest, chunk)], chunks) for value in part]
+        digests = [value for part in pool.map(lambda chunk: [*map(number, chunk)], chunks) for value in part]
     return torch.tensor(digests, dtype=torch.int64)
+
+
+def _number(digest):
+    return int.from_bytes(digest.digest(), "big", signed=True)
+
+
+def _of_size(file, size, taken):
+    taken.update(size.to_bytes(8, "big"))
+
+
+def _of_both_ends(file, size, taken):
+    _of_size(file, size, taken)
+    taken.update(file.read(4096))
+    file.seek(max(0, size - 4096))
+    taken.update(file.read(4096))
+
+
+def _of_all_bytes(file, size, taken):
+    while piece := file.read(2**20):
+        taken.update(piece)
+
+
+def _of_three_pieces(file, size, taken):
+    """The rule of earlier versions: of files above 128 KiB the size and three pieces of 32 KiB."""
+    piece = 2**15
+    _of_size(file, size, taken)
+    for start in (0,) if size <= 4 * piece else (0, size // 2, size - piece):
+        file.seek(start)
+        taken.update(file.read(4 * piece if size <= 4 * piece else piece))
 
 
 def image_size(path):

@@ -77,10 +77,11 @@ def build_parser():
     add("--label-columns", nargs=2, metavar=("FILE", "LABEL"), help="with --labels: its columns of file names and of labels (default: found by the usual names)")
     add("--num-labeled", type=utils.count_or_fraction, default=4000, metavar="N", help="labelled images, drawn per class with --seed; below 1: a fraction of the training images; all: every one")
     add("--labeled-indices", metavar="FILE", help="take these labelled images: labeled_indices.txt of a run, labeled.txt of one on a folder")
-    add("--num-val", type=count, default=0, metavar="N", help="training images with labels held out to choose the best checkpoint; 0: the last is taken")
-    add("--test-fraction", type=small, default=0.2, metavar="F", help="folder without a test or val folder: part of every class that is set aside for testing")
-    add("--unlabeled-path", metavar="DIR", help="any tree of images without classes, for the unlabelled set")
+    add("--num-val", type=count, default=0, metavar="N", help="training images with labels held out to choose the best checkpoint; 0: the last is taken, unless the folder has a validation set (val/ beside train/ and test/)")
+    add("--test-fraction", type=small, default=0.2, metavar="F", help="folder without test/ or val/: part of every class that is set aside for testing")
+    add("--unlabeled-path", metavar="DIR", help="any tree of images without classes, for the unlabelled set (default: unlabeled/ in the folder of --dataset folder, if there is one)")
     add("--unlabeled-mode", default="add", choices=("add", "only"), help="in addition to the training images, or instead of them")
+    add("--keep-test-copies", action="store_true", help="also learn from images that are copies of test or validation images, as published results on STL-10 do")
     add("--skip-unreadable", action="store_true", help="name and leave out images that cannot be read, instead of stopping")
     add("--num-classes", type=steps, metavar="K", help="checked against the data set")
     add("--resize", type=utils.between(int, 1, 2**12), metavar="PIXELS", help="side of the images (default: digits 16, cifar10, cifar100 and svhn 32, stl10 96, imagenet 224; a folder: the one size of its images up to 64, else 224)")
@@ -267,7 +268,9 @@ def train(args, runtime, saved, labels_given):
                 test, confusion = measure_accuracy(runtime, members, dataset.test, views)
                 figures |= utils.measured(test, confusion, dataset.classes)
         earlier = log.read_summary() if args.finetune else {}
-        summary = utils.summarize(args, runtime, earlier | figures, len(dataset.labeled), run)
+        summary = utils.summarize(
+            args, runtime, earlier | figures, len(dataset.labeled), dataset.val is not None, run
+        )
         log.summary(summary)
         if args.finetune_epochs:
             network = selected(args, runtime, dataset, method.predictor) if method else members["student"]

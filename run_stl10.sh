@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # STL-10 with 1,000 of its 5,000 labels and its 100,000 unlabelled images at 96 pixels: the flags of the CIFAR-10
 # recipe with the network of USB's tables (WRN-37-2). Nothing is published for Meta Pseudo Labels; the best of others
-# is 94.23 % (FlexMatch). Not yet run to the end.
+# is 94.23 % (FlexMatch), with copies of test images among the unlabelled ones: --keep-test-copies. Not yet run to the end.
 exec python main.py --name stl10-1k --dataset stl10 --num-labeled 1000 --model wrn-37-2 --amp --channels-last \
     --method mpl --total-steps 300000 --eval-step 1000 --batch-size 128 --mu 7 \
     --teacher-lr 0.05 --student-lr 0.05 --nesterov --weight-decay 5e-4 --ema 0.995 \

@@ -42,6 +42,7 @@ from optuna.trial import TrialState
 import commands
 import main as program
 from drawing import BLUE, GREEN, GREY, HEADING, TITLE, VERMILION, grid, legible, new_figure, save
+from folders import find_folders
 from runtime import UserError, write_atomically
 from utils import Interrupt, Parser, between, read_run, writing
 
@@ -350,6 +351,14 @@ def size_of(path):
     return path.stat().st_size if path.exists() else 0
 
 
+def has_validation_images(args):
+    """Whether the data is a folder with validation images of its own."""
+    if args.dataset != "folder" or not os.path.isdir(args.data_path):
+        return False
+    taken = (args.save_path, args.results_path)
+    return find_folders(args.data_path, unlabeled_path=args.unlabeled_path, taken=taken).val is not None
+
+
 def validation_accuracies(folder):
     """{step: validation accuracy in percent} of a run, as far as it is recorded."""
     return {record["step"]: record["val_top1"] for record in read_run(folder).records if "val_top1" in record}
@@ -491,7 +500,7 @@ def main(argv):
     if naming := sorted(given & set(NAMING)):
         raise UserError(f"{commands.flag(naming[0])} is not for a search, which names and starts runs itself")
     args = program.parse_arguments(flags)
-    if not args.num_val:
+    if not args.num_val and not has_validation_images(args):
         raise UserError("a search chooses on validation images, never on the test images: give --num-val N")
     space = dict(read_search(parser, text) for text in own.search)
     if len(space) < len(own.search):

@@ -481,8 +481,11 @@ def figures_of(state):
     return figures | {"images_per_second": state["trained_images"] / state["train_seconds"]}
 
 
-def summarize(args, runtime, figures, num_labeled, run):
-    """The content of summary.json, with the figures that were measured."""
+def summarize(args, runtime, figures, num_labeled, validated, run):
+    """The content of summary.json, with the figures that were measured.
+
+    ``validated``: whether validation images chose the checkpoint.
+    """
     return (
         dict.fromkeys(SUMMARY)
         | figures
@@ -492,7 +495,7 @@ def summarize(args, runtime, figures, num_labeled, run):
             "method": args.method,
             "num_labeled": num_labeled,
             "seed": args.seed,
-            "selection": "val" if args.num_val else "last",
+            "selection": "val" if validated else "last",
             "device": runtime.describe(),
             "torch": torch.__version__,
             "commit": commit(),
@@ -511,10 +514,12 @@ def summarize_together(name, found, runtime, test, confusion, classes):
     """
     summaries, figures = [], measured(test, confusion, classes)
     for args, saved in found:
-        labeled = (saved.get("data") or {}).get("labeled")
+        record = saved.get("data") or {}
+        labeled = record.get("labeled")
+        validated = record["val"] is not None if "val" in record else bool(args.num_val)
         num_labeled = args.num_labeled if labeled is None else len(labeled)
         steps = {"steps": saved["step"]}
-        summary = summarize(args, runtime, steps | figures, num_labeled, saved.get("run"))
+        summary = summarize(args, runtime, steps | figures, num_labeled, validated, saved.get("run"))
         summaries.append(summary | {"name": name})
     common = [key for key, value in summaries[0].items() if all(each[key] == value for each in summaries)]
     return dict.fromkeys(summaries[0]) | {key: summaries[0][key] for key in common}

@@ -469,7 +469,11 @@ def large_tree_with_damage(tmp_path):
     """A tree of larger images whose damaged files are not looked at before they are drawn."""
     write_tree(tmp_path / "train", {"a": 3, "b": 3}, size=(70, 70), suffix="jpg")
     write_tree(tmp_path / "val", {"a": 3, "b": 3}, size=(70, 70), suffix="jpg")
-    return damage(tmp_path / "train" / "a"), damage(tmp_path / "val" / "b")
+    in_train, in_val = damage(tmp_path / "train" / "a"), damage(tmp_path / "val" / "b")
+    for path in in_val:  # no copies of the others
+        with open(path, "ab") as file:
+            file.write(b" ")
+    return in_train, in_val
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -896,13 +896,15 @@ def test_what_is_said_of_a_folder(here, capsys):
     assert f"results go to {here}/results/mine" in said and "12 pixels" in said and "images of 1" in said
 
 
-def test_parts_in_capital_letters_are_no_parts(here, capsys):
+def test_parts_in_capital_letters_are_parts(here, capsys):
     photographs(here / "mine/Train"), photographs(here / "mine/Test", seed=1)
-    words = [*FOLDER[:2], "--data-path", "mine", "--num-labeled", "3", *FOLDER[4:]]
-    assert "are Test, Train: the parts of a data set" in refused(capsys, *words)
     photographs(here / "mine", classes=["cat"], seed=2)
+    words = [*FOLDER[:2], "--data-path", "mine", "--num-labeled", "3", *FOLDER[4:]]
     assert command(*words) == 0
-    assert "the folder 'Train' in" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has training images in Train/, test images in Test/" in said
+    assert "not used of 'mine': cat/" in said.replace(f"'{here}/mine'", "'mine'")
+    assert len(load("checkpoint/mine_last.pth.tar")["data"]["test"]) == 48
 
 
 @pytest.mark.parametrize("size", [12, 70])
@@ -928,10 +930,16 @@ def test_test_images_of_other_data_sets_among_the_unlabelled_ones_are_left_out(h
     assert len(dataset.unlabeled) == 1297 + 1 and "7 of 8 images" in dataset.notes[0]
 
 
-def test_images_in_both_parts_are_warned_of(here, capsys):
+def test_images_in_both_parts_are_left_out_or_warned_of(here, capsys):
     photographs(here / "mine/train"), photographs(here / "mine/test", count=4, seed=1)
     shutil.copy(here / "mine/train/cat/03.png", here / "mine/test/cat/copy.png")
-    assert command(*FOLDER, "--data-path", "mine") == 0
+    assert command(*FOLDER, "--data-path", "mine", "--name", "without") == 0
+    said = capsys.readouterr().err
+    assert "images left out as copies of test or validation images: 1 (" in said
+    assert "cat: 15, dog: 16, owl: 16" in said and "6 labelled, 47 unlabelled" in said
+    record = load("checkpoint/without_last.pth.tar")["data"]
+    assert not torch.isin(record["tested"], record["trained"]).any()
+    assert command(*FOLDER, "--data-path", "mine", "--keep-test-copies") == 0
     assert "1 of 13 test images are among the training images too, such as test/cat/copy.png" in (
         capsys.readouterr().err
     )

@@ -13,6 +13,7 @@ import forked
 import optuna
 import pytest
 from optuna.trial import TrialState
+from test_data import write_tree
 from test_run_state import everything
 
 import main
@@ -285,6 +286,15 @@ def test_a_finished_trial_is_not_pruned(here):
 def test_searches_that_are_refused(search, sentence, here, capsys):
     assert sentence in refused(capsys, "--search", search, *FLAGS)
     assert not list(here.iterdir())
+
+
+def test_a_search_may_choose_on_the_validation_images_of_a_folder(tmp_path):
+    places = [f"{part}/{name}" for part in ("train", "test", "valid") for name in ("cat", "dog")]
+    write_tree(tmp_path, dict.fromkeys(places, 2))
+    words = ["--dataset", "folder", "--data-path", str(tmp_path)]
+    assert tune.has_validation_images(main.parse_arguments(words))
+    (tmp_path / "valid").rename(tmp_path / "more")
+    assert not tune.has_validation_images(main.parse_arguments(words))
 
 
 @pytest.mark.parametrize(
