@@ -7,7 +7,6 @@ small images are in memory; of large ones only the paths are known, and ``loader
 A new data set needs one function that returns a ``Source`` and one line of ``READERS``.
 """
 
-import contextlib
 import math
 import os
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch.nn import functional as F
 
 from folders import (
@@ -687,7 +687,8 @@ def _downloaded(make, title, files, path, choices):
         try:
             return [make(path, download=False, **choice) for choice in choices]
         except RuntimeError:  # missing, or not with the right checksum
-            with _download_lock(path):
+            os.makedirs(path, exist_ok=True)
+            with FileLock(os.path.join(path, ".download.lock")):  # one process downloads, the others wait
                 return [make(path, download=True, **choice) for choice in choices]
     except (OSError, RuntimeError) as error:
         raise UserError(
@@ -695,22 +696,6 @@ def _downloaded(make, title, files, path, choices):
             f"put {files} into that folder, or use --dataset digits or twomoons, which need no download, "
             "or --dataset folder with your own images"
         ) from error
-
-
-@contextlib.contextmanager
-def _download_lock(folder):
-    """Hold a lock file in the folder, so that one of several processes downloads and the others wait."""
-    try:
-        import fcntl
-
-        os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, ".download.lock"), "w")  # noqa: SIM115 (closed below)
-    except (ImportError, OSError):  # Windows, or a folder that cannot be written to
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _known(targets, images, size):

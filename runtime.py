@@ -101,11 +101,19 @@ def read_content(path, mmap=False):
         ) from error
 
 
+def other_accelerator():
+    """The kind of this machine's accelerator, such as ``xpu`` or ``npu``, where PyTorch knows one that is
+    neither CUDA nor MPS; else the CPU."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if device is None or device.type in ("cuda", "mps") else device.type
+
+
 class Runtime:
     """The device of this process, its numeric precision and its place among the processes.
 
     Args:
-        device: ``cpu``, ``cuda``, ``mps``, ``xla``, or ``auto``: CUDA where there is one, else MPS, else CPU.
+        device: ``cpu``, ``cuda``, ``mps``, ``xla``, the kind of another accelerator that PyTorch knows, or
+            ``auto``: CUDA where there is one, else MPS, else another accelerator, else the CPU.
         amp: run the networks' forward passes under autocast.
         amp_dtype: ``bf16``, or ``fp16`` with gradient scaling (CUDA only).
         channels_last: keep images and filters in the memory order that convolutions are fastest in.
@@ -126,7 +134,7 @@ class Runtime:
     program does (which checkpoint, when to stop) through a gloo group, and the files are the first host's.
     """
 
-    KINDS = ("auto", "cpu", "cuda", "mps", "xla")
+    KINDS = tuple(dict.fromkeys(("auto", "cpu", "cuda", "mps", "xla", other_accelerator())))
 
     def __init__(
         self,
@@ -140,7 +148,7 @@ class Runtime:
         alone=False,
     ):
         if device == "auto":
-            device = next(filter(self.available, ("cuda", "mps", "cpu")))
+            device = self.best()
         if device not in self.KINDS:
             raise UserError(f"device '{device}' is not known: use {', '.join(self.KINDS)}")
         if device == "cuda" and not self.available(device):
@@ -155,9 +163,11 @@ class Runtime:
         self.rank = 0 if alone else int(os.environ.get("RANK", 0))
         self.world_size = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+        self.device = torch.device(device)
+        if device not in ("cpu", "mps", "xla"):  # may be several
+            self.device = torch.device(device, local_rank)
+            torch.accelerator.set_device_index(local_rank)
         if device == "cuda":
-            torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True  # shapes are static: the search pays once
             torch.backends.cuda.matmul.fp32_precision = "tf32"  # as convolutions have it by default
         if device == "xla":
@@ -167,14 +177,19 @@ class Runtime:
         self.configure(amp, amp_dtype, channels_last, sync_bn, compiled, graphed)
 
     @classmethod
-    def available(cls, device):
+    def best(cls):
+        """The kind of device that ``auto`` means here."""
+        return next(filter(cls.available, ("cuda", "mps", other_accelerator())))
+
+    @staticmethod
+    def available(device):
         """Whether this machine has such a device."""
         found = {
             "cuda": torch.cuda.is_available,
             "mps": torch.backends.mps.is_available,
             "xla": lambda: importlib.util.find_spec("torch_xla") is not None,
         }
-        return found.get(device, lambda: device in cls.KINDS)()
+        return found.get(device, lambda: device in ("auto", "cpu", other_accelerator()))()
 
     def configure(
         self, amp=False, amp_dtype="bf16", channels_last=False, sync_bn=False, compiled=False, graphed=False
@@ -216,7 +231,7 @@ class Runtime:
         store, rank, world_size = next(dist.rendezvous("env://"))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = dist.PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        backend = "nccl" if self.kind == "cuda" else "gloo"
+        backend = dist.get_default_backend_for_device(self.kind)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
     def _start_xla(self):
@@ -230,7 +245,8 @@ class Runtime:
             import torch_xla.runtime as xla_runtime
         except ImportError as error:
             raise UserError(
-                "--device xla needs torch_xla 2.9.0 beside torch 2.9.0: pip install torch_xla==2.9.0"
+                "--device xla needs torch_xla with the torch that it was made for: pip install -r "
+                "requirements-xla.txt"
             ) from error
         xla_runtime.use_spmd()
         self.device = torch_xla.device()
@@ -262,13 +278,17 @@ class Runtime:
         """The device in words, for people and for summary.json."""
         if self.kind == "xla":
             return f"{self.num_devices} × xla ({os.environ.get('PJRT_DEVICE', 'TPU')})"
-        name = torch.cuda.get_device_name(self.device) if self.kind == "cuda" else f"{os.cpu_count()} cores"
+        name = f"{os.cpu_count()} cores"
+        if self.kind == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        elif self.kind not in ("cpu", "mps"):
+            name = "eager, not tested on this device"
         return f"{self.world_size} × {self.kind} ({name})" if self.world_size > 1 else f"{self.kind} ({name})"
 
     def _has_bf16(self):
         if self.kind == "cuda":
             return torch.cuda.is_bf16_supported(including_emulation=False)
-        if self.kind in ("mps", "xla"):
+        if self.kind != "cpu":
             return True
         if platform.machine() in ("x86_64", "AMD64"):  # others than these emulate it, slower than float32
             checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -293,7 +313,7 @@ class Runtime:
         gradients over all processes; the network itself where there is one process and no compiling."""
         training = network
         if self.world_size > 1:
-            devices = [self.device] if self.kind == "cuda" else None
+            devices = None if self.kind == "cpu" else [self.device]
             # Running statistics are each process's own until they are averaged for evaluation.
             training = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
         return self.compile(training)
@@ -371,12 +391,10 @@ class Runtime:
 
     def wait(self):
         """Until the device has done all that it was asked to: for measuring time."""
-        if self.kind == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.kind == "mps":
-            torch.mps.synchronize()
-        elif self.kind == "xla":
+        if self.kind == "xla":
             self.xla.sync(wait=True)
+        elif self.kind != "cpu":
+            torch.accelerator.synchronize()
 
     # precision
 
@@ -512,7 +530,7 @@ class Runtime:
         nothing to go on with the same random numbers.
         """
         seed = int(np.random.SeedSequence((*key, self.rank)).generate_state(1)[0])
-        if self.kind in ("cuda", "mps"):
+        if self.kind not in ("cpu", "xla"):
             torch.manual_seed(seed)
         else:  # without a search for other devices, which takes longer than a small operation
             torch.default_generator.manual_seed(seed)
@@ -533,6 +551,8 @@ class Runtime:
             state["mps"] = torch.mps.get_rng_state()
         elif self.kind == "xla":
             state["xla"] = self.xla.core.xla_model.get_rng_state()
+        elif self.kind != "cpu":
+            state[self.kind] = torch.get_device_module(self.device).get_rng_state(self.device)
         return state
 
     def set_rng_state(self, state):
@@ -546,6 +566,8 @@ class Runtime:
             torch.mps.set_rng_state(state["mps"])
         elif self.kind == "xla":
             self.xla.core.xla_model.set_rng_state(state["xla"])
+        elif self.kind != "cpu":
+            torch.get_device_module(self.device).set_rng_state(state[self.kind], self.device)
 
     @contextlib.contextmanager
     def replay(self, state):

@@ -7,6 +7,7 @@ import shutil
 import struct
 import tarfile
 import threading
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -315,18 +316,24 @@ def test_a_damaged_archive_is_not_read(tmp_path, monkeypatch, offline):
 
 
 def test_one_process_downloads_while_the_others_wait(tmp_path):
-    entered = threading.Event()
+    downloading, together = threading.Lock(), []
 
-    def other():
-        with data._download_lock(tmp_path):
-            entered.set()
+    def make(path, download):
+        if not download:
+            raise RuntimeError("not there")
+        together.append(not downloading.acquire(blocking=False))
+        time.sleep(0.2)
+        downloading.release()
 
-    thread = threading.Thread(target=other)
-    with data._download_lock(tmp_path):
+    def read():
+        data._downloaded(make, "Images", "images.tar", str(tmp_path / "new"), [{}])
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
         thread.start()
-        assert not entered.wait(0.2)
-    thread.join(timeout=30)
-    assert entered.is_set()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert together == [False] * 3
 
 
 # folders of images

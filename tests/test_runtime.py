@@ -33,6 +33,14 @@ def test_unknown_and_missing_devices_are_refused():
             Runtime("cuda")
 
 
+def test_auto_takes_the_accelerator_that_pytorch_names(monkeypatch):
+    """Other devices than CUDA and MPS are known to PyTorch alone; here a machine that has one is imitated."""
+    here = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert Runtime.best() == here and not Runtime.available("xpu")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("xpu"))
+    assert Runtime.best() == ("xpu" if here == "cpu" else here) and Runtime.available("xpu")
+
+
 def test_compiling_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
