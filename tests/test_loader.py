@@ -524,3 +524,29 @@ def test_unreadable_large_images_are_replaced_in_training_and_masked_in_evaluati
     listed = [path in bad_val for path in dataset.test.files]
     assert mask.tolist()[:9] == [0.0 if bad else 1.0 for bad in listed] and sum(listed) == 3
     assert (images[mask == 0] == 0).all()
+
+
+def test_an_unreadable_file_behind_the_first_chunk_is_known_by_its_place(tmp_path):
+    """Workers decode a batch in chunks of 32; file 33 is no image."""
+    files = [str(tmp_path / f"{number}.png") for number in range(36)]
+    for number, path in enumerate(files):
+        picture(9, 9, seed=number).save(path)
+    Path(files[33]).write_bytes(b"no image")
+    dataset = numbered(50)
+    dataset.labeled = dataset.unlabeled = ImageSet(range(36), files=files, size=8, skip_unreadable=True)
+    ((images, targets, mask),) = batches(dataset.labeled, 36, "cpu")
+    assert (mask == 0).nonzero().flatten().tolist() == [33] and targets.tolist() == [*range(36)]
+    assert not images[33].any() and images[mask == 1].flatten(1).any(dim=1).all()
+    for seed in range(3):  # it is drawn into either chunk
+        batch = next(TrainLoader(dataset, 36, 0, seed, process(), workers=0))
+        assert batch.images_l.flatten(1).any(dim=1).all()
+        assert set(batch.targets.tolist()) == {*range(36)} - {33}
+
+
+def test_a_batch_of_unreadable_files_alone_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    dataset = numbered(50)
+    files = [str(tmp_path / "a.png")]
+    dataset.labeled = dataset.unlabeled = ImageSet([0], files=files, size=8, skip_unreadable=True)
+    with pytest.raises(UserError, match=r"^no image of a batch can be read: the image .*a\.png"):
+        next(TrainLoader(dataset, 3, 0, 0, process(), workers=0))
