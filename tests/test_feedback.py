@@ -290,16 +290,13 @@ def test_nothing_is_left_behind(name):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_autocast_is_near_full_precision(name):
+def test_autocast_is_near_full_precision(name, bf16):
     p = problem(dtype=torch.float32, n=16, batch=16)
     labels = F.softmax(p["logits"].detach(), dim=1)
     full = ESTIMATORS[name].value(take_step(p, labels, 2.0))
-    mixed_runtime = Runtime("cpu", amp=True)
-    if mixed_runtime.amp_dtype is None:
-        pytest.skip("no bf16 on this device")
-    mixed = ESTIMATORS[name].value(take_step(p, labels, 2.0, runtime=mixed_runtime))
+    mixed = ESTIMATORS[name].value(take_step(p, labels, 2.0, runtime=Runtime("cpu", amp=True)))
     assert mixed.dtype == torch.float32
-    assert relative_error(mixed, full) < 0.1
+    assert 0 < relative_error(mixed, full) < 0.1
 
 
 # ---------------------------------------------------------------- the scalar forms

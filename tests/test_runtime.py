@@ -210,10 +210,8 @@ def test_damaged_checkpoints(tmp_path, damage, monkeypatch):
     assert not (tmp_path / "run-by-a-checkpoint").exists()
 
 
-def test_bf16_of_the_forward_pass_only():
+def test_bf16_of_the_forward_pass_only(bf16):
     runtime = Runtime("cpu", amp=True)
-    if runtime.amp_dtype is None:
-        pytest.skip("no bf16 on this device")
     layer = torch.nn.Linear(4, 4)
     with runtime.autocast():
         assert layer(torch.zeros(1, 4)).dtype == torch.bfloat16
