@@ -42,6 +42,12 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def bf16(monkeypatch):
+    """A CPU computes in bf16, as slowly as it may: PyTorch emulates what a processor does not have."""
+    monkeypatch.setattr("runtime.Runtime._has_bf16", lambda self: True)
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers():
     """A test's random numbers do not depend on the tests before it."""

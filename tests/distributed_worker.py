@@ -10,11 +10,12 @@ import torch
 import main
 from augmentation import ImageViews, PointViews, Views
 from data import Dataset
-from evaluation import gathered, predictions, score
+from evaluation import gathered, measure_accuracy, predictions, score
 from images import ImageSet
 from methods import METHODS
 from models import build_model
-from runtime import Runtime
+from runtime import Runtime, UserError
+from utils import Meters
 
 STEPS, BATCH, MU, UNLABELED = 5, 8, 2, 37
 STEPS_OF_IMAGES = 3  # two processes wait for each other in every batch norm
@@ -157,4 +158,58 @@ def save(folder):
     runtime = Runtime("cpu")
     results = run(folder)
     torch.save(results, Path(folder) / f"{runtime.world_size}-{runtime.rank}.pt")
+    runtime.close()
+
+
+NUMBERED = [*range(1, 10), 11, 13]  # how many points the sets have that are walked through in batches of two
+
+
+def numbered(n):
+    """A set of points of three classes; point i is (i, i + 1/2)."""
+    return ImageSet(torch.arange(n) % 3, torch.arange(n)[:, None] + torch.tensor([0.0, 0.5]))
+
+
+def only_here(runtime):
+    """A sentence that only the main process says; the others have nothing to say."""
+    if not runtime.is_main:
+        raise AssertionError("called by another process")
+    raise UserError("the main process alone knows this")
+
+
+def agreements(runtime):
+    """What processes tell each other, {name: tensor or text}: the number of process r is r + 1."""
+    number = runtime.rank + 1.0
+    found = {
+        "sum": runtime.all_reduce_sum(torch.tensor([number, 10 * number])),
+        "max": runtime.all_reduce_max(torch.tensor([number, -number])),
+        "max_int": runtime.all_reduce_max_int(runtime.rank + 1),
+        "rows": runtime.all_gather(torch.tensor([[number, 0.0], [number, 1.0]])),
+        "main": runtime.on_main(lambda: f"process {runtime.rank}"),
+    }
+    found["means"] = runtime.all_reduce_mean([torch.tensor([number]), torch.tensor([[2 * number], [0.0]])])
+    try:
+        runtime.on_main(lambda: only_here(runtime))
+    except UserError as error:
+        found["error"] = str(error)
+    runtime.seed(3, 7)
+    found["drawn"] = torch.rand(4)
+    meters = Meters(runtime, "")
+    for step in range(2):
+        meters.update({"loss": torch.tensor(number + step)}, step)
+    found["meters"] = meters.read()
+    # three classes; all of them are taken for class 2
+    network = torch.nn.Linear(2, 3)
+    torch.nn.init.zeros_(network.weight)
+    network.bias.data = torch.tensor([0.0, 1.0, 2.0])
+    found["accuracy"] = measure_accuracy(runtime, {"student": network}, numbered(7), PointViews(0, 0))
+    for n in NUMBERED:
+        walk = predictions(torch.nn.Identity(), numbered(n), PointViews(0, 0), runtime, batch_size=2)
+        found[n] = gathered((logits for logits, *_ in walk), numbered(n), runtime)
+    return found
+
+
+def save_agreements(folder):
+    """``agreements`` into FOLDER/agreements-RANK.pt."""
+    runtime = Runtime("cpu")
+    torch.save(agreements(runtime), Path(folder) / f"agreements-{runtime.rank}.pt")
     runtime.close()

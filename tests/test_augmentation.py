@@ -423,6 +423,31 @@ def test_strong_view_starts_from_the_weak_one(images):
     assert not torch.equal(*views.pair(images))
 
 
+@pytest.mark.parametrize("flip", (False, True))
+@pytest.mark.parametrize("static", (False, True))
+def test_views_of_small_images_are_made_of_the_documented_steps(static, flip, images):
+    """Weak: flip and crop. Strong: that, the layers, a cutout of half-width size/4, flip and crop."""
+    generator, layers = torch.Generator().manual_seed(8), RandAugment(3, 9)
+    weak = random_crop(images, SIZE // 8, generator, flip)
+    strong = cutout(layers(weak, generator), SIZE // 4, generator)
+    strong = random_crop(strong, SIZE // 8, generator, flip)
+    views = ImageViews(SIZE, MEAN, STD, flip=flip, randaug=(3, 9), static=static)
+    pair = views.pair(images, torch.Generator().manual_seed(8))
+    assert torch.equal(pair[0], views.evaluation(weak)) and torch.equal(pair[1], views.evaluation(strong))
+
+
+@pytest.mark.parametrize("flip", (False, True))
+def test_views_of_large_images_are_made_of_the_documented_steps(flip, images):
+    """Weak: flip. Strong: a flip of its own and the layers, in proportion to the published 224 pixels."""
+    generator, share = torch.Generator().manual_seed(8), SIZE / 224
+    layers = RandAugment(3, 9, translate=100 * share, cutout=40 * share)
+    weak, flipped = (random_flip(images, generator) if flip else images for _ in range(2))
+    views = ImageViews(SIZE, MEAN, STD, flip=flip, crop="none", randaug=(3, 9))
+    pair = views.pair(images, torch.Generator().manual_seed(8))
+    assert torch.equal(pair[0], views.evaluation(weak))
+    assert torch.equal(pair[1], views.evaluation(layers(flipped, generator)))
+
+
 def test_labelled_images_take_the_view_that_was_asked_for(images):
     targets = torch.zeros(len(images), dtype=torch.long)
     weak, strong = (
@@ -466,7 +491,16 @@ def test_points_are_jittered_by_their_standard_deviation():
     assert torch.equal(targets, torch.arange(6))
     assert torch.equal(views.evaluation(points), points)
     assert views(points, targets, None).strong is None
-    assert not torch.equal(PointViews(0.1, 0.2, labeled_std=0.1)(points, targets, None).labeled, points)
+    for deviations in ((0.1, 0.2, 0.3), (0.1, 0.2, 0.0)):
+        moved = PointViews(*deviations)(points, targets, points, torch.Generator().manual_seed(13))
+        again = PointViews(*deviations)(points, targets, points, torch.Generator().manual_seed(13))
+        noises = [view - points for view in (moved.weak, moved.strong, moved.labeled)]
+        for noise, deviation in zip(noises, deviations, strict=True):
+            assert noise.std(dim=0).tolist() == pytest.approx([deviation] * 2, rel=0.03)
+        for one in noises[:2]:  # each coordinate of each point by itself
+            assert torch.corrcoef(one.T)[0, 1].abs() < 0.03
+        assert torch.corrcoef(torch.stack([each.flatten() for each in noises[:2]]))[0, 1].abs() < 0.03
+        assert torch.equal(moved.weak, again.weak) and torch.equal(moved.strong, again.strong)
 
 
 # ------------------------------------------------------------------------------------------------------ mixup

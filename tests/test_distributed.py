@@ -1,10 +1,11 @@
-"""Two processes with half the batch each against one process with the whole (gloo)."""
+"""Two processes with half the batch each against one process with the whole (gloo); what three agree on."""
 
 import distributed_worker
 import forked
 import pytest
 import torch
-from distributed_worker import CASES, LOCAL, MPL, STEPS
+import torch.nn.functional as F
+from distributed_worker import CASES, LOCAL, MPL, NUMBERED, STEPS, numbered
 
 from models import build_model
 
@@ -68,3 +69,51 @@ def test_two_processes_form_the_same_feedback(runs, case):
         torch.testing.assert_close(
             halves[0]["feedback_cosine"], whole["feedback_cosine"], rtol=1e-5, atol=1e-6
         )
+
+
+# ---------------------------------------------------------------- what processes tell each other
+
+
+@pytest.fixture(scope="module")
+def agreed(tmp_path_factory):
+    """What each of three processes came to know."""
+    folder = tmp_path_factory.mktemp("agreements")
+    done = forked.run(distributed_worker.save_agreements, str(folder), processes=3)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"agreements-{rank}.pt", weights_only=True) for rank in range(3)]
+
+
+def test_sums_means_and_maxima_are_over_all_processes(agreed):
+    """Process r has the number r + 1."""
+    for found in agreed:
+        assert found["sum"].tolist() == [6, 60]
+        assert [mean.tolist() for mean in found["means"]] == [[2], [[4], [0]]]
+        assert found["max"].tolist() == [3, -1] and found["max_int"] == 3
+        assert found["rows"].tolist() == [[1, 0], [1, 1], [2, 0], [2, 1], [3, 0], [3, 1]]
+        assert found["meters"]["loss"] == 2.5  # of 1 and 2, 2 and 3, 3 and 4
+
+
+def test_what_the_main_process_finds_or_refuses_all_know(agreed):
+    for found in agreed:
+        assert found["main"] == "process 0" and found["error"] == "the main process alone knows this"
+
+
+def test_each_process_draws_its_own_dropout(agreed):
+    drawn = {tuple(found["drawn"].tolist()) for found in agreed}
+    assert len(drawn) == 3
+
+
+def test_an_accuracy_is_over_the_parts_of_all_processes(agreed):
+    """Seven points, of which two are of class 2, for which all are taken."""
+    loss = F.cross_entropy(torch.tensor([[0.0, 1.0, 2.0]]).expand(7, 3), torch.arange(7) % 3).item()
+    for figures, confusion in (found["accuracy"] for found in agreed):
+        assert confusion.tolist() == [[0, 0, 3], [0, 0, 2], [0, 0, 2]]
+        assert figures["top1"] == pytest.approx(100 * 2 / 7)
+        assert figures["mean_class_top1"] == pytest.approx(100 / 3)
+        assert figures["test_loss"] == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("n", NUMBERED)
+def test_several_padded_batches_of_each_process_are_put_in_order(agreed, n):
+    for found in agreed:
+        assert torch.equal(found[n], numbered(n).images)

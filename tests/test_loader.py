@@ -137,10 +137,15 @@ def test_random_crops_have_the_usual_areas_and_ratios():
     assert area.min() > 0.075 and area.min() < 0.1 and area.max() > 0.95
     assert ratio.min() > 0.73 and ratio.min() < 0.77 and ratio.max() > 1.3 and ratio.max() < 1.36
     assert left.min() == 0 and (left + w).max() == 400
-    for extreme in ((1, 1), (1000, 3), (3, 1000)):
-        left, top, w, h = random_crop_box(*extreme, random)
-        assert min(left, top) >= 0 and min(w, h) >= 1
-        assert left + w <= extreme[0] and top + h <= extreme[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "box"),
+    [((1, 1), (0, 0, 1, 1)), ((1000, 30), (480, 0, 40, 30)), ((30, 1000), (0, 480, 30, 40))],
+)
+def test_a_crop_that_never_fits_is_the_largest_centred_box_of_an_allowed_ratio(size, box):
+    random = np.random.default_rng(0)
+    assert {random_crop_box(*size, random) for _ in range(20)} == {box}
 
 
 # loaders in memory
@@ -247,11 +252,12 @@ def test_the_generator_is_seeded_anew_for_every_step_and_process():
             next(loader)
             numbers.append(torch.rand(1, generator=loader.generator).item())
             torch.rand(1 + rank, generator=loader.generator)  # more or fewer draws do not move the next step
-    loader = TrainLoader(numbered(50), 4, 3, 0, process(1, 2))
-    next(loader)
-    next(loader)
-    assert len(set(numbers)) == 4
-    assert torch.rand(1, generator=loader.generator).item() == numbers[3]
+    for seed in (0, 1):
+        loader = TrainLoader(numbered(50), 4, 3, seed, process(1, 2))
+        next(loader)
+        next(loader)
+        numbers.append(torch.rand(1, generator=loader.generator).item())
+    assert len(set(numbers)) == 5 and numbers[4] == numbers[3]
 
 
 def test_two_processes_draw_what_one_with_twice_the_batch_draws():
@@ -319,6 +325,21 @@ def test_each_time_an_image_is_drawn_its_crop_is_another(photographs):
     batch = next(TrainLoader(dataset, 8, 0, 0, process(), workers=0))
     assert batch.targets.bincount().tolist() == [4, 4]
     assert len({image.numpy().tobytes() for image in batch.images_l}) == 8
+
+
+def test_crops_are_decided_by_the_seed_the_set_and_the_number_of_the_draw(photographs):
+    """Of one file, so that the order of files says nothing."""
+    dataset = load_dataset("imagenet", photographs, num_labeled=2, resize=16)
+    dataset.labeled = dataset.unlabeled = dataset.unlabeled.subset([0])
+
+    def crops(seed):
+        loader = TrainLoader(dataset, 4, 1, seed, process(), workers=0)
+        batches = [next(loader) for _ in range(2)]
+        images = torch.cat([part for batch in batches for part in (batch.images_l, batch.images_u)])
+        return [image.numpy().tobytes() for image in images]
+
+    assert crops(0) == crops(0)
+    assert len({*crops(0), *crops(1)}) == 32
 
 
 def test_processes_share_one_shuffle_of_files(photographs):
@@ -419,14 +440,14 @@ def test_stored_predictions_are_the_networks_and_computed_once(tmp_path, capsys)
     again, passes = stored(path, dataset, network)
     assert passes == 3 and torch.equal(again, table)
 
-    assert stored(path, dataset, other)[1] == 3
-    assert stored(path, dataset, other)[1] == 0
     dataset.unlabeled = dataset.unlabeled.subset(range(599, -1, -1))
     turned, passes = stored(path, dataset, network)
     assert passes == 3
     torch.testing.assert_close(turned.flip(0), table, rtol=2**-9, atol=2**-23)
     dataset.mean = [0.5] * 3
     assert stored(path, dataset, network)[1] == 3
+    assert stored(path, dataset, other)[1] == 3
+    assert stored(path, dataset, other)[1] == 0
 
 
 def test_stored_predictions_of_files_are_mapped(photographs, tmp_path):
@@ -507,3 +528,29 @@ def test_unreadable_large_images_are_replaced_in_training_and_masked_in_evaluati
     listed = [path in bad_val for path in dataset.test.files]
     assert mask.tolist()[:9] == [0.0 if bad else 1.0 for bad in listed] and sum(listed) == 3
     assert (images[mask == 0] == 0).all()
+
+
+def test_an_unreadable_file_behind_the_first_chunk_is_known_by_its_place(tmp_path):
+    """Workers decode a batch in chunks of 32; file 33 is no image."""
+    files = [str(tmp_path / f"{number}.png") for number in range(36)]
+    for number, path in enumerate(files):
+        picture(9, 9, seed=number).save(path)
+    Path(files[33]).write_bytes(b"no image")
+    dataset = numbered(50)
+    dataset.labeled = dataset.unlabeled = ImageSet(range(36), files=files, size=8, skip_unreadable=True)
+    ((images, targets, mask),) = batches(dataset.labeled, 36, "cpu")
+    assert (mask == 0).nonzero().flatten().tolist() == [33] and targets.tolist() == [*range(36)]
+    assert not images[33].any() and images[mask == 1].flatten(1).any(dim=1).all()
+    for seed in range(3):  # it is drawn into either chunk
+        batch = next(TrainLoader(dataset, 36, 0, seed, process(), workers=0))
+        assert batch.images_l.flatten(1).any(dim=1).all()
+        assert set(batch.targets.tolist()) == {*range(36)} - {33}
+
+
+def test_a_batch_of_unreadable_files_alone_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    dataset = numbered(50)
+    files = [str(tmp_path / "a.png")]
+    dataset.labeled = dataset.unlabeled = ImageSet([0], files=files, size=8, skip_unreadable=True)
+    with pytest.raises(UserError, match=r"^no image of a batch can be read: the image .*a\.png"):
+        next(TrainLoader(dataset, 3, 0, 0, process(), workers=0))

@@ -32,7 +32,8 @@ def build(*flags, method="mpl", runtime=None):
     """A method on 8-pixel images of 3 classes, weights from seed 0."""
     words = ["--method", "mpl", *FLAGS, *map(str, flags), "--method", method]
     model = words[-words[::-1].index("--model")]  # the last that is given
-    words += ["--teacher-checkpoint", teacher_file(model, 3, 8)]
+    if "--teacher-checkpoint" not in words:
+        words += ["--teacher-checkpoint", teacher_file(model, 3, 8)]
     args = main.parse_arguments(words)
     torch.manual_seed(0)
     return with_predictions(METHODS[method](args, 3, 8, runtime or Runtime("cpu")))
@@ -470,6 +471,46 @@ def test_mixup_of_labels_is_supervised_training_on_mixed_images():
         torch.testing.assert_close(ours.grad, p.grad, rtol=1e-4, atol=1e-6)
 
 
+# ---------------------------------------------------------------- a fixed teacher
+
+
+def decided_teacher(path, views):
+    """A checkpoint whose average, unlike its student, names different classes for different images."""
+    torch.manual_seed(4)
+    student, average = (build_model("wrn-10-1", 3, image_size=8) for _ in range(2))
+    for norm in (module for module in average.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.momentum = None  # running statistics are the mean over all batches
+    with torch.no_grad():
+        average(torch.cat([views.weak, views.strong]).float())
+        average.head.weight.mul_(4)
+    torch.save({"student_state_dict": student.state_dict(), "avg_state_dict": average.state_dict()}, path)
+    return average.double().eval()
+
+
+@pytest.mark.parametrize("view", ["weak", "strong"])
+@pytest.mark.parametrize("kind", ["argmax", "soft"])
+def test_a_step_of_pseudo_label_against_its_formula(kind, view, tmp_path):
+    """CE of the strong view against what the average in the file says of --pseudo-label-view, in float64."""
+    views = double_views(1)
+    teacher = decided_teacher(tmp_path / "teacher.pt", views)
+    flags = ("--pseudo-label", kind, "--pseudo-label-view", view)
+    method = build(*flags, "--teacher-checkpoint", tmp_path / "teacher.pt", method="pseudo-label")
+    in_double(method).teacher_network.double()
+    with torch.no_grad():
+        said = {name: F.softmax(teacher(getattr(views, name)), dim=1) for name in ("weak", "strong")}
+    classes = {name: each.argmax(1) for name, each in said.items()}
+    assert len(classes[view].unique()) > 1 and (classes["weak"] != classes["strong"]).sum() > 2
+    labels = said[view] if kind == "soft" else F.one_hot(classes[view], 3).double()
+    network = copy.deepcopy(method.student.network).train()
+    loss = smoothed_cross_entropy(labels, network(views.strong), 0.1)
+    loss.backward()
+    scalars = method.step(views, 0, classes[view])
+    assert scalars["pseudo_label_accuracy"] == 1
+    torch.testing.assert_close(scalars["student_loss"], loss.detach(), rtol=1e-6, atol=0)
+    for ours, p in zip(method.student.network.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, p.grad, rtol=1e-5, atol=1e-8)
+
+
 # ---------------------------------------------------------------- exchanging roles
 
 
@@ -604,10 +645,8 @@ def test_the_student_learns_the_labels_of_the_teachers_average():
         torch.testing.assert_close(ours.grad, p.grad)
 
 
-def test_the_average_labels_in_full_precision():
+def test_the_average_labels_in_full_precision(bf16):
     method = build("--weak-pass", "ema", method="uda", runtime=Runtime("cpu", amp=True))
-    if method.runtime.amp_dtype is None:
-        pytest.skip("no bf16 on this device")
     logits = method.student.predict_average(make_views().weak)
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, method.predictor(make_views().weak))  # but passes in half
@@ -721,8 +760,16 @@ def smoothed_cross_entropy(labels, logits, smoothing):
     return -(labels * (logits - logits.exp().sum(1, keepdim=True).log())).sum(1).mean()
 
 
+def clipped(gradients, bound):
+    """Gradients, {name: tensor}, times the number that brings their common norm to the bound; 0 is none."""
+    norm = torch.sqrt(sum(gradient.square().sum() for gradient in gradients.values()))
+    share = min(1.0, (bound / (norm + 1e-6)).item()) if bound else 1.0  # PyTorch's 1e-6
+    return {name: share * gradient for name, gradient in gradients.items()}
+
+
 def sgd_by_hand(network, gradients, args, rate):
     """The first step of SGD with Nesterov momentum; batch norm has no weight decay. {name: parameter}"""
+    gradients = clipped(gradients, args.grad_clip)
     norms = {id(p) for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d) for p in m.parameters()}
     after = {}
     for name, p in network.named_parameters():
@@ -779,12 +826,13 @@ def reference_step(teacher, student, views, args, step, feedback_term):
     loss = smoothed_cross_entropy(at_labels, t_labeled, args.label_smoothing)
     uda = sharpened_uda(t_weak, t_strong, args.temperature, args.threshold)
     found = {"teacher": at_teacher, "student": at_student, "labels": labels, "old": old, "new": new}
+    found |= {"student_gradient": gradients, "student_after": after, "rate": args.student_lr}
     total = loss + weight * uda + feedback_term(found | {"labeling": labeling, "strong": t_strong})
     gradient = torch.autograd.grad(total, list(teacher.parameters()))
-    teacher_after = sgd_by_hand(
-        teacher, dict(zip(dict(teacher.named_parameters()), gradient, strict=True)), args, args.teacher_lr
-    )
+    gradient = dict(zip(dict(teacher.named_parameters()), gradient, strict=True))
+    teacher_after = sgd_by_hand(teacher, gradient, args, args.teacher_lr)
     scalars = {"labeled_loss": loss, "uda_loss": uda, "student_loss": student_loss}
+    gradient = clipped(gradient, args.grad_clip).values()
     return found | {"scalars": scalars, "gradient": gradient, "after": (teacher_after, after)}
 
 
@@ -804,6 +852,15 @@ def mpl_pytorch_term(t):
     """(L_new − L_old) · CE(argmax T(strong), T(strong))."""
     own = F.one_hot(t["strong"].argmax(1), 3).double()
     return (t["new"] - t["old"]).detach() * smoothed_cross_entropy(own, t["strong"], 0.0)
+
+
+def dot_term(t):
+    """30 · η ⟨∇L_new, ∇CE(ŷ, S(x_u))⟩ · CE(ŷ, T(x_u)), with the student's gradient before it was clipped."""
+    after = torch.autograd.grad(t["new"], list(t["student_after"].values()), retain_graph=True)
+    product = sum((a * b).sum() for a, b in zip(after, t["student_gradient"], strict=True))
+    return (
+        30 * t["rate"] * product.detach() * smoothed_cross_entropy(t["labels"].detach(), t["labeling"], 0.0)
+    )
 
 
 def paper_term(t):
@@ -832,6 +889,7 @@ WHOLE_STEPS = {
         ("--feedback", "taylor", "--flip-feedback", "--feedback-view", "strong", "--pseudo-label", "argmax"),
         mpl_pytorch_term,
     ),
+    "dot, clipped": (("--feedback", "dot", "--feedback-weight", 30, "--grad-clip", 0.3), dot_term),
     "argmax, sum": (
         ("--feedback", "taylor", "--feedback-reduction", "sum", "--feedback-momentum", 0.99),
         paper_term,
@@ -879,6 +937,28 @@ def test_one_whole_step_against_the_reference(case):
     before = dict(student.named_parameters())
     for name, value in method.predictor.named_parameters():
         same(value.detach(), (decay * before[name] + (1 - decay) * reference["after"][1][name]).detach())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_exact_repeats_the_dropout_of_the_students_pass(accumulate):
+    """Not the teacher's dropout, which was drawn before it."""
+    dropout = ("--teacher-dropout", 0.4, "--student-dropout", 0.4)
+    exact = ("--feedback", "exact", "--pseudo-label", "soft", "--feedback-jvp", "difference")
+    method = in_double(build(*exact, *dropout, "--accumulate", accumulate))
+    masks = []
+
+    def keep(module, inputs, output):
+        if module.training:
+            masks.append(output.detach() != 0)
+
+    method.student.network.head.dropout.register_forward_hook(keep)
+    method.step(double_views(1), 0)
+    ours, *again = zip(
+        *[iter(masks)] * accumulate, strict=True
+    )  # the student's pass, and two to differentiate
+    assert len(again) == 2 and 0.3 < torch.cat(ours).double().mean() < 0.8
+    for each in again:
+        assert all(torch.equal(a, b) for a, b in zip(each, ours, strict=True))
 
 
 # ---------------------------------------------------------------- reduced: a perceptron learns
@@ -1051,17 +1131,15 @@ def test_a_step_that_the_fp16_scaler_skips_has_no_feedback():
         *[("reduced-mpl", ("--feedback", name)) for name in ESTIMATORS],
     ],
 )
-def test_bf16_is_near_full_precision(method, flags):
+def test_bf16_is_near_full_precision(method, flags, bf16):
     runtime = Runtime("cpu", amp=True, channels_last=True)
-    if runtime.amp_dtype is None:
-        pytest.skip("no bf16 on this device")
     flags = [*flags, "--student-lr", 0.01, "--teacher-lr", 0.01]
     full, mixed = build(*flags, method=method), build(*flags, method=method, runtime=runtime)
     for step in range(3):
         a, b = full.step(make_views(step), step), mixed.step(make_views(step), step)
     loss = "student_loss" if method == "reduced-mpl" else "labeled_loss"
     torch.testing.assert_close(a[loss], b[loss], rtol=0.05, atol=0.02)
-    assert weights(mixed.student.network).dtype == torch.float32
+    assert a[loss] != b[loss] and weights(mixed.student.network).dtype == torch.float32
 
 
 def test_learns_a_tiny_problem():

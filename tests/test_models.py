@@ -155,6 +155,55 @@ def test_two_moons_network():
     torch.testing.assert_close(model(x), hidden @ model.head.weight.T + model.head.bias)
 
 
+def test_an_mlp_drops_units_before_its_head():
+    model = build_model("mlp-3-16-8-2", 2, dropout=0.5)
+    x = torch.randn(50, 3)
+    a, b = model.hidden
+    hidden = torch.tanh(torch.tanh(x @ a.weight.T + a.bias) @ b.weight.T + b.bias)
+    torch.manual_seed(1)
+    logits = model(x)
+    torch.manual_seed(1)
+    dropped = F.dropout(hidden, 0.5)
+    assert 0.4 < (dropped == 0).float().mean() < 0.6
+    torch.testing.assert_close(logits, dropped @ model.head.weight.T + model.head.bias)
+
+
+def test_convlarge_is_the_published_table():
+    """Table 5 of arXiv:1703.01780, layer by layer, with the running statistics of batch norm."""
+    model = build_model("convlarge", 10, bn_momentum=0.3).double().eval()
+    randomise_norms(model)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {(norm.eps, norm.momentum) for norm in norms} == {(1e-3, 0.3)}
+    parameters = iter([p for name, p in model.named_parameters() if not name.startswith("head")])
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        x = images
+        widths = [128, 128, 128, 256, 256, 256, 512, 256, 128]
+        for number, (width, norm) in enumerate(zip(widths, norms, strict=True)):
+            weight, scale, shift = (next(parameters) for _ in range(3))
+            kernel = 3 if number < 7 else 1
+            assert weight.shape == (width, x.shape[1], kernel, kernel)
+            x = F.conv2d(x, weight, padding=1 if number < 6 else 0)
+            x = F.batch_norm(x, norm.running_mean, norm.running_var, scale, shift, eps=1e-3)
+            x = torch.where(x > 0, x, 0.1 * x)
+            if number in (2, 5):
+                x = F.max_pool2d(x, 2)
+        assert x.shape[2:] == (6, 6)
+        expected = x.mean(dim=(2, 3)) @ model.head.weight.T + model.head.bias
+        torch.testing.assert_close(model(images), expected)
+
+
+def test_googlenet_takes_the_input_that_its_weights_expect():
+    """They were trained on levels from -1 to 1, and ours are normalised as those of ImageNet."""
+    model = build_model("googlenet", 5, image_size=64).eval()
+    plain = copy.deepcopy(model)
+    plain.transform_input = False
+    levels = torch.rand(2, 3, 64, 64)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(model((levels - mean) / std), plain(2 * levels - 1), rtol=1e-3, atol=1e-4)
+
+
 # ----------------------------------------------------------------------------------- the published block
 
 
@@ -467,6 +516,17 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
     torch.save({"step": 1, "args": {"lr": 0.1}}, file)
     with pytest.raises(ValueError, match="holds no state dict"):
         build_model("wrn-10-1", 10, weights=file)
+    good = build_model("wrn-10-1", 10).state_dict()
+    torch.save(good, file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle of a weight, which torch.load takes as it is
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="not a weights file"):
+        build_model("wrn-10-1", 10, weights=file)
+    good["conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(good, file)
+    with pytest.raises(ValueError, match=r"values that are not finite, in conv1\.weight"):
+        build_model("wrn-10-1", 10, weights=file)
 
 
 def test_pretrained_reads_torchvisions_file(tmp_path, monkeypatch):
@@ -515,6 +575,14 @@ def test_old_densenet_names_are_understood(tmp_path):
     assert len(set(old) - set(state)) > 500
     torch.save(old, tmp_path / "weights.pt")
     assert same_weights(build_model("densenet121", 5, weights=tmp_path / "weights.pt"), state)
+
+
+def test_the_second_outputs_in_a_file_of_googlenet_are_left_out(tmp_path):
+    source = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    model = build_model("googlenet", 1000, image_size=64, weights=tmp_path / "weights.pt")
+    assert any(key.startswith("aux1.") for key in source.state_dict())
+    assert same_weights(model, source.state_dict())
 
 
 # --------------------------------------------------------------------------------------- frozen bodies

@@ -168,6 +168,23 @@ def test_replay_draws_the_same_and_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), after)
 
 
+def test_dropout_is_decided_by_the_key_and_the_process():
+    def drawn(*key, rank=0):
+        runtime = Runtime("cpu")
+        runtime.rank = rank
+        runtime.seed(*key)
+        return tuple(torch.rand(3).tolist())
+
+    assert drawn(0, 5) == drawn(0, 5)
+    assert len({drawn(0, 5), drawn(0, 6), drawn(1, 5), drawn(0, 5, rank=1)}) == 4
+
+
+def test_save_writes_every_path(tmp_path):
+    runtime, paths = Runtime("cpu"), [tmp_path / "last", tmp_path / "best"]
+    runtime.save({"step": 1}, *paths)
+    assert [runtime.load(path) for path in paths] == [{"step": 1}] * 2
+
+
 def test_save_replaces_whole_files_only(tmp_path, monkeypatch):
     runtime, path = Runtime("cpu"), tmp_path / "a.pth.tar"
     runtime.save({"step": 1}, path)
@@ -201,10 +218,8 @@ def test_damaged_checkpoints(tmp_path, damage, monkeypatch):
     assert not (tmp_path / "run-by-a-checkpoint").exists()
 
 
-def test_bf16_of_the_forward_pass_only():
+def test_bf16_of_the_forward_pass_only(bf16):
     runtime = Runtime("cpu", amp=True)
-    if runtime.amp_dtype is None:
-        pytest.skip("no bf16 on this device")
     layer = torch.nn.Linear(4, 4)
     with runtime.autocast():
         assert layer(torch.zeros(1, 4)).dtype == torch.bfloat16
