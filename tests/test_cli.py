@@ -195,6 +195,24 @@ def test_validation_chooses_and_the_test_set_does_not(tmp_path):
     assert len(dataset.val) == 50 and not held_out & test
 
 
+def test_validation_chooses_among_the_finetuned_ones(tmp_path):
+    arguments = "--num-val 10 --total-steps 12 --eval-step 2 --seed 4 --name run"
+    finetuning = "--finetune-epochs 300 --finetune-lr 0.02"
+    run(*TINY, *arguments.split(), *finetuning.split(), cwd=tmp_path)
+    lines = (tmp_path / "results/run/metrics.jsonl").read_text().splitlines()
+    lines = [line for line in map(json.loads, lines) if "finetune_loss" in line]
+    assert [line["step"] for line in lines] == [12 + step for step in (50, 100, 150, 200, 250, 300)]
+    best = max(lines, key=lambda line: line["finetune_val_top1"])  # the first of equals
+    assert best["finetune_top1"] < max(line["finetune_top1"] for line in lines)  # the test set's choice
+    summary = json.loads((tmp_path / "results/run/summary.json").read_text())
+    chosen = checkpoint(tmp_path, "run_finetune_best")
+    assert summary["finetune_top1"] == best["finetune_top1"] == chosen["finetune_top1"]
+    assert 12 + chosen["finetune_step"] == best["step"]
+    run("--evaluate", "--resume", "checkpoint/run_finetune_best.pth.tar", cwd=tmp_path)
+    evaluated = json.loads((tmp_path / "results/run_finetune_best/summary.json").read_text())
+    assert evaluated["top1"] == best["finetune_top1"]
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -409,7 +427,10 @@ def test_imagenet_recipe_in_two_processes(tmp_path):
     done = script("run_imagenet.sh", *flags, cwd=tmp_path, GPUS="2")
     assert "(imagenet, 2 labels, mpl, seed 0)" in done.stdout
     summary = json.loads((tmp_path / "results/imagenet-10/summary.json").read_text())
-    assert summary["device"].startswith("2 × cpu") and summary["finetune_top1"] is not None
+    assert summary["device"].startswith("2 × cpu")
+    run("--evaluate", "--resume", "checkpoint/imagenet-10_finetune_last.pth.tar", cwd=tmp_path)
+    evaluated = json.loads((tmp_path / "results/imagenet-10_finetune_last/summary.json").read_text())
+    assert summary["finetune_top1"] == evaluated["top1"] and evaluated["test_images"] == 10
 
 
 def test_folder_recipe_on_large_photographs(tmp_path):

@@ -421,7 +421,7 @@ def test_a_lost_process_is_started_again(tmp_path, monkeypatch):
     assert load(checkpoint)["step"] == 28
 
 
-def test_two_processes_stop_together(tmp_path):
+def test_two_processes_stop_together(tmp_path, monkeypatch):
     """SIGTERM to one of them, twice, as launchers send it, and then to torchrun, which hands it on: they save
     one step, and go on from there when started again."""
     flags = [*TINY, *folder_flags(tmp_path / "own"), "--resize", "70", "--workers", "1", "--num-val", "2"]
@@ -443,7 +443,10 @@ def test_two_processes_stop_together(tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "results/run/summary.json").read_text())
     assert summary["steps"] == step + 2 and summary["selection"] == "val"
-    assert summary["finetune_top1"] is not None
+    monkeypatch.chdir(tmp_path)
+    assert main.run(["--evaluate", "--resume", "checkpoint/run_finetune_best.pth.tar"]) == 0
+    evaluated = json.loads((tmp_path / "results/run_finetune_best/summary.json").read_text())
+    assert summary["finetune_top1"] == evaluated["top1"]
 
 
 @pytest.mark.parametrize("flags", (["--optimizer", "adamw"], ["--freeze-body"]))
