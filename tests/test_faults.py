@@ -438,11 +438,15 @@ def test_two_processes_stop_together(tmp_path, monkeypatch):
         assert errors.count("stopped after step") == 1, errors
         step = load(last)["step"]
         assert f"stopped after step {step};" in errors
-    flags = [*flags, "--total-steps", str(step + 2), "--eval-step", "1", "--finetune-epochs", "1"]
+    flags = [*flags, "--total-steps", str(step + 2), "--eval-step", "1", "--finetune-epochs", "2"]
+    flags += ["--finetune-batch-size", "1"]
     done = forked.run_main(flags, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "results/run/summary.json").read_text())
     assert summary["steps"] == step + 2 and summary["selection"] == "val"
+    assert (
+        load(tmp_path / "checkpoint/run_finetune_last.pth.tar")["finetune_step"] == 4
+    )  # 2 · 4 images, by two
     monkeypatch.chdir(tmp_path)
     assert main.run(["--evaluate", "--resume", "checkpoint/run_finetune_best.pth.tar"]) == 0
     evaluated = json.loads((tmp_path / "results/run_finetune_best/summary.json").read_text())

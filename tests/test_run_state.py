@@ -1,5 +1,6 @@
 """A run cannot be mistaken for another: what a checkpoint remembers, what is refused, what is kept."""
 
+import argparse
 import json
 import os
 import shutil
@@ -528,6 +529,74 @@ def test_what_a_run_is_about_cannot_change(was, now, rest):
         main.parse_arguments([*now.split(), "--resume", "x.pth.tar"], saved, "x.pth.tar")
 
 
+def continued(before, *flags, **data):
+    """The arguments of a command that goes on from step 3 of a run with the arguments ``before``."""
+    saved = {"step": 3, "args": vars(before), "data": data}
+    return main.parse_arguments([*flags, "--resume", "x.pth.tar"], saved, "x.pth.tar")
+
+
+def test_what_belongs_to_a_command_is_not_remembered():
+    args = continued(main.parse_arguments(["--overwrite"]))
+    assert not args.overwrite and args.start_step == 3 and args.resume == os.path.abspath("x.pth.tar")
+
+
+def test_the_size_of_a_run_that_took_its_images_size(capsys):
+    before = main.parse_arguments(["--dataset", "folder"])
+    assert before.resize is None
+    assert continued(before, "--resize", "32", size=32).resize == 32
+    with pytest.raises(UserError, match="trained with --resize 32: it cannot go on with --resize 16"):
+        continued(before, "--resize", "16", size=32)
+
+
+def test_paths_are_remembered_whole(here, monkeypatch, capsys):
+    """A run goes on from any folder; that its unlabelled images are others is said."""
+    flags = ("--data-path", "--save-path", "--results-path", "--unlabeled-path", "--labeled-indices")
+    flags += ("--weights", "--teacher-checkpoint")
+    words = [word for flag in flags for word in (flag, f"a{flag}")]
+    before = main.parse_arguments([*words, "--method", "pseudo-label"])
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    for args in (before, continued(before, "--save-path", str(here / "a--save-path"))):
+        for flag in flags:
+            if flag != "--results-path" or args is before:
+                assert getattr(args, flag.strip("-").replace("-", "_")) == str(here / f"a{flag}")
+    capsys.readouterr()
+    continued(before, "--unlabeled-path", "other")
+    there = here / "elsewhere/other"
+    assert f"--unlabeled-path {here}/a--unlabeled-path → {there}" in capsys.readouterr().err
+
+
+def test_the_checkpoints_of_a_name(here):
+    """None of another run whose name only looks alike: --overwrite removes what is found."""
+    own = ["last", "best", "finetune_last", "finetune_best", "step00000002", "step00000004", "step00000008"]
+    others = ("a.b.c_last", "aXb_last", "my-a.b_last", "a.b_x_last", "a.b_step8", "a.b_last.pth.tar")
+    for name in (*(f"a.b_{kind}" for kind in own), *others):
+        Path(f"{name}.pth.tar").write_text("")
+    args = argparse.Namespace(save_path=".", name="a.b", keep=1)
+    found = commands.checkpoints_of(args)
+    assert found == {f"./a.b_{kind}.pth.tar": int(kind[4:]) if "step" in kind else None for kind in own}
+    commands.drop_checkpoints(args, 4)
+    kept = {path.name for path in here.glob("a.b_step*")}
+    assert kept == {"a.b_step00000004.pth.tar", "a.b_step8.pth.tar"}
+
+
+def test_images_of_another_size_are_seen_in_that_of_the_run(here, capsys):
+    for root, size in (("mine/train", 12), ("mine/test", 12), ("new/test", 20)):
+        for number, name in enumerate(("cat", "dog", "owl") * 4):
+            (here / root / name).mkdir(parents=True, exist_ok=True)
+            pixels = np.random.RandomState(number + size).randint(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(here / root / name / f"{number}.png")
+    words = [*FOLDER, "--data-path", "mine"]
+    del words[words.index("--resize") : words.index("--resize") + 2]
+    assert command(*words) == 0
+    assert command("--evaluate", "--resume", "checkpoint/mine_last.pth.tar", "--data-path", "new") == 0
+    args, state = main.parse_arguments(words), load("checkpoint/mine_last.pth.tar")
+    args.data_path = "new"
+    args.evaluate = True
+    assert main.read_data(args, state["data"], labels_given=False).test.images.shape == (12, 3, 12, 12)
+    assert "evaluating at" not in capsys.readouterr().err
+
+
 def test_other_labelled_images_are_refused(copied, capsys):
     positions = Path("results/run/labeled_indices.txt").read_text().split()
     Path("same.txt").write_text("\n".join(reversed(positions)))
@@ -994,6 +1063,10 @@ def test_lines_between_evaluations(here):
     each = {line["step"]: line["student_loss"] for line in metrics("each")}
     for line, steps in zip(lines, ((1, 2), (3, 4), (5,), (6,), (7, 8), (9, 10)), strict=True):
         assert line["student_loss"] == pytest.approx(np.mean([each[step] for step in steps]), rel=1e-5)
+    trained = load("checkpoint/run_last.pth.tar")
+    assert trained["trained_images"] == 10 * (4 + 2 * 4)
+    speed = trained["trained_images"] / trained["train_seconds"]
+    assert summary("run")["images_per_second"] == pytest.approx(speed)
     assert lines[0]["student_rate"] == pytest.approx(utils.learning_rate(1, peak=0.05, total_steps=10))
     events = EventAccumulator("results/run")
     events.Reload()
