@@ -7,6 +7,7 @@ import shutil
 import struct
 import tarfile
 import threading
+import unicodedata
 import urllib.error
 import urllib.request
 import zlib
@@ -21,7 +22,7 @@ from sklearn.datasets import load_digits
 
 import data
 from data import load_dataset, split_labels, write_labeled
-from folders import image_tree, relative
+from folders import image_tree, place_of, relative
 from images import channel_statistics
 from runtime import UserError
 
@@ -401,6 +402,23 @@ def test_one_level_is_split_by_the_names_alone(tmp_path):
     assert now[1] < halves[1] and 0.35 < len(halves[1]) / 130 < 0.65
 
 
+def test_accents_as_a_mac_stores_them_split_the_same(tmp_path):
+    """A copy from a Mac, with each accent as a character of its own: same sides, labels and validation."""
+    names = [f"{letter}{number}.png" for letter in "äéñ" for number in range(20)]
+    options, found = {"num_labeled": 6, "num_val": 4, "seed": 1}, []
+    for form in ("NFC", "NFD"):
+        for k, kind in enumerate(("Löwe", "Ente")):
+            folder = tmp_path / form / unicodedata.normalize(form, kind)
+            folder.mkdir(parents=True)
+            for number, name in enumerate(names):
+                picture(8, 8, seed=100 * k + number).save(folder / unicodedata.normalize(form, name))
+        dataset = load_dataset("folder", tmp_path / form, **options)
+        parts = (dataset.labeled, dataset.val, dataset.test)
+        found.append([{unicodedata.normalize("NFC", name) for name in part.names} for part in parts])
+    assert found[0] == found[1] and all(found[0])
+    assert place_of(unicodedata.normalize("NFD", "Löwe/ä1.png")) == place_of("Löwe/ä1.png")
+
+
 def test_names_are_the_same_however_the_folder_is_written(tmp_path, monkeypatch):
     write_tree(tmp_path / "tree", {"a": 2, "b": 2})
     monkeypatch.chdir(tmp_path / "tree")
@@ -502,6 +520,36 @@ def test_unlabelled_images_are_added_or_take_the_place_of_the_others(tmp_path, r
         assert np.array_equal(only.unlabeled.images.numpy(), [extra[path] for path in sorted(extra)])
     else:
         assert only.unlabeled.files == sorted(extra)
+
+
+@pytest.mark.parametrize("mode", ["add", "only"])
+def test_validation_images_among_the_unlabelled_ones_are_left_out(tmp_path, mode):
+    held_out = load_dataset("digits", num_labeled=10, num_val=20, resize=8).val
+    for i, image in enumerate(held_out.images[:7].permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    picture(8, 8, seed=5).save(tmp_path / "other.png")
+    options = {"num_labeled": 10, "num_val": 20, "resize": 8, "unlabeled_path": tmp_path}
+    dataset = load_dataset("digits", unlabeled_mode=mode, **options)
+    assert len(dataset.unlabeled) == (1 if mode == "only" else 1297 - 20 + 1)
+    seen = {image.numpy().tobytes() for image in dataset.unlabeled.images}
+    assert not seen & {image.numpy().tobytes() for image in held_out.images}
+    assert np.asarray(picture(8, 8, seed=5)).transpose(2, 0, 1).tobytes() in seen
+
+
+@pytest.mark.parametrize("resize", [None, 80])
+def test_validation_images_of_a_folder_among_the_unlabelled_ones_are_left_out(tmp_path, resize):
+    """Whether they are in memory or not."""
+    write_tree(tmp_path / "data" / "train", {"a": 6, "b": 6})
+    write_tree(tmp_path / "data" / "test", {"a": 1, "b": 1})
+    options = {"num_labeled": 2, "num_val": 4, "resize": resize}
+    held_out = load_dataset("folder", tmp_path / "data", **options).val
+    write_tree(tmp_path / "extra", {"x": 3})
+    for i, name in enumerate(held_out.names[:3]):
+        shutil.copy(tmp_path / "data" / name, tmp_path / "extra" / f"copy-{i}.png")
+    extra = {"unlabeled_path": tmp_path / "extra", "unlabeled_mode": "only"}
+    dataset = load_dataset("folder", tmp_path / "data", **options, **extra)
+    assert dataset.val.names == held_out.names and len(dataset.unlabeled) == 3
+    assert not torch.isin(dataset.unlabeled.fingerprints, held_out.fingerprints).any()
 
 
 def test_unlabelled_images_that_are_all_test_images_are_refused(tmp_path):
