@@ -208,6 +208,17 @@ def test_published_statistics_are_those_of_the_data_set(tmp_path, monkeypatch, o
     assert dataset.std == pytest.approx([0.247, 0.2435, 0.2616])
 
 
+def test_published_statistics_of_the_other_data_sets(tmp_path, monkeypatch, offline):
+    write_cifar(tmp_path, monkeypatch, classes=100, packed=False)
+    write_svhn(tmp_path, monkeypatch, {"train": 10, "test": 10})
+    cifar100 = load_dataset("cifar100", tmp_path, num_labeled=100)
+    assert cifar100.mean == pytest.approx([0.5071, 0.4865, 0.4409])
+    assert cifar100.std == pytest.approx([0.2673, 0.2564, 0.2762])
+    svhn = load_dataset("svhn", tmp_path, num_labeled=10)
+    assert svhn.mean == pytest.approx([0.4377, 0.4438, 0.4728])
+    assert svhn.std == pytest.approx([0.198, 0.201, 0.197])
+
+
 def test_cifar_can_be_enlarged(tmp_path, monkeypatch, offline):
     (images, _), _ = write_cifar(tmp_path, monkeypatch, classes=10, packed=False)
     dataset = load_dataset("cifar10", tmp_path, num_labeled=10, resize=48)
@@ -426,6 +437,36 @@ def test_names_are_the_same_however_the_folder_is_written(tmp_path, monkeypatch)
     for root in map(str, spellings):
         files, _ = image_tree(root, "--data-path")
         assert relative(files, root) == ["a/000.png", "a/001.png", "b/000.png", "b/001.png"], root
+
+
+def test_a_record_brings_back_the_images_of_its_run(tmp_path):
+    """Labelled and validation images, by position or by name; of copies of one image the one of that name."""
+    first = load_dataset("digits", num_labeled=10, num_val=20, seed=3, resize=8)
+    again = load_dataset("digits", num_labeled=40, seed=5, resize=8, record=first.record())
+    assert again.labeled_indices == first.labeled_indices and again.val_indices == first.val_indices
+    assert len(again.unlabeled) == 1297 - 20 and torch.equal(again.val.images, first.val.images)
+
+    write_tree(tmp_path / "train", {"a": 6, "b": 6})
+    write_tree(tmp_path / "test", {"a": 2, "b": 2})
+    shutil.copy(tmp_path / "train/a/000.png", tmp_path / "train/a/again.png")
+    given = tmp_path / "labeled.txt"
+    for name in ("000", "again"):
+        given.write_text(f"train/a/{name}.png\ntrain/b/001.png\n")
+        first = load_dataset("folder", tmp_path, num_labeled=2, num_val=4, labeled_indices=given)
+        record = first.record()
+        again = load_dataset("folder", tmp_path, num_labeled=4, seed=5, record=record)
+        assert again.labeled.names == [f"train/a/{name}.png", "train/b/001.png"] == first.labeled.names
+        assert again.val.names == first.val.names and len(again.val) == 4
+        for part in (first.labeled, first.unlabeled, first.val):
+            assert torch.isin(part.fingerprints, record["trained"]).all()
+        assert not torch.isin(first.test.fingerprints, record["trained"]).any()
+
+
+def test_a_file_name_of_two_lines_is_refused(tmp_path):
+    """Lists of names have one on each line."""
+    write_tree(tmp_path, {"a": 5, "b": 5})
+    (tmp_path / "a" / "000.png").rename(tmp_path / "a" / "0\n0.png")
+    assert "holds a line break: rename it" in refusal("folder", tmp_path, num_labeled=2)
 
 
 def test_labelled_images_of_a_folder_depend_on_their_names(tmp_path):

@@ -137,10 +137,9 @@ def test_random_crops_have_the_usual_areas_and_ratios():
     assert area.min() > 0.075 and area.min() < 0.1 and area.max() > 0.95
     assert ratio.min() > 0.73 and ratio.min() < 0.77 and ratio.max() > 1.3 and ratio.max() < 1.36
     assert left.min() == 0 and (left + w).max() == 400
-    for extreme in ((1, 1), (1000, 3), (3, 1000)):
-        left, top, w, h = random_crop_box(*extreme, random)
-        assert min(left, top) >= 0 and min(w, h) >= 1
-        assert left + w <= extreme[0] and top + h <= extreme[1]
+    # no draw fits: the largest box in the middle that is no longer than 4/3 of its width
+    for extreme, box in (((1, 1), (0, 0, 1, 1)), ((1000, 3), (498, 0, 4, 3)), ((3, 1000), (0, 498, 3, 4))):
+        assert random_crop_box(*extreme, random) == box
 
 
 # loaders in memory
@@ -289,6 +288,7 @@ def test_imagenet_keeps_files_and_its_layout(photographs):
     assert (len(dataset.unlabeled), len(dataset.test), dataset.size) == (14, 6, 48)
     assert dataset.labeled.targets.tolist() == [0, 0, 1, 1]  # 0.3 of 7 images of each class
     assert dataset.mean == pytest.approx([0.485, 0.456, 0.406]) and dataset.crop == "none" and dataset.flip
+    assert dataset.std == pytest.approx([0.229, 0.224, 0.225])
     for path, target in zip(dataset.unlabeled.files, dataset.unlabeled.targets.tolist(), strict=True):
         assert dataset.classes[target] in path and "train" in path
     assert dataset.labeled.files == [dataset.unlabeled.files[i] for i in dataset.labeled_indices]

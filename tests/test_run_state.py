@@ -595,6 +595,8 @@ def test_images_of_another_size_are_seen_in_that_of_the_run(here, capsys):
     args.evaluate = True
     assert main.read_data(args, state["data"], labels_given=False).test.images.shape == (12, 3, 12, 12)
     assert "evaluating at" not in capsys.readouterr().err
+    drawn = visualize.load(utils.read_run("results/mine_last"))[1]
+    assert drawn.test.images.shape == (12, 3, 12, 12)
 
 
 def test_other_labelled_images_are_refused(copied, capsys):

@@ -471,6 +471,15 @@ def test_the_teacher_is_its_moving_average_where_it_has_one(tmp_path, monkeypatc
     assert heading == "roles (Meta Pseudo Labels), ensemble of teacher and student, test points"
 
 
+def test_a_run_that_only_finetuned_selected_its_finetuned_network(runs):
+    last = "checkpoint/mpl_last.pth.tar"
+    main.main(["--finetune", "--resume", last, "--name", "tuned-alone", "--finetune-epochs", "2"])
+    path = visualize.checkpoint_path(read_run("results/tuned-alone"))
+    assert Path(path).name == "tuned-alone_finetune_best.pth.tar" and os.path.isfile(path)
+    path = visualize.checkpoint_path(read_run("results/mpl"))  # trained, then finetuned
+    assert Path(path).name == "mpl_best.pth.tar"
+
+
 def test_roles_are_teacher_student_and_the_mean_of_their_probabilities(runs, monkeypatch, capsys):
     figure = visualize.roles_of(read_run("results/mpl"))
     moons = load_dataset("twomoons", num_labeled=6)
