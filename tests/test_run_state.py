@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -246,6 +247,8 @@ def test_finetuning_begins_with_the_network_that_validation_chose(here):
     kinds = ("best", "last", "finetune_last")
     best, last, tuned = (load(f"checkpoint/run_{kind}.pth.tar") for kind in kinds)
     assert best["step"] == summary("run")["best_step"] < last["step"] == 12
+    assert command("--evaluate", "--resume", "checkpoint/run_best.pth.tar") == 0
+    assert summary("run_best")["steps"] == best["step"]
     best, last, tuned = (state["avg_state_dict"]["conv1.weight"] for state in (best, last, tuned))
     assert torch.equal(tuned, best) and not torch.equal(tuned, last)
 
@@ -1394,6 +1397,15 @@ def test_a_loss_that_is_not_finite_before_any_checkpoint(here, capsys):
     assert "is not finite; no checkpoint was written" in capsys.readouterr().err
 
 
+def test_a_loss_of_finetuning_that_is_not_finite(copied, capsys):
+    """Its steps count on from the training's, as in the record."""
+    words = ["--finetune", "--resume", "checkpoint/run_last.pth.tar", "--name", "tuned"]
+    assert command(*words, "--finetune-lr", "1000", "--finetune-weight-decay", "100000") == 3
+    said = capsys.readouterr().err
+    step = re.search(r"step (\d+): finetune_loss is not finite; no checkpoint was written", said)
+    assert 8 < int(step[1]) < 8 + 40
+
+
 def test_the_record_of_another_run_is_not_continued(copied, capsys):
     """A checkpoint that was moved beside the results of another run does not extend its curves."""
     args = json.loads(Path("results/run/args.json").read_text())
@@ -1436,3 +1448,4 @@ def test_a_run_with_a_share_of_the_labels_goes_on(labels, here):
     assert summary("run")["num_labeled"] == (1297 if labels == "all" else 40)
     assert command(*words, "--resume", "auto", "--total-steps", "6") == 0
     assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar") == 0
+    assert summary("run_last")["num_labeled"] == summary("run")["num_labeled"]
