@@ -358,6 +358,18 @@ def test_a_folder_of_small_images_is_held_in_memory(tmp_path):
     assert dataset.std == pytest.approx(pixels.std(dim=(0, 2, 3), correction=0).tolist())
 
 
+def test_every_image_of_a_large_folder_is_read(tmp_path):
+    """More than one thread takes at a time: the pixels are those of the file of this name."""
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(200 if name == "train/a" else 101):
+            colour = (number, 10 * len(name), 200 if name.endswith("a") else 100)
+            Image.new("RGB", (2, 2), colour).save(tmp_path / name / f"{number:03}.png")
+    train = load_dataset("folder", tmp_path, num_labeled=2, workers=2).unlabeled
+    assert train.images[:, 0, 1, 1].tolist() == [*range(200), *range(101)]
+    assert train.images[:, 2, 0, 1].tolist() == [200] * 200 + [100] * 101
+
+
 def test_statistics_are_taken_from_evenly_spaced_images():
     images = torch.zeros(30000, 3, 1, 1, dtype=torch.uint8)
     images[::6] = 255  # every second one of the 10,000 that are looked at
