@@ -19,6 +19,8 @@ from test_data import write_cifar, write_stl10, write_svhn
 
 import main
 import visualize
+from augmentation import ImageViews
+from data import load_dataset
 from evaluation import measure_accuracy
 from runtime import UserError
 from utils import read_run
@@ -195,6 +197,24 @@ def test_validation_chooses_and_the_test_set_does_not(tmp_path):
     assert len(dataset.val) == 50 and not held_out & test
 
 
+def test_validation_chooses_among_the_finetuned_ones(tmp_path):
+    arguments = "--num-val 10 --total-steps 12 --eval-step 2 --seed 4 --name run"
+    finetuning = "--finetune-epochs 300 --finetune-lr 0.02"
+    run(*TINY, *arguments.split(), *finetuning.split(), cwd=tmp_path)
+    lines = (tmp_path / "results/run/metrics.jsonl").read_text().splitlines()
+    lines = [line for line in map(json.loads, lines) if "finetune_loss" in line]
+    assert [line["step"] for line in lines] == [12 + step for step in (50, 100, 150, 200, 250, 300)]
+    best = max(lines, key=lambda line: line["finetune_val_top1"])  # the first of equals
+    assert best["finetune_top1"] < max(line["finetune_top1"] for line in lines)  # the test set's choice
+    summary = json.loads((tmp_path / "results/run/summary.json").read_text())
+    chosen = checkpoint(tmp_path, "run_finetune_best")
+    assert summary["finetune_top1"] == best["finetune_top1"] == chosen["finetune_top1"]
+    assert 12 + chosen["finetune_step"] == best["step"]
+    run("--evaluate", "--resume", "checkpoint/run_finetune_best.pth.tar", cwd=tmp_path)
+    evaluated = json.loads((tmp_path / "results/run_finetune_best/summary.json").read_text())
+    assert evaluated["top1"] == best["finetune_top1"]
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -226,6 +246,36 @@ def test_published_commands_are_accepted(command):
         assert (args.num_labeled, args.batch_size, args.lambda_u) == (4000, 128, 8)
 
 
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ("--method uda", {"randaug": (2, 16)}),
+        ("--method uda --randaug 1 9 --labeled-view strong", {"randaug": (1, 9), "labeled_view": "strong"}),
+        ("--method semimeta", {"strong_view": False}),
+    ],
+)
+def test_views_are_those_of_the_flags_and_of_the_data_set(flags, options):
+    dataset, generator = load_dataset("digits", num_labeled=10, resize=8), torch.Generator()
+    batch = dataset.labeled.images, dataset.labeled.targets, dataset.test.images[:20]
+    for flip, crop in ((False, "pad"), (True, "none")):
+        dataset.flip, dataset.crop = flip, crop
+        args = main.parse_arguments(["--dataset", "digits", *flags.split()])
+        made = main.build_views(args, dataset, main.Runtime("cpu"))(*batch, generator.manual_seed(1))
+        views = ImageViews(8, dataset.mean, dataset.std, flip=flip, crop=crop, **options)
+        for view, expected in zip(made, views(*batch, generator.manual_seed(1)), strict=True):
+            assert view is expected is None or torch.equal(view, expected)
+
+
+def test_the_jitter_of_points_is_that_of_the_flags():
+    dataset = load_dataset("twomoons", num_labeled=6)
+    args = main.parse_arguments(["--dataset", "twomoons", "--jitter", "0.1", "0.5"])
+    points = dataset.unlabeled.images
+    made = main.build_views(args, dataset, main.Runtime("cpu"))(points[:2], None, points)
+    for view, expected in ((made.weak, 0.1), (made.strong, 0.5)):
+        assert (view - points).std().item() == pytest.approx(expected, rel=0.05)
+    assert torch.equal(made.labeled, points[:2])
+
+
 def test_every_flag_is_explained():
     parser = main.build_parser()
     assert [action.dest for action in parser._actions if not action.help] == []
@@ -251,11 +301,23 @@ def test_every_flag_is_explained():
         ("--weak-pass apart --feedback exact", "--pseudo-label-view strong, --feedback none"),
         ("--mixup-alpha 0.5 --batch-size 6 --accumulate 2", "in pairs"),
         ("--teacher-warmup-steps 300000", "--teacher-warmup-steps 300000 is not below"),
+        ("--student-wait-steps 300000", "the student would never learn: --student-wait-steps 300000"),
     ],
 )
 def test_refused(arguments, words):
     with pytest.raises(UserError, match=re.escape(words)):
         main.parse_arguments(arguments.split())
+
+
+def test_schedules_that_never_come_are_spoken_of(capsys):
+    for flags, outcome in (
+        ("--warmup-steps 9", "the learning rate does not reach its peak"),
+        ("--switch-every 9", "teacher and student never change places"),
+    ):
+        main.parse_arguments([*flags.split(), "--total-steps", "9"])
+        assert capsys.readouterr().err == f"{flags} is not below --total-steps 9: {outcome}\n"
+        main.parse_arguments([*flags.split(), "--total-steps", "10"])
+        assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -408,7 +470,10 @@ def test_imagenet_recipe_in_two_processes(tmp_path):
     done = script("run_imagenet.sh", *flags, cwd=tmp_path, GPUS="2")
     assert "(imagenet, 2 labels, mpl, seed 0)" in done.stdout
     summary = json.loads((tmp_path / "results/imagenet-10/summary.json").read_text())
-    assert summary["device"].startswith("2 × cpu") and summary["finetune_top1"] is not None
+    assert summary["device"].startswith("2 × cpu")
+    run("--evaluate", "--resume", "checkpoint/imagenet-10_finetune_last.pth.tar", cwd=tmp_path)
+    evaluated = json.loads((tmp_path / "results/imagenet-10_finetune_last/summary.json").read_text())
+    assert summary["finetune_top1"] == evaluated["top1"] and evaluated["test_images"] == 10
 
 
 def test_folder_recipe_on_large_photographs(tmp_path):

@@ -8,6 +8,7 @@ import struct
 import tarfile
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 import zlib
@@ -22,7 +23,7 @@ from sklearn.datasets import load_digits
 
 import data
 from data import load_dataset, split_labels, write_labeled
-from folders import image_tree, relative
+from folders import image_tree, place_of, relative
 from images import channel_statistics
 from runtime import UserError
 
@@ -208,6 +209,17 @@ def test_published_statistics_are_those_of_the_data_set(tmp_path, monkeypatch, o
     assert dataset.std == pytest.approx([0.247, 0.2435, 0.2616])
 
 
+def test_published_statistics_of_the_other_data_sets(tmp_path, monkeypatch, offline):
+    write_cifar(tmp_path, monkeypatch, classes=100, packed=False)
+    write_svhn(tmp_path, monkeypatch, {"train": 10, "test": 10})
+    cifar100 = load_dataset("cifar100", tmp_path, num_labeled=100)
+    assert cifar100.mean == pytest.approx([0.5071, 0.4865, 0.4409])
+    assert cifar100.std == pytest.approx([0.2673, 0.2564, 0.2762])
+    svhn = load_dataset("svhn", tmp_path, num_labeled=10)
+    assert svhn.mean == pytest.approx([0.4377, 0.4438, 0.4728])
+    assert svhn.std == pytest.approx([0.198, 0.201, 0.197])
+
+
 def test_cifar_can_be_enlarged(tmp_path, monkeypatch, offline):
     (images, _), _ = write_cifar(tmp_path, monkeypatch, classes=10, packed=False)
     dataset = load_dataset("cifar10", tmp_path, num_labeled=10, resize=48)
@@ -353,6 +365,18 @@ def test_a_folder_of_small_images_is_held_in_memory(tmp_path):
     assert dataset.std == pytest.approx(pixels.std(dim=(0, 2, 3), correction=0).tolist())
 
 
+def test_every_image_of_a_large_folder_is_read(tmp_path):
+    """More than one thread takes at a time: the pixels are those of the file of this name."""
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(200 if name == "train/a" else 101):
+            colour = (number, 10 * len(name), 200 if name.endswith("a") else 100)
+            Image.new("RGB", (2, 2), colour).save(tmp_path / name / f"{number:03}.png")
+    train = load_dataset("folder", tmp_path, num_labeled=2, workers=2).unlabeled
+    assert train.images[:, 0, 1, 1].tolist() == [*range(200), *range(101)]
+    assert train.images[:, 2, 0, 1].tolist() == [200] * 200 + [100] * 101
+
+
 def test_statistics_are_taken_from_evenly_spaced_images():
     images = torch.zeros(30000, 3, 1, 1, dtype=torch.uint8)
     images[::6] = 255  # every second one of the 10,000 that are looked at
@@ -408,6 +432,23 @@ def test_one_level_is_split_by_the_names_alone(tmp_path):
     assert now[1] < halves[1] and 0.35 < len(halves[1]) / 130 < 0.65
 
 
+def test_accents_as_a_mac_stores_them_split_the_same(tmp_path):
+    """A copy from a Mac, with each accent as a character of its own: same sides, labels and validation."""
+    names = [f"{letter}{number}.png" for letter in "äéñ" for number in range(20)]
+    options, found = {"num_labeled": 6, "num_val": 4, "seed": 1}, []
+    for form in ("NFC", "NFD"):
+        for k, kind in enumerate(("Löwe", "Ente")):
+            folder = tmp_path / form / unicodedata.normalize(form, kind)
+            folder.mkdir(parents=True)
+            for number, name in enumerate(names):
+                picture(8, 8, seed=100 * k + number).save(folder / unicodedata.normalize(form, name))
+        dataset = load_dataset("folder", tmp_path / form, **options)
+        parts = (dataset.labeled, dataset.val, dataset.test)
+        found.append([{unicodedata.normalize("NFC", name) for name in part.names} for part in parts])
+    assert found[0] == found[1] and all(found[0])
+    assert place_of(unicodedata.normalize("NFD", "Löwe/ä1.png")) == place_of("Löwe/ä1.png")
+
+
 def test_names_are_the_same_however_the_folder_is_written(tmp_path, monkeypatch):
     write_tree(tmp_path / "tree", {"a": 2, "b": 2})
     monkeypatch.chdir(tmp_path / "tree")
@@ -415,6 +456,36 @@ def test_names_are_the_same_however_the_folder_is_written(tmp_path, monkeypatch)
     for root in map(str, spellings):
         files, _ = image_tree(root, "--data-path")
         assert relative(files, root) == ["a/000.png", "a/001.png", "b/000.png", "b/001.png"], root
+
+
+def test_a_record_brings_back_the_images_of_its_run(tmp_path):
+    """Labelled and validation images, by position or by name; of copies of one image the one of that name."""
+    first = load_dataset("digits", num_labeled=10, num_val=20, seed=3, resize=8)
+    again = load_dataset("digits", num_labeled=40, seed=5, resize=8, record=first.record())
+    assert again.labeled_indices == first.labeled_indices and again.val_indices == first.val_indices
+    assert len(again.unlabeled) == 1297 - 20 and torch.equal(again.val.images, first.val.images)
+
+    write_tree(tmp_path / "train", {"a": 6, "b": 6})
+    write_tree(tmp_path / "test", {"a": 2, "b": 2})
+    shutil.copy(tmp_path / "train/a/000.png", tmp_path / "train/a/again.png")
+    given = tmp_path / "labeled.txt"
+    for name in ("000", "again"):
+        given.write_text(f"train/a/{name}.png\ntrain/b/001.png\n")
+        first = load_dataset("folder", tmp_path, num_labeled=2, num_val=4, labeled_indices=given)
+        record = first.record()
+        again = load_dataset("folder", tmp_path, num_labeled=4, seed=5, record=record)
+        assert again.labeled.names == [f"train/a/{name}.png", "train/b/001.png"] == first.labeled.names
+        assert again.val.names == first.val.names and len(again.val) == 4
+        for part in (first.labeled, first.unlabeled, first.val):
+            assert torch.isin(part.fingerprints, record["trained"]).all()
+        assert not torch.isin(first.test.fingerprints, record["trained"]).any()
+
+
+def test_a_file_name_of_two_lines_is_refused(tmp_path):
+    """Lists of names have one on each line."""
+    write_tree(tmp_path, {"a": 5, "b": 5})
+    (tmp_path / "a" / "000.png").rename(tmp_path / "a" / "0\n0.png")
+    assert "holds a line break: rename it" in refusal("folder", tmp_path, num_labeled=2)
 
 
 def test_labelled_images_of_a_folder_depend_on_their_names(tmp_path):
@@ -509,6 +580,36 @@ def test_unlabelled_images_are_added_or_take_the_place_of_the_others(tmp_path, r
         assert np.array_equal(only.unlabeled.images.numpy(), [extra[path] for path in sorted(extra)])
     else:
         assert only.unlabeled.files == sorted(extra)
+
+
+@pytest.mark.parametrize("mode", ["add", "only"])
+def test_validation_images_among_the_unlabelled_ones_are_left_out(tmp_path, mode):
+    held_out = load_dataset("digits", num_labeled=10, num_val=20, resize=8).val
+    for i, image in enumerate(held_out.images[:7].permute(0, 2, 3, 1).numpy()):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    picture(8, 8, seed=5).save(tmp_path / "other.png")
+    options = {"num_labeled": 10, "num_val": 20, "resize": 8, "unlabeled_path": tmp_path}
+    dataset = load_dataset("digits", unlabeled_mode=mode, **options)
+    assert len(dataset.unlabeled) == (1 if mode == "only" else 1297 - 20 + 1)
+    seen = {image.numpy().tobytes() for image in dataset.unlabeled.images}
+    assert not seen & {image.numpy().tobytes() for image in held_out.images}
+    assert np.asarray(picture(8, 8, seed=5)).transpose(2, 0, 1).tobytes() in seen
+
+
+@pytest.mark.parametrize("resize", [None, 80])
+def test_validation_images_of_a_folder_among_the_unlabelled_ones_are_left_out(tmp_path, resize):
+    """Whether they are in memory or not."""
+    write_tree(tmp_path / "data" / "train", {"a": 6, "b": 6})
+    write_tree(tmp_path / "data" / "test", {"a": 1, "b": 1})
+    options = {"num_labeled": 2, "num_val": 4, "resize": resize}
+    held_out = load_dataset("folder", tmp_path / "data", **options).val
+    write_tree(tmp_path / "extra", {"x": 3})
+    for i, name in enumerate(held_out.names[:3]):
+        shutil.copy(tmp_path / "data" / name, tmp_path / "extra" / f"copy-{i}.png")
+    extra = {"unlabeled_path": tmp_path / "extra", "unlabeled_mode": "only"}
+    dataset = load_dataset("folder", tmp_path / "data", **options, **extra)
+    assert dataset.val.names == held_out.names and len(dataset.unlabeled) == 3
+    assert not torch.isin(dataset.unlabeled.fingerprints, held_out.fingerprints).any()
 
 
 def test_unlabelled_images_that_are_all_test_images_are_refused(tmp_path):

@@ -295,6 +295,7 @@ def test_imagenet_keeps_files_and_its_layout(photographs):
     assert (len(dataset.unlabeled), len(dataset.test), dataset.size) == (14, 6, 48)
     assert dataset.labeled.targets.tolist() == [0, 0, 1, 1]  # 0.3 of 7 images of each class
     assert dataset.mean == pytest.approx([0.485, 0.456, 0.406]) and dataset.crop == "none" and dataset.flip
+    assert dataset.std == pytest.approx([0.229, 0.224, 0.225])
     for path, target in zip(dataset.unlabeled.files, dataset.unlabeled.targets.tolist(), strict=True):
         assert dataset.classes[target] in path and "train" in path
     assert dataset.labeled.files == [dataset.unlabeled.files[i] for i in dataset.labeled_indices]

@@ -206,11 +206,25 @@ def test_precision_and_memory_order_are_those_of_training(here):
         assert (runtime.amp_dtype, runtime.channels_last) == expected
 
 
-def test_an_early_checkpoint_recorded_no_crop(here, capsys):
-    content = torch.load(LARGE, weights_only=True)
+@pytest.mark.parametrize("path", (SMALL, LARGE))
+def test_an_early_checkpoint_recorded_no_crop(path, here, capsys):
+    content = torch.load(path, weights_only=True)
     del content["data"]["crop"]
     torch.save(content, "early.pth.tar")
-    assert predicted(capsys, "early.pth.tar", "mine") == predicted(capsys, LARGE, "mine")
+    assert predicted(capsys, "early.pth.tar", "mine") == predicted(capsys, path, "mine")
+
+
+def test_fp16_is_left_where_there_is_none(here, capsys):
+    expected, _ = predicted(capsys, SMALL, "mine/test")
+    path = changed(here, {"args": {"amp": True, "amp_dtype": "fp16"}})
+    rows, said = predicted(capsys, path, "mine/test")
+    assert rows == expected and "fp16 needs CUDA: predicting in float32 on cpu" in said
+
+
+def test_a_finetuned_checkpoint_of_an_ensemble_is_its_student(here, capsys):
+    expected, _ = predicted(capsys, SMALL, "mine/test")
+    path = changed(here, {"args": {"ensemble": True, "method": "mpl"}, "finetune_step": 3})
+    assert predicted(capsys, path, "mine/test")[0] == expected
 
 
 # ---------------------------------------------------------------- rows
@@ -242,12 +256,21 @@ def test_the_most_probable_classes(here, capsys):
 
 @pytest.mark.parametrize("top", ("1", "3"))
 def test_uncertain_images_come_first_by_their_margin(top, here, capsys):
-    rows, _ = predicted(capsys, SMALL, "mine/test")
-    margins = {row["image"]: float(row["probability"]) - float(row["probability_2"]) for row in rows}
-    listed, said = predicted(
-        capsys, SMALL, "mine/test", "--uncertain", "4", "--top", top, "--copy-to", "next"
-    )
-    assert [row["image"] for row in listed] == sorted(margins, key=margins.get)[:4]
+    weights = torch.load(SMALL, weights_only=True)["avg_state_dict"]
+    *_, weight, bias = (name for name in weights if weights[name].shape[:1] == (3,))
+    spread = {weight: torch.randn(weights[weight].shape), bias: torch.tensor([0.0, 0.5, -0.5])}
+    path = changed(here, {"avg_state_dict": spread})
+    rows, _ = predicted(capsys, path, "mine/test", "--top", "3")
+    shares = {
+        row["image"]: [float(row[key]) for key in ("probability", "probability_2", "probability_3")]
+        for row in rows
+    }
+    expected = sorted(shares, key=lambda name: shares[name][0] - shares[name][1])[:4]
+    least_sure = sorted(shares, key=lambda name: shares[name][0])[:4]
+    widest = sorted(shares, key=lambda name: shares[name][0] - shares[name][2])[:4]
+    assert expected not in (least_sure, widest)  # which other ideas of a margin would list
+    listed, said = predicted(capsys, path, "mine/test", "--uncertain", "4", "--top", top, "--copy-to", "next")
+    assert [row["image"] for row in listed] == expected
     assert "4 images with the smallest margin between first class and runner-up" in said
     assert len([path for path in (here / "next").rglob("*") if path.is_file()]) == 4
 
@@ -348,6 +371,20 @@ def test_copies_in_class_folders_replace_nothing(here, capsys):
         assert {(path.split("/")[0], content) for path, content in found.items()} == expected
         assert len(found) == 21
     assert any(path.endswith("-2.png") for path in found)  # 00.png of several classes
+
+
+def test_copies_are_told_apart_by_their_content(here, capsys):
+    """Two images of one name, size in bytes and time are two copies, each as old as its image."""
+    for folder, grey in (("a", 10), ("b", 11)):
+        (here / "own" / folder).mkdir(parents=True)
+        Image.new("RGB", (12, 12), (grey, grey, grey)).save(here / "own" / folder / "1.bmp")
+        os.utime(here / "own" / folder / "1.bmp", (10**9, 10**9))
+    rows, _ = predicted(capsys, SMALL, "own", "--copy-to", "sorted")
+    assert rows[0]["class"] == rows[1]["class"]
+    copies = [path for path in (here / "sorted").rglob("*") if path.is_file()]
+    assert {path.name for path in copies} == {"1.bmp", "1-2.bmp"}
+    assert {path.read_bytes() for path in copies} == set(contents("own").values())
+    assert {path.stat().st_mtime for path in copies} == {10**9}
 
 
 HOSTILE = ["../../cat\r", "..", '<b>dog</b>, "big"\r\n\n\x00\ud800']

@@ -171,7 +171,90 @@ def test_the_surest_mistakes_come_first():
     assert report.mistakes(right, dataset, 2) == {"Most confidently wrong": []}
 
 
+def test_probabilities_in_words():
+    shares = (0, 1e-4, 0.0005, 0.5, 0.9994, 0.9996, 1)
+    words = ["0.0", "< 0.1", "0.1", "50.0", "99.9", "> 99.9", "100.0"]
+    assert [report.percent(share) for share in shares] == [
+        f"{each} %".replace(" ", "\N{NO-BREAK SPACE}") for each in words
+    ]
+
+
+def test_calibration_in_words():
+    """Ten images with 0.75 of which five are right, and ten with 0.95 of which nine are."""
+    probabilities = torch.tensor([[0.75, 0.25]] * 10 + [[0.95, 0.05]] * 10)
+    targets = torch.tensor([0] * 5 + [1] * 5 + [0] * 9 + [1])
+    measured = report.calibration(probabilities, targets)
+    words = report.about_calibration(measured, "student", "a/b.pth.tar", "images").replace("\xa0", " ")
+    assert "The student in b.pth.tar is right on 70.0 % of the test images" in words
+    assert "the largest of its probabilities is 85.0 % on average" in words
+    assert "calibration error is 15.0 %" in words
+    left, right = drawing.draw_calibration(measured, "heading").axes
+    bars = [bar for bar in right.containers[0] if bar.get_height()]
+    assert [bar.get_height() for bar in bars] == [50, 50]
+    assert [bar.get_x() + bar.get_width() / 2 for bar in bars] == pytest.approx([11.5 / 15, 14.5 / 15])
+    assert [bar.get_height() for bar in left.containers[0]] == pytest.approx([0.5, 0.9])
+
+
 # ----------------------------------------------------------------------------------------------------- page
+
+
+def cells(html):
+    """The text of the cells of a table, a list for each row."""
+    rows = re.findall("<tr>(.*?)</tr>", html)
+    return [
+        [re.sub("<.*?>", "", cell) for cell in re.findall("<t[hd].*?>(.*?)</t[hd]>", row)] for row in rows
+    ]
+
+
+def test_the_table_of_the_classes():
+    counts = np.array([[50, 1200, 7, 0], [3, 9, 0, 0], [20, 1, 4, 0], [0, 0, 0, 0]])
+    assert cells(report.class_table(counts, ["ant", "bee", "cow", "dog"], "images")) == [
+        ["Class", "Accuracy", "Right images", "Most often taken for"],
+        ["ant", "4.0 %", "50 of 1,257", "bee (1,200)"],
+        ["bee", "75.0 %", "9 of 12", "ant (3)"],
+        ["cow", "16.0 %", "4 of 25", "ant (20)"],
+        ["dog", "–", "0 of 0", "–"],
+    ]
+
+
+def test_the_table_of_the_result():
+    summary = {"top1": 81.234, "mean_class_top1": 70, "top5": None, "best_top1": 83, "finetune_top1": 84.5}
+    summary |= {"largest_class_top1": 12.345, "test_images": 1234, "num_labeled": 4000, "steps": 300000}
+    summary |= {"train_seconds": 3661.4, "never_predicted": ["bee", "cow"], "selection": "last"}
+    expected = {
+        "Test accuracy": "81.23 %",
+        "Mean of the accuracies of the classes": "70.00 %",
+        "Test accuracy after finetuning on the labelled images": "84.50 %",
+        "To compare: always naming the largest class": "12.35 %",
+        "Test images": "1,234",
+        "Labelled images": "4,000",
+        "Training steps": "300,000",
+        "Time of training (hours:minutes:seconds)": "1:01:01",
+        "Classes that nothing was taken for": "bee, cow",
+    }
+    assert dict(report.result_rows(json.dumps(summary), "images")) == expected
+    chosen = {"Test accuracy of the network that the validation images chose": "83.00 %"}
+    assert dict(report.result_rows(json.dumps(summary | {"selection": "val"}), "images")) == expected | chosen
+    both = {"student_top1": 80, "teacher_top1": 79, "ensemble_top1": 81.234, "never_predicted": []}
+    rows = dict(report.result_rows(json.dumps(summary | both), "points"))
+    assert rows["Test accuracy of the ensemble"] == "81.23 %" and "Test accuracy" not in rows
+    assert rows["Test accuracy of the student alone"] == "80.00 %" and rows["Test points"] == "1,234"
+    assert rows["Test accuracy of the teacher"] == "79.00 %"
+    assert "Classes that nothing was taken for" not in rows
+
+
+def test_what_stands_below_an_image():
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    guesses = {"teacher": ("cat", 0.75, 0.75), "student": ("dog", 0.6, 0.25)}
+    item = report.thumbnail(report.Example(image, "a.png", "cat", guesses, 0.125))
+    lines = [re.sub("<.*?>", "", line) for line in re.findall("<span.*?>.*?</span>", item)]
+    assert [line.replace("\xa0", " ") for line in lines] == [
+        "true: cat",
+        "teacher: cat 75.0 %",
+        "student: dog 60.0 %, true class 25.0 %",
+        "distance 0.125",
+    ]
+    assert "Test image a.png: cat, which the student takes for dog" in item
 
 
 def test_the_page_of_a_run(here, monkeypatch, capsys):

@@ -1,7 +1,9 @@
 """A run cannot be mistaken for another: what a checkpoint remembers, what is refused, what is kept."""
 
+import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import torch
 from conftest import teacher_file
 from PIL import Image
 from test_cli import ROOT, assert_same_checkpoint, run, tensors
+from test_data import write_cifar
 
 import commands
 import drawing
@@ -23,6 +26,7 @@ import utils
 import visualize
 from data import load_dataset
 from evaluation import measure_accuracy, predictions
+from methods import METHODS as METHOD_CLASSES
 from methods.method import build_network, saved_members
 from models import mean_prediction
 from runtime import Runtime, UserError
@@ -153,6 +157,10 @@ def test_evaluate_needs_the_checkpoint_alone(trained, here, kind, capsys):
     assert (now["dataset"], now["num_labeled"], now["method"]) == ("digits", 10, was["method"])
     assert now["steps"] == 8 and now["name"] == folders[-1].name
     assert counted(folders[-1]) == now["top1"] and counted(trained / "results/run") == was["best_top1"]
+    counts = torch.tensor(json.loads((folders[-1] / "confusion.json").read_text())["counts"])
+    assert now["mean_class_top1"] == pytest.approx(100 * (counts.diag() / counts.sum(dim=1)).mean().item())
+    assert now["largest_class_top1"] == pytest.approx(100 * counts.sum(dim=1).max().item() / 500)
+    assert now["never_predicted"] == [str(k) for k in range(10) if counts[:, k].sum() == 0]
     args = json.loads((folders[-1] / "args.json").read_text())
     assert args["evaluate"] and args["resume"].endswith(f"run_{kind}.pth.tar") and args["amp"]
     if kind == "best":
@@ -230,6 +238,66 @@ def interrupt_at(step, words):
         patch.setattr(main, "TrainLoader", Interrupting)
         command(*words)
     return stopped.value.code
+
+
+def test_finetuning_begins_with_the_network_that_validation_chose(here):
+    """At a rate of 0 it leaves the weights as they are."""
+    words = [*DIGITS, *"--method supervised --num-val 50 --total-steps 12 --eval-step 2".split()]
+    assert command(*words, "--finetune-lr", "0", "--finetune-epochs", "1") == 0
+    kinds = ("best", "last", "finetune_last")
+    best, last, tuned = (load(f"checkpoint/run_{kind}.pth.tar") for kind in kinds)
+    assert best["step"] == summary("run")["best_step"] < last["step"] == 12
+    assert command("--evaluate", "--resume", "checkpoint/run_best.pth.tar") == 0
+    assert summary("run_best")["steps"] == best["step"]
+    best, last, tuned = (state["avg_state_dict"]["conv1.weight"] for state in (best, last, tuned))
+    assert torch.equal(tuned, best) and not torch.equal(tuned, last)
+
+
+def test_a_step_of_finetuning_is_one_of_sgd(copied):
+    """All labelled images are one batch: what a flag changes in the first step, by Nesterov's rule."""
+    before = load("checkpoint/run_last.pth.tar")["avg_state_dict"]
+    words = ["--finetune", "--resume", "checkpoint/run_last.pth.tar", "--finetune-batch-size", "10"]
+    words += ["--finetune-epochs", "1", "--finetune-lr", "0.1"]
+    after = {}
+    for name, *flags in (
+        ("plain", "--finetune-momentum", "0"),
+        ("momentum", "--finetune-momentum", "0.5"),
+        ("decay", "--finetune-momentum", "0", "--finetune-weight-decay", "0.2"),
+        ("body", "--finetune-momentum", "0", "--body-lr-scale", "0.25"),
+    ):
+        assert command(*words, "--name", name, *flags) == 0
+        saved = load(f"checkpoint/{name}_finetune_last.pth.tar")
+        assert saved["finetune_step"] == 1
+        after[name] = saved["avg_state_dict"]
+    network = build_network(main.parse_arguments(DIGITS), 10, 8, "student")
+    head = [*dict(network.named_parameters())][-2:]
+    for name, parameter in network.named_parameters():
+        moved = {kind: state[name] - before[name] for kind, state in after.items()}
+        assert moved["plain"].abs().max() > 0
+        norm = parameter.dim() == 1 and name not in head
+        pulled = torch.zeros_like(before[name]) if norm else -0.1 * 0.2 * before[name]
+        scale = 1 if name in head else 0.25
+        for kind, expected in (
+            ("momentum", 1.5 * moved["plain"]),
+            ("decay", moved["plain"] + pulled),
+            ("body", scale * moved["plain"]),
+        ):
+            torch.testing.assert_close(moved[kind], expected, rtol=1e-3, atol=1e-6, msg=f"{kind}, {name}")
+
+
+def test_each_step_draws_numbers_of_its_own(here, monkeypatch):
+    """Dropout and drawn labels differ from step to step and from seed to seed, not from run to run."""
+    drawn, step_of = [], METHOD_CLASSES["supervised"].step
+
+    def step(self, *arguments, **options):
+        drawn.append(torch.get_rng_state().sum().item())
+        return step_of(self, *arguments, **options)
+
+    monkeypatch.setattr(METHOD_CLASSES["supervised"], "step", step)
+    words = [*DIGITS, "--method", "supervised", "--finetune-epochs", "0", "--overwrite"]
+    for seed in (0, 1, 0):
+        assert command(*words, "--seed", seed) == 0
+    assert len(set(drawn[:16])) == 16 and drawn[16:] == drawn[:8]
 
 
 def test_a_resumed_run_keeps_its_meters(here):
@@ -385,6 +453,34 @@ def test_images_are_normalised_as_the_weights_expect(here, supervised):
         assert load(f"checkpoint/run{number}_last.pth.tar")["data"]["mean"] == pytest.approx(expected)
     assert command("--evaluate", "--resume", "checkpoint/run1_last.pth.tar") == 0
     assert summary("run1_last")["top1"] == summary("run1")["top1"]
+    shutil.move(checkpoint, here / "gone.pth.tar")  # the run knows what its first weights expected
+    try:
+        assert command("--resume", "checkpoint/run2_last.pth.tar", "--total-steps", "6") == 0
+    finally:
+        shutil.move(here / "gone.pth.tar", checkpoint)
+    state = load("checkpoint/run2_last.pth.tar")
+    assert state["step"] == 6 and state["data"]["mean"] == pytest.approx(theirs)
+
+
+def test_an_evaluation_alone_normalises_as_its_run_did(here, monkeypatch):
+    """Of a data set that has statistics of its own: each probability is of images as the network learned."""
+    write_cifar(here, monkeypatch, classes=10, packed=False)
+    words = "--dataset cifar10 --data-path . --num-labeled 10 --model wrn-10-1 --batch-size 10 --device cpu"
+    words = [*words.split(), *"--method supervised --total-steps 4 --eval-step 4 --workers 0".split()]
+    words += "--student-lr 0.1 --finetune-epochs 0 --no-pictures --normalize imagenet --name run".split()
+    assert command(*words) == 0
+    assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar") == 0
+    network = build_network(main.parse_arguments(words), 10, 32, "student")
+    network.load_state_dict(load("checkpoint/run_last.pth.tar")["avg_state_dict"])
+    pixels = load_dataset("cifar10", here, num_labeled=10).test.images / 255
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        expected = network.eval()((pixels - mean) / std).softmax(dim=1)
+    lines = Path("results/run_last/predictions.csv").read_text().splitlines()[1:]
+    rows = [line.split(",") for line in lines]
+    assert [row[2] for row in rows] == [f"class {k}" for k in expected.argmax(dim=1).tolist()]
+    shares = torch.tensor([float(row[3]) for row in rows])
+    torch.testing.assert_close(shares, expected.amax(dim=1), rtol=1e-4, atol=2e-6)
 
 
 # ---------------------------------------------------------------- what a run is about does not change
@@ -411,6 +507,99 @@ def test_another_run_is_not_continued(copied, capsys, flags, values):
     sentence = refused(capsys, *words)
     assert all(value in sentence for value in values) and "run_last.pth.tar" in sentence
     assert everything(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "rest"),
+    [
+        ("--weak-pass joint", "--weak-pass apart", "--pseudo-label-view strong"),
+        ("--weak-pass apart", "--weak-pass ema", "--pseudo-label-view strong"),
+        ("--student-model wrn-10-1", "--student-model wrn-10-2", ""),
+        ("--test-fraction 0.2", "--test-fraction 0.3", "--dataset folder"),
+        ("--switch-every 5", "--switch-every 6", ""),
+        ("--svhn-extra False", "--svhn-extra", "--dataset svhn"),
+        ("--freeze-body False", "--freeze-body", "--pretrained"),
+        ("--seed 0", "--seed 1", ""),
+        ("--num-val 10", "--num-val 20", ""),
+    ],
+)
+def test_what_a_run_is_about_cannot_change(was, now, rest):
+    before = [*rest.split(), *([] if was.endswith("False") else was.split())]
+    saved = {"step": 3, "args": vars(main.parse_arguments(before))}
+    again = main.parse_arguments([*before, "--resume", "x.pth.tar"], saved, "x.pth.tar")
+    assert vars(again) | {"resume": None, "start_step": 0} == saved["args"]
+    with pytest.raises(UserError, match=f"trained with {was}: it cannot go on with {now}"):
+        main.parse_arguments([*now.split(), "--resume", "x.pth.tar"], saved, "x.pth.tar")
+
+
+def continued(before, *flags, **data):
+    """The arguments of a command that goes on from step 3 of a run with the arguments ``before``."""
+    saved = {"step": 3, "args": vars(before), "data": data}
+    return main.parse_arguments([*flags, "--resume", "x.pth.tar"], saved, "x.pth.tar")
+
+
+def test_what_belongs_to_a_command_is_not_remembered():
+    args = continued(main.parse_arguments(["--overwrite"]))
+    assert not args.overwrite and args.start_step == 3 and args.resume == os.path.abspath("x.pth.tar")
+
+
+def test_the_size_of_a_run_that_took_its_images_size(capsys):
+    before = main.parse_arguments(["--dataset", "folder"])
+    assert before.resize is None
+    assert continued(before, "--resize", "32", size=32).resize == 32
+    with pytest.raises(UserError, match="trained with --resize 32: it cannot go on with --resize 16"):
+        continued(before, "--resize", "16", size=32)
+
+
+def test_paths_are_remembered_whole(here, monkeypatch, capsys):
+    """A run goes on from any folder; that its unlabelled images are others is said."""
+    flags = ("--data-path", "--save-path", "--results-path", "--unlabeled-path", "--labeled-indices")
+    flags += ("--weights", "--teacher-checkpoint")
+    words = [word for flag in flags for word in (flag, f"a{flag}")]
+    before = main.parse_arguments([*words, "--method", "pseudo-label"])
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    for args in (before, continued(before, "--save-path", str(here / "a--save-path"))):
+        for flag in flags:
+            if flag != "--results-path" or args is before:
+                assert getattr(args, flag.strip("-").replace("-", "_")) == str(here / f"a{flag}")
+    capsys.readouterr()
+    continued(before, "--unlabeled-path", "other")
+    there = here / "elsewhere/other"
+    assert f"--unlabeled-path {here}/a--unlabeled-path → {there}" in capsys.readouterr().err
+
+
+def test_the_checkpoints_of_a_name(here):
+    """None of another run whose name only looks alike: --overwrite removes what is found."""
+    own = ["last", "best", "finetune_last", "finetune_best", "step00000002", "step00000004", "step00000008"]
+    others = ("a.b.c_last", "aXb_last", "my-a.b_last", "a.b_x_last", "a.b_step8", "a.b_last.pth.tar")
+    for name in (*(f"a.b_{kind}" for kind in own), *others):
+        Path(f"{name}.pth.tar").write_text("")
+    args = argparse.Namespace(save_path=".", name="a.b", keep=1)
+    found = commands.checkpoints_of(args)
+    assert found == {f"./a.b_{kind}.pth.tar": int(kind[4:]) if "step" in kind else None for kind in own}
+    commands.drop_checkpoints(args, 4)
+    kept = {path.name for path in here.glob("a.b_step*")}
+    assert kept == {"a.b_step00000004.pth.tar", "a.b_step8.pth.tar"}
+
+
+def test_images_of_another_size_are_seen_in_that_of_the_run(here, capsys):
+    for root, size in (("mine/train", 12), ("mine/test", 12), ("new/test", 20)):
+        for number, name in enumerate(("cat", "dog", "owl") * 4):
+            (here / root / name).mkdir(parents=True, exist_ok=True)
+            pixels = np.random.RandomState(number + size).randint(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(here / root / name / f"{number}.png")
+    words = [*FOLDER, "--data-path", "mine"]
+    del words[words.index("--resize") : words.index("--resize") + 2]
+    assert command(*words) == 0
+    assert command("--evaluate", "--resume", "checkpoint/mine_last.pth.tar", "--data-path", "new") == 0
+    args, state = main.parse_arguments(words), load("checkpoint/mine_last.pth.tar")
+    args.data_path = "new"
+    args.evaluate = True
+    assert main.read_data(args, state["data"], labels_given=False).test.images.shape == (12, 3, 12, 12)
+    assert "evaluating at" not in capsys.readouterr().err
+    drawn = visualize.load(utils.read_run("results/mine_last"))[1]
+    assert drawn.test.images.shape == (12, 3, 12, 12)
 
 
 def test_other_labelled_images_are_refused(copied, capsys):
@@ -529,7 +718,17 @@ def test_a_new_folder_is_a_test_set_as_a_whole_and_needs_no_labels(folder_run, h
     photographs(here / "new", classes=("cat", "owl"), count=2, seed=5)
     assert command("--evaluate", "--resume", folder_run, "--data-path", "new", "--name", "new") == 0
     assert "all of its images are test images" in capsys.readouterr().err
-    assert summary("new")["top1"] in (0, 25, 50, 75, 100)
+    state = load(folder_run)
+    network = build_network(main.parse_arguments(FOLDER), 3, 12, "student")
+    network.load_state_dict(state["avg_state_dict"])
+    mean, std = (torch.tensor(state["data"][name]).view(3, 1, 1) for name in ("mean", "std"))
+    right = 0
+    for path in (here / "new").rglob("*.png"):  # whole images, stretched to the size of the run
+        pixels = np.array(Image.open(path).resize((12, 12), Image.Resampling.BICUBIC))
+        image = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std
+        named = network.eval()(image[None]).argmax().item()
+        right += ("cat", "dog", "owl")[named] == path.parent.name
+    assert summary("new")["test_images"] == 4 and summary("new")["top1"] == 25 * right
 
 
 def test_no_test_image_was_ever_a_training_image(folder_run, here, capsys):
@@ -684,8 +883,9 @@ def test_a_finished_run_leaves_nothing_to_train_for_another_name(copied, capsys)
     assert command(*words, "--finetune", "--name", "tuned", "--finetune-lr", "0.1", "--pictures") == 0
     assert (copied / "results/tuned/confusion.png").exists()
     assert counted("results/tuned") == summary("tuned")["finetune_top1"] != summary("tuned")["top1"]
+    tuned = summary("tuned")["finetune_top1"]
     assert command("--resume", "auto", "--name", "tuned") == 0  # has been finetuned alone
-    assert summary("tuned")["finetune_top1"] is not None
+    assert summary("tuned")["finetune_top1"] == tuned
 
 
 def test_pictures_of_a_moved_run(copied, monkeypatch):
@@ -810,14 +1010,18 @@ def test_finetuning_otherwise_does_not_replace_the_first(copied, capsys):
 
 
 def test_the_result_comes_before_the_pictures_and_survives_them(here, monkeypatch, capsys):
+    found = []
+
     def broken(*_):
-        assert summary("run")["top1"] is not None
+        found.append(summary("run")["top1"])
         raise ValueError("no ink")
 
     monkeypatch.setattr(visualize, "finished_run", broken)
     assert command(*DIGITS, "--method", "supervised", "--finetune-epochs", "0", "--pictures") == 0
     done = capsys.readouterr()
-    assert "could not be drawn: no ink" in done.err and done.out.splitlines()[-1].startswith("top-1 ")
+    assert "could not be drawn: no ink" in done.err
+    assert done.out.splitlines()[-1].startswith(f"top-1 {counted('results/run'):.2f} % ")
+    assert found == [counted("results/run")]
 
 
 @pytest.mark.parametrize("place", ["load_dataset", "train_loop", "visualize"])
@@ -864,6 +1068,10 @@ def test_lines_between_evaluations(here):
     each = {line["step"]: line["student_loss"] for line in metrics("each")}
     for line, steps in zip(lines, ((1, 2), (3, 4), (5,), (6,), (7, 8), (9, 10)), strict=True):
         assert line["student_loss"] == pytest.approx(np.mean([each[step] for step in steps]), rel=1e-5)
+    trained = load("checkpoint/run_last.pth.tar")
+    assert trained["trained_images"] == 10 * (4 + 2 * 4)
+    speed = trained["trained_images"] / trained["train_seconds"]
+    assert summary("run")["images_per_second"] == pytest.approx(speed)
     assert lines[0]["student_rate"] == pytest.approx(utils.learning_rate(1, peak=0.05, total_steps=10))
     events = EventAccumulator("results/run")
     events.Reload()
@@ -1186,13 +1394,24 @@ def test_a_damaged_summary_is_left_out(copied, capsys):
     path.write_text(path.read_text()[:40])
     assert command("--finetune", "--resume", "checkpoint/run_last.pth.tar") == 0
     assert "summary.json is damaged" in capsys.readouterr().err
-    assert summary("run")["finetune_top1"] is not None
+    last, tuned = (load(f"checkpoint/run_{kind}.pth.tar") for kind in ("last", "finetune_last"))
+    assert summary("run")["top1"] == last["top1"]
+    assert summary("run")["finetune_top1"] == tuned["finetune_top1"]
 
 
 def test_a_loss_that_is_not_finite_before_any_checkpoint(here, capsys):
     words = [*DIGITS, "--method", "supervised", "--student-lr", "1000", "--nesterov", "--total-steps", "400"]
     assert command(*words, "--eval-step", "400", "--log-step", "20", "--weight-decay", "100") == 3
     assert "is not finite; no checkpoint was written" in capsys.readouterr().err
+
+
+def test_a_loss_of_finetuning_that_is_not_finite(copied, capsys):
+    """Its steps count on from the training's, as in the record."""
+    words = ["--finetune", "--resume", "checkpoint/run_last.pth.tar", "--name", "tuned"]
+    assert command(*words, "--finetune-lr", "1000", "--finetune-weight-decay", "100000") == 3
+    said = capsys.readouterr().err
+    step = re.search(r"step (\d+): finetune_loss is not finite; no checkpoint was written", said)
+    assert 8 < int(step[1]) < 8 + 40
 
 
 def test_the_record_of_another_run_is_not_continued(copied, capsys):
@@ -1237,3 +1456,4 @@ def test_a_run_with_a_share_of_the_labels_goes_on(labels, here):
     assert summary("run")["num_labeled"] == (1297 if labels == "all" else 40)
     assert command(*words, "--resume", "auto", "--total-steps", "6") == 0
     assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar") == 0
+    assert summary("run_last")["num_labeled"] == summary("run")["num_labeled"]

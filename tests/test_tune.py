@@ -148,7 +148,8 @@ def test_the_best_command_is_a_recipe(shared):
     assert args.name == "study-best" and args.temperature == best.params["temperature"]
     assert args.nesterov == (best.params["nesterov"] == "yes") and args.finetune_epochs == 625
     told, command = said[0][0].splitlines()
-    assert f"trial {best.number}, validation accuracy {best.value:.2f} %" in told
+    first = f", the first trial {trials_of(folder)[0].value:.2f} %"
+    assert f"trial {best.number}, validation accuracy {best.value:.2f} %{first}; it is in " in told
     assert command in script.read_text()
 
 
@@ -250,6 +251,37 @@ def test_a_finished_trial_is_not_pruned(here):
     command = ["--search", "batch-size=6,8", "--study", "study", *FLAGS, *words]
     assert tune.run(["--trials", "6", *command]) == 0
     assert trials_of(here)[-1].state == TrialState.COMPLETE and tuning.args.total_steps == 500
+
+
+def test_the_seed_decides_what_is_drawn(here):
+    drawn = []
+    for number, seed in enumerate(("0", "1", "0")):
+        tuning = prepared(here / str(number), "--seed", seed, searches=SEARCHES[1::2], values=[50.0])
+        trial, log = tune.next_trial(tuning, 2)
+        log.close()
+        drawn.append(trial.params)
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_the_best_trial_is_one_that_came_to_its_end(here):
+    tuning = prepared(here, searches=SEARCHES[1::2], values=[50.0, 70.0, 60.0])
+    pruned = tuning.study.ask({name: search.distribution for name, search in tuning.space.items()})
+    pruned.report(90.0, 500)
+    tuning.study.tell(pruned, state=TrialState.PRUNED)
+    assert tune.best_trial(tuning).number == 1
+
+
+def test_the_value_is_the_best_on_the_way(here):
+    """Not the last: by it main.py chooses among the checkpoints of the run."""
+    (here / "run").mkdir()
+    args = dict.fromkeys(("name", "method", "dataset", "model", "save_path", "data_path"), "x")
+    (here / "run/args.json").write_text(json.dumps(args))
+    records = (
+        {"step": step, "top1": 99.0 - step, "val_top1": value} for step, value in ((2, 40.0), (4, 60.0))
+    )
+    records = [*records, {"step": 5, "uda_loss": 1.0}, {"step": 6, "top1": 99.0, "val_top1": 50.0}]
+    (here / "run/metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    assert tune.validation_accuracies(here / "run") == {2: 40.0, 4: 60.0, 6: 50.0}
 
 
 # ---------------------------------------------------------------- what is refused

@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
 import re
+import signal
 from argparse import ArgumentTypeError, Namespace
 
 import pytest
 import torch
 
 import main
+import utils
 from runtime import Runtime, UserError
 from utils import Meters, NonFiniteError, RunLog, count_or_fraction, learning_rate, ramp_up, read_confusion
 
@@ -71,6 +74,60 @@ def test_meters_name_the_first_step_and_term_that_was_not_finite(tmp_path):
     (tmp_path / "last").touch()
     with pytest.raises(NonFiniteError, match=r"the checkpoint .*last predates it$"):
         meters.read()
+
+
+def test_the_last_line_is_the_result():
+    """Each figure is behind its own words."""
+    names = ("top1", "mean_class_top1", "top5", "best_top1", "finetune_top1", "student_top1", "teacher_top1")
+    summary = dict.fromkeys(utils.SUMMARY) | {name: 10.25 + k for k, name in enumerate(names)}
+    summary |= {"dataset": "digits", "num_labeled": 40, "method": "mpl", "seed": 3, "selection": "val"}
+    summary |= {"oracle_top1": 99.0, "ensemble_top1": 10.25}
+    about = "(digits, 40 labels, mpl, seed 3)"
+    assert utils.result_lines(summary) == [
+        "top-1 10.25 % (ensemble)  mean over classes 11.25 %  top-5 12.25 %  chosen by validation 13.25 %  "
+        f"finetuned 14.25 %  student 15.25 %  teacher 16.25 %  {about}"
+    ]
+    without = summary | dict.fromkeys((*names[1:3], *names[4:], "ensemble_top1")) | {"selection": "last"}
+    assert utils.result_lines(without) == [f"top-1 10.25 %  {about}"]
+
+
+def test_the_speed_counts_training_alone(monkeypatch):
+    """Not the seconds of an evaluation; what an earlier process has trained is in the totals."""
+    clock, totals = [100.0], {"trained_images": 30, "train_seconds": 7.0}
+    monkeypatch.setattr(utils.time, "perf_counter", lambda: clock[0])
+    throughput = utils.Throughput(totals, 10, 3)
+    clock[0] += 2
+    assert throughput.count(7) == 20
+    clock[0] += 4
+    assert throughput.count(9) == 5
+    clock[0] += 50  # an evaluation
+    throughput.restart(9)
+    clock[0] += 1
+    assert throughput.count(10) == 10
+    assert totals == {"trained_images": 30 + 70, "train_seconds": 7.0 + 7}
+
+
+def test_the_time_that_is_left(monkeypatch, capsys):
+    """By the steps of this process, which went on at step 40."""
+    clock = [100.0]
+    monkeypatch.setattr(utils.time, "monotonic", lambda: clock[0])
+    progress = utils.Progress("run", 100, done=40)
+    clock[0] += 59
+    progress.step("loss 2", count=10)
+    assert not capsys.readouterr().err
+    clock[0] += 41
+    progress.step(count=10)
+    assert capsys.readouterr().err == "run  60/100  5 s per step, about 0:03:20 left  loss 2\n"
+
+
+def test_signals_are_noted_and_handed_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with utils.Interrupt() as interrupt:
+        assert interrupt.stops(Runtime("cpu")) == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # launchers repeat it
+        assert interrupt.stops(Runtime("cpu")) == signal.SIGTERM
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_the_record_drops_what_is_about_to_be_written_again(tmp_path):

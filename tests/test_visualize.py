@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
@@ -153,6 +154,10 @@ def test_line_ends_carry_names_that_do_not_overlap(runs):
     for axes in figure.axes:
         heights = sorted(text.get_window_extent(renderer).intervaly.tolist() for text in axes.texts)
         assert all(low[1] <= high[0] + 4 for low, high in pairwise(heights))
+        # as high above each other as the lines end, and each in the colour of its own
+        last = sorted((line.get_ydata()[-1], line.get_color()) for line in lines(axes).values())
+        texts = sorted(axes.texts, key=lambda text: text.get_window_extent(renderer).y0)
+        assert [text.get_color() for text in texts] == [colour for _, colour in last][: len(texts)]
 
 
 @pytest.mark.parametrize(("confidence", "words"), [("threshold", "above threshold"), ("soft", "mean weight")])
@@ -176,6 +181,7 @@ def test_several_runs_are_overlaid(runs):
     assert all(axes.get_lines() and axes.get_title(loc="left") for axes in figure.axes)  # no empty panel
     words = [text.get_text() for text in figure.legends[0].get_texts()]
     assert words[0] == f"sup  (supervised, top-1 {summary('sup')['top1']:.2f} %)"
+    assert records("sup", "top1")[1][-1] == summary("sup")["top1"] != records("sup", "top1")[1][0]
     assert len(words) == 3
 
 
@@ -265,6 +271,8 @@ def test_regions_are_the_argmax_of_the_networks(runs):
             logits = network(torch.tensor([[x, y]], dtype=torch.float32))[0].detach()
             assert drawn[row, column] == logits.argmax() or (logits[0] - logits[1]).abs() < 1e-4
         assert image.origin == "lower"
+        for k in range(2):  # the pale colour of the class's points
+            assert image.to_rgba(np.array([[k]]))[0, 0].tolist() == pytest.approx(to_rgba(drawing.PALE[k]))
 
 
 def test_regions_mark_the_labelled_points_of_the_run(runs):
@@ -330,6 +338,9 @@ def test_confusion_needs_the_folder_of_the_run_alone(runs, tmp_path, monkeypatch
         (i, j): f"{shown[i, j]:.0f} %\n{counts[i, j]}" for i in range(10) for j in range(10) if counts[i, j]
     }
     assert axes.get_title(loc="left") == f"digits (Meta Pseudo Labels): {top1:.2f} % of 500 test images right"
+    assert (axes.get_ylabel(), axes.get_xlabel()) == ("true class", "predicted class")
+    for ticks in (axes.get_xticklabels(), axes.get_yticklabels()):
+        assert [tick.get_text() for tick in ticks] == list("0123456789")
 
 
 @pytest.mark.parametrize("k", [2, 20, 100])
@@ -363,6 +374,16 @@ def test_features_picture(runs, monkeypatch, tmp_path):
     title = axes.get_title(loc="left")
     assert "50 test, 40 unlabelled, 8 labelled images, 8 of 10 classes" in title
     assert [text.get_text() for text in axes.texts] == list("01234567")
+
+    # rings around those that the student takes for another class
+    networks, dataset, views, runtime = visualize.load(read_run("results/digits"))
+    shown = (dataset.test.targets < 8).nonzero()[:, 0]
+    shown = dataset.test.subset(shown[np.linspace(0, len(shown) - 1, 50, dtype=np.int64)])
+    _, truth, predicted = visualize.penultimate_features(networks["student (EMA)"], shown, views, runtime)
+    wrong = int((truth != predicted).sum())
+    (rings,) = [line for line in axes.get_lines() if line.get_fillstyle() == "none"]
+    assert 0 < len(rings.get_xdata()) == wrong != 25
+    assert axes.get_xlabel().endswith(f"predicted wrongly ({wrong})")
     assert_drawn(drawing.save(figure, tmp_path / "features.png"))
 
 
@@ -448,6 +469,15 @@ def test_the_teacher_is_its_moving_average_where_it_has_one(tmp_path, monkeypatc
     assert 100 * right.item() == pytest.approx(summary("roles")["top1"])
     heading = visualize.calibration_of(read_run("results/roles"), outputs).get_suptitle()
     assert heading == "roles (Meta Pseudo Labels), ensemble of teacher and student, test points"
+
+
+def test_a_run_that_only_finetuned_selected_its_finetuned_network(runs):
+    last = "checkpoint/mpl_last.pth.tar"
+    main.main(["--finetune", "--resume", last, "--name", "tuned-alone", "--finetune-epochs", "2"])
+    path = visualize.checkpoint_path(read_run("results/tuned-alone"))
+    assert Path(path).name == "tuned-alone_finetune_best.pth.tar" and os.path.isfile(path)
+    path = visualize.checkpoint_path(read_run("results/mpl"))  # trained, then finetuned
+    assert Path(path).name == "mpl_best.pth.tar"
 
 
 def test_roles_are_teacher_student_and_the_mean_of_their_probabilities(runs, monkeypatch, capsys):
@@ -650,6 +680,18 @@ def test_picked_images_are_of_as_many_classes_as_there_are():
         assert np.bincount(targets[picked]).tolist() == [3, 3, 2]
         assert set(targets[picked[:3]]) == {0, 1, 2}
     assert visualize.pick(targets, 8, 0) != visualize.pick(targets, 8, 1)
+
+
+def test_real_images_have_the_views_of_their_data_set():
+    """Digits are never mirrored; the flags of RandAugment are those of the picture."""
+    figure = visualize.augmentation_of("digits", "data", randaug=(1, 9), seed=2, resize=8, count=5)
+    dataset = load_dataset("digits", num_labeled=1.0, resize=8)
+    images = dataset.labeled.images[visualize.pick(dataset.labeled.targets, 5, 2)]
+    views = ImageViews(8, dataset.mean, dataset.std, flip=False, crop="pad", randaug=(1, 9))
+    generator = torch.Generator().manual_seed(2)
+    rows = [images, views.weak(images, generator), views.strong(images, generator)]
+    for axes, image in zip(figure.axes, torch.cat(rows), strict=False):
+        assert (np.asarray(axes.images[0].get_array()) == image.permute(1, 2, 0).numpy()).all()
 
 
 def test_augment_command(runs, monkeypatch, capsys):

@@ -126,11 +126,13 @@ def test_the_digits_recipe_trains_saves_resumes_and_evaluates(tmp_path, monkeypa
     assert set_up < first == second  # a step is compiled once, also where a rate is 0
     trained = summary("digits")
     assert trained["steps"] == 4 and trained["device"] == "1 × xla (CPU)"
-    assert trained["finetune_top1"] is not None
     assert summary("digits_last")["top1"] == trained["top1"]
 
     assert main.run([*train, "--device", "cpu", "--evaluate", "--resume", last]) == 0
     assert summary("digits_last-2")["top1"] == pytest.approx(trained["top1"], abs=1)
+    tuned = "checkpoint/digits_finetune_last.pth.tar"
+    assert main.run(["--device", "cpu", "--evaluate", "--resume", tuned]) == 0
+    assert summary("digits_finetune_last")["top1"] == pytest.approx(trained["finetune_top1"], abs=1)
     further = "--device cpu --finetune-epochs 0 --total-steps 5 --resume".split()
     assert main.run([*train, *further, last]) == 0
     assert summary("digits")["steps"] == 5
