@@ -82,7 +82,7 @@ def find_table(path, root, columns=(), classes=None, only_test=False):
     rest = sorted(without_label + without_row)
     unlabeled = ImageSet([-1] * len(rest), files=rest, names=_names(rest, root)) if rest else None
 
-    lines = [f"{path}: {len(labelled):,} images with a label ('{file_column}', '{label_column}')"]
+    lines = [f"{path}: {len(labelled):,} images with a label (columns '{file_column}', '{label_column}')"]
     if rest:
         lines.append(
             f"unlabelled images: {len(without_label):,} without a label in the table, "
