@@ -443,7 +443,10 @@ def test_two_processes_stop_together(tmp_path):
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "results/run/summary.json").read_text())
     assert summary["steps"] == step + 2 and summary["selection"] == "val"
-    assert summary["finetune_top1"] is not None
+    words = ["--evaluate", "--resume", tmp_path / "checkpoint/run_finetune_best.pth.tar"]
+    assert forked.run_main(words, tmp_path).returncode == 0  # a process alone measures the same
+    alone = json.loads((tmp_path / "results/run_finetune_best/summary.json").read_text())
+    assert summary["finetune_top1"] == alone["top1"]
 
 
 @pytest.mark.parametrize("flags", (["--optimizer", "adamw"], ["--freeze-body"]))

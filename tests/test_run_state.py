@@ -65,6 +65,16 @@ def counted(folder):
     return 100 * counts.trace().item() / counts.sum().item()
 
 
+def by_class(folder):
+    """What a run's confusion matrix shows: the mean over classes of their accuracies and the share of the
+    largest class, in percent, and the classes that no image was taken for."""
+    confusion = json.loads(Path(folder, "confusion.json").read_text())
+    counts, sizes = confusion["counts"], [sum(row) for row in confusion["counts"]]
+    recalls = [row[i] / size for i, (row, size) in enumerate(zip(counts, sizes, strict=True)) if size]
+    unnamed = [name for i, name in enumerate(confusion["classes"]) if not any(row[i] for row in counts)]
+    return 100 * sum(recalls) / len(recalls), 100 * max(sizes) / sum(sizes), unnamed
+
+
 def metrics(name):
     return [json.loads(line) for line in Path("results", name, "metrics.jsonl").read_text().splitlines()]
 
@@ -158,6 +168,9 @@ def test_evaluate_needs_the_checkpoint_alone(trained, here, kind, capsys):
     if kind == "best":
         keys = ("mean_class_top1", "largest_class_top1", "never_predicted", "top5")
         assert [now[key] for key in keys] == [was[key] for key in keys]
+    mean, largest, unnamed = by_class(folders[-1])
+    assert now["mean_class_top1"] == pytest.approx(mean) and now["never_predicted"] == unnamed
+    assert now["largest_class_top1"] == pytest.approx(largest)
     assert f"top-1 {now['top1']:.2f} %" in capsys.readouterr().out.splitlines()[-1]
     assert not list(here.iterdir())
 
@@ -684,8 +697,9 @@ def test_a_finished_run_leaves_nothing_to_train_for_another_name(copied, capsys)
     assert command(*words, "--finetune", "--name", "tuned", "--finetune-lr", "0.1", "--pictures") == 0
     assert (copied / "results/tuned/confusion.png").exists()
     assert counted("results/tuned") == summary("tuned")["finetune_top1"] != summary("tuned")["top1"]
+    tuned = summary("tuned")["finetune_top1"]
     assert command("--resume", "auto", "--name", "tuned") == 0  # has been finetuned alone
-    assert summary("tuned")["finetune_top1"] is not None
+    assert summary("tuned")["finetune_top1"] == tuned
 
 
 def test_pictures_of_a_moved_run(copied, monkeypatch):
@@ -811,7 +825,7 @@ def test_finetuning_otherwise_does_not_replace_the_first(copied, capsys):
 
 def test_the_result_comes_before_the_pictures_and_survives_them(here, monkeypatch, capsys):
     def broken(*_):
-        assert summary("run")["top1"] is not None
+        assert summary("run")["top1"] == metrics("run")[-1]["top1"]
         raise ValueError("no ink")
 
     monkeypatch.setattr(visualize, "finished_run", broken)
@@ -1178,7 +1192,8 @@ def test_a_damaged_summary_is_left_out(copied, capsys):
     path.write_text(path.read_text()[:40])
     assert command("--finetune", "--resume", "checkpoint/run_last.pth.tar") == 0
     assert "summary.json is damaged" in capsys.readouterr().err
-    assert summary("run")["finetune_top1"] is not None
+    assert command("--evaluate", "--resume", "checkpoint/run_finetune_best.pth.tar") == 0
+    assert summary("run")["finetune_top1"] == summary("run_finetune_best")["top1"]
 
 
 def test_a_loss_that_is_not_finite_before_any_checkpoint(here, capsys):
