@@ -69,6 +69,16 @@ def counted(folder):
     return 100 * counts.trace().item() / counts.sum().item()
 
 
+def by_class(folder):
+    """What a run's confusion matrix shows: the mean over classes of their accuracies and the share of the
+    largest class, in percent, and the classes that no image was taken for."""
+    confusion = json.loads(Path(folder, "confusion.json").read_text())
+    counts, sizes = confusion["counts"], [sum(row) for row in confusion["counts"]]
+    recalls = [row[i] / size for i, (row, size) in enumerate(zip(counts, sizes, strict=True)) if size]
+    unnamed = [name for i, name in enumerate(confusion["classes"]) if not any(row[i] for row in counts)]
+    return 100 * sum(recalls) / len(recalls), 100 * max(sizes) / sum(sizes), unnamed
+
+
 def metrics(name):
     return [json.loads(line) for line in Path("results", name, "metrics.jsonl").read_text().splitlines()]
 
@@ -166,6 +176,9 @@ def test_evaluate_needs_the_checkpoint_alone(trained, here, kind, capsys):
     if kind == "best":
         keys = ("mean_class_top1", "largest_class_top1", "never_predicted", "top5")
         assert [now[key] for key in keys] == [was[key] for key in keys]
+    mean, largest, unnamed = by_class(folders[-1])
+    assert now["mean_class_top1"] == pytest.approx(mean) and now["never_predicted"] == unnamed
+    assert now["largest_class_top1"] == pytest.approx(largest)
     assert f"top-1 {now['top1']:.2f} %" in capsys.readouterr().out.splitlines()[-1]
     assert not list(here.iterdir())
 
