@@ -30,13 +30,17 @@ from folders import (
 from images import (
     SMALL,
     ImageSet,
+    Reading,
     channel_statistics,
+    constant_lines,
+    find_value_range,
     fingerprints,
     read_images,
     reason,
     resized,
     sampled_statistics,
     sizes_line,
+    value_range_line,
 )
 from runtime import UserError, write_atomically
 
@@ -65,6 +69,7 @@ class Source(NamedTuple):
     test: ImageSet
     unlabeled: ImageSet | None = None  # further images to learn from, without their labels
     notes: tuple = ()  # sentences for the user about what was found
+    reading: Reading | None = None  # of files: with the scale of deep images that was found
 
 
 @dataclass
@@ -86,6 +91,7 @@ class Dataset:
     val_indices: list = field(default_factory=list)  # and of the validation images
     path: str = ""  # folder of the files, absolute; "" for data sets without files
     notes: list = field(default_factory=list)  # sentences for the user about what was found
+    reading: Reading = field(default_factory=Reading)  # how files become pixels
 
     @property
     def num_classes(self):
@@ -95,7 +101,8 @@ class Dataset:
         """What a checkpoint keeps about its data, so that no later command can confuse it with other data.
 
         Returns:
-            dict of plain values and tensors: "name", "classes", "mean", "std", "size", "crop", "path".
+            dict of plain values and tensors: "name", "classes", "mean", "std", "size", "crop", "path",
+            "value_range" (low and high of deep images, None without).
             Of a folder also "labeled", "val", "test": lists of names; "labeled_prints", "labeled_targets",
             "val_prints", "val_targets": (N,) int64 fingerprints and classes of these images; "trained",
             "tested": (N,) int64 fingerprints of the images that the networks learn from or are chosen by, and
@@ -109,6 +116,7 @@ class Dataset:
             "size": self.size,
             "crop": self.crop,
             "path": self.path,
+            "value_range": self.reading.value_range and list(self.reading.value_range),
         }
         if self.labeled.names is None:
             content |= {"labeled": torch.tensor(self.labeled_indices), "test": len(self.test)}
@@ -129,7 +137,7 @@ class Dataset:
 
 # keywords of load_dataset that a run passes on from its flags as they are
 OPTIONS = ("num_labeled", "num_val", "seed", "unlabeled_path", "unlabeled_mode", "test_fraction", "workers")
-OPTIONS += ("skip_unreadable", "svhn_extra")
+OPTIONS += ("skip_unreadable", "svhn_extra", "value_range", "max_megapixels")
 
 
 def load_dataset(
@@ -147,6 +155,8 @@ def load_dataset(
     workers=2,
     skip_unreadable=False,
     svhn_extra=False,
+    value_range=None,
+    max_megapixels=Reading.max_megapixels,
     record=None,
     only_test=False,
 ):
@@ -171,6 +181,9 @@ def load_dataset(
         workers: threads that read images into memory, or DataLoader processes that decode them.
         skip_unreadable: leave out images that cannot be decoded, with a line on standard error.
         svhn_extra: add SVHN's 531,131 ``extra`` images to the unlabelled ones, as in the paper.
+        value_range: low and high of deep images, the values that become levels 0 and 255 (default: as in the
+            record; for a new run what ``find_value_range`` finds in its training images).
+        max_megapixels: images with more pixels cannot be read.
         record: ``Dataset.record()`` of the run that is continued or evaluated: classes, statistics, and the
             labelled, validation and test images are those of the run. Checkpoints of early versions recorded
             no images; these are then drawn as those versions drew them.
@@ -185,6 +198,8 @@ def load_dataset(
         raise UserError(f"data set '{name}' is not known: use one of {', '.join(NAMES)}")
     if resize is not None and resize < 1:
         raise UserError(f"images cannot be resized to {resize} pixels: use 1 or more")
+    value_range = value_range or (record or {}).get("value_range")
+    reading = Reading(value_range and tuple(value_range), max_megapixels)
     source = READERS[name](
         data_path,
         resize,
@@ -192,6 +207,7 @@ def load_dataset(
         workers=workers,
         skip_unreadable=skip_unreadable,
         svhn_extra=svhn_extra,
+        reading=reading,
         record=record,
         only_test=only_test,
     )
@@ -215,7 +231,10 @@ def load_dataset(
         labeled_indices=[],
         path="" if name in WITHOUT_FILES else os.path.abspath(data_path),
         notes=list(source.notes),
+        reading=source.reading or reading,
     )
+    if reading.value_range:
+        dataset.notes.append(value_range_line(reading.value_range))
     if record and "tested" in record and source.test.fingerprints is not None:
         before, now = record["tested"], source.test.fingerprints
         if not torch.equal(before.sort().values, now.sort().values):
@@ -253,7 +272,7 @@ def load_dataset(
     if source.unlabeled is not None:
         dataset.unlabeled = dataset.unlabeled.extended(source.unlabeled)
     if unlabeled_path is not None:
-        extra = _unlabeled_images(unlabeled_path, dataset, train, workers, skip_unreadable)
+        extra = _unlabeled_images(unlabeled_path, dataset, train, workers, skip_unreadable, record)
         dataset.unlabeled = dataset.unlabeled.extended(extra) if unlabeled_mode == "add" else extra
     dataset.notes += _class_sizes(train.targets, source.classes)
     if record and train.names is not None and "trained" in record:
@@ -284,8 +303,8 @@ def _class_sizes(targets, classes):
 # ----------------------------------------------------------------------------------------------- the readers
 #
 # One function per data set, all called as reader(path, resize, **options) with the options of load_dataset
-# that concern reading: test_fraction, workers, skip_unreadable, svhn_extra, record, only_test. Each names
-# those that it uses. ``resize`` is None for the data set's own size.
+# that concern reading: test_fraction, workers, skip_unreadable, svhn_extra, record, only_test; and a
+# ``Reading``. Each names those that it uses. ``resize`` is None for the data set's own size.
 
 
 def _two_moons(path, resize, **_):
@@ -400,7 +419,7 @@ def _stl10(path, resize, **_):
     )
 
 
-def _imagenet(path, resize, *, workers, skip_unreadable, **_):
+def _imagenet(path, resize, *, workers, skip_unreadable, reading, record, **_):
     """ImageNet in torchvision's layout: ``train/<class>/*`` and ``val/<class>/*``, decoded by workers."""
     for part in ("train", "val"):
         if not os.path.isdir(os.path.join(path, part)):
@@ -410,10 +429,13 @@ def _imagenet(path, resize, *, workers, skip_unreadable, **_):
             )
     size = resize or 224
     classes, parts, notes = class_folders(path, "val")
-    train, test = (
-        replace(part, names=None, size=size, workers=workers, skip_unreadable=skip_unreadable)
-        for part in parts
-    )
+    if not record:
+        reading, lines = scaled(reading, parts[0].files, workers)
+        notes += lines
+    decoding = {"size": size, "workers": workers, "skip_unreadable": skip_unreadable, "reading": reading}
+    train, test = (replace(part, names=None, **decoding) for part in parts)
+    if not record:
+        notes += constant_lines(train, "the training images")
     return Source(
         classes,
         *STATISTICS["imagenet"],
@@ -423,10 +445,11 @@ def _imagenet(path, resize, *, workers, skip_unreadable, **_):
         train=train,
         test=test,
         notes=notes,
+        reading=reading,
     )
 
 
-def _folder(path, resize, *, test_fraction, workers, skip_unreadable, record, only_test, **_):
+def _folder(path, resize, *, test_fraction, workers, skip_unreadable, reading, record, only_test, **_):
     """Any folder of class folders: ``train/`` with ``test/`` or ``val/``, or one level that is split here.
 
     ``val/`` is used if there is no ``test/``; validation images are drawn from the training images. If all
@@ -462,6 +485,11 @@ def _folder(path, resize, *, test_fraction, workers, skip_unreadable, record, on
         notes += [f"these classes have no test image: {listed(missing)}; {way}"] if missing else []
     notes.append(sizes_line(test if only_test else train))
 
+    if not record:
+        reading, lines = scaled(reading, train.files, workers)
+        notes += lines
+    test = replace(test, reading=reading)
+    train = train and replace(train, reading=reading)
     first = None
     if resize is None or resize <= SMALL:
         first = read_images(test if only_test else train, resize, workers, skip_unreadable)
@@ -478,7 +506,30 @@ def _folder(path, resize, *, test_fraction, workers, skip_unreadable, record, on
         decoding = {"size": size, "workers": workers, "skip_unreadable": skip_unreadable}
         test = replace(test, **decoding)
         train = None if only_test else replace(train, **decoding)
-    return Source(classes, mean, std, flip=True, size=size, crop=crop, train=train, test=test, notes=notes)
+    if not record:
+        notes += constant_lines(train, "the training images")
+    if not record or only_test:
+        notes += constant_lines(test, "the test images")
+    return Source(
+        classes,
+        mean,
+        std,
+        flip=True,
+        size=size,
+        crop=crop,
+        train=train,
+        test=test,
+        notes=notes,
+        reading=reading,
+    )
+
+
+def scaled(reading, files, workers):
+    """The reading with the scale of the deep images among files, if it has none yet, and notes."""
+    if reading.value_range:
+        return reading, []
+    value_range, line = find_value_range(files, reading, workers)
+    return replace(reading, value_range=value_range), [line] if line else []
 
 
 READERS = {
@@ -550,7 +601,7 @@ def _fitted(images, size):
 # -------------------------------------------------------------------------------------- unlabelled images
 
 
-def _unlabeled_images(path, dataset, train, workers, skip_unreadable):
+def _unlabeled_images(path, dataset, train, workers, skip_unreadable, record):
     """The images of a tree without classes as an ``ImageSet`` of the same kind as the training set.
 
     Test and validation images are left out: for files and folders those with the same content, for other data
@@ -559,6 +610,9 @@ def _unlabeled_images(path, dataset, train, workers, skip_unreadable):
     if dataset.size == 0:
         raise UserError("two moons are points: --unlabeled-path needs a data set of images")
     files, _ = image_tree(path, "--unlabeled-path")
+    if not record:  # there may be no deep image among the training images
+        dataset.reading, lines = scaled(dataset.reading, files, workers)
+        dataset.notes += lines
     held_out = [part for part in (dataset.test, dataset.val) if part is not None]
     extra = ImageSet(
         [-1] * len(files),
@@ -568,6 +622,7 @@ def _unlabeled_images(path, dataset, train, workers, skip_unreadable):
         skip_unreadable=skip_unreadable,
         names=relative(files, path),
         fingerprints=fingerprints(files, workers),
+        reading=dataset.reading,
     )
     if train.in_memory and train.names is None:
         extra = read_images(extra, dataset.size, workers, skip_unreadable)
@@ -585,6 +640,8 @@ def _unlabeled_images(path, dataset, train, workers, skip_unreadable):
         dataset.notes.append(
             f"{known.sum()} of {len(files)} images in '{path}' are test or validation images: left out"
         )
+    if not record:
+        dataset.notes += constant_lines(extra, f"the images in '{path}'")
     return extra
 
 
