@@ -138,7 +138,7 @@ def opened(path, reading):
         megapixels = image.width * image.height / 1e6
         if megapixels > reading.max_megapixels:
             raise Image.DecompressionBombError(
-                f"it has {megapixels:,.0f} megapixels: --max-megapixels {math.ceil(megapixels)} allows that"
+                f"it has {megapixels:.6g} megapixels, more than --max-megapixels {reading.max_megapixels:.6g}"
             )
         yield image
 
