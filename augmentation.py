@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-GREY = 128  # the level of pixels that come from outside the image, and of cutouts
+GREY = 128  # the level of pixels that come from outside the image, and of cutouts; see ``fill_level``
 
 
 class Views(NamedTuple):
@@ -65,6 +65,14 @@ def _drawn(function, arguments, generator, device):
     """Random numbers on the device, drawn where the generator lives: on the host for XLA, which has none."""
     home = device if generator is None else generator.device
     return function(*arguments, generator=generator, device=home).to(device, non_blocking=True)
+
+
+def fill_level(mean, std):
+    """The level of empty pixels for images with these statistics, of levels / 255: GREY, or the rounded mean
+    where GREY is more than 5 standard deviations away from it in some channel, as in nearly black images."""
+    if all(abs(GREY / 255 - m) <= 5 * s for m, s in zip(mean, std, strict=True)):
+        return GREY
+    return round(255 * sum(mean) / len(mean))
 
 
 # ---------------------------------------------------------------------------- point operations: lookup tables
@@ -181,13 +189,13 @@ def smooth(levels):
 # ------------------------------------------------------------ rotation, shear, translation: maps of positions
 
 
-def warp(images, source):
+def warp(images, source, fill=GREY):
     """Each pixel from another position of its image.
 
     images: (N, C, H, W) uint8. source: (N, H · W) int64, row · W + column of the pixel to take, or H · W for
-    grey.
+    ``fill``.
     """
-    pixels = F.pad(images.flatten(2), (0, 1), value=GREY)
+    pixels = F.pad(images.flatten(2), (0, 1), value=fill)
     index = source[:, None].expand(-1, images.shape[1], -1)
     return torch.gather(pixels, 2, index).view_as(images)
 
@@ -227,15 +235,15 @@ def rotation(degrees, height, width):
 # --------------------------------------------------------------------------------------------- cutout: a mask
 
 
-def erase(images, centre, half):
-    """Grey squares: rows and columns from centre − half up to, not including, centre + half.
+def erase(images, centre, half, fill=GREY):
+    """Squares of ``fill``: rows and columns from centre − half up to, not including, centre + half.
 
     images: (N, C, H, W) uint8. centre: (N, 2) int64, row and column. half: int, or (N,) int64.
     """
     height, width = images.shape[2:]
     row, column = centre.unbind(1)
     inside = _near(row, half, height)[:, None, :, None] * _near(column, half, width)[:, None, None, :]
-    return (images - GREY).mul_(1 - inside).add_(GREY)  # modulo 256, so this loses nothing
+    return (images - fill).mul_(1 - inside).add_(fill)  # modulo 256, so this loses nothing
 
 
 def _near(middle, half, length):
@@ -253,7 +261,7 @@ LOOKUP = "lookup table"  # (images, argument, stretch_tables) → (N, C, 256) ui
 BLEND = "blend"  # (N, 3, H, W) float32 → the degenerate image, in whole numbers; the argument is the factor
 GREY_BLEND = "blend of grey"  # the same, from the grey image: (N, 1, H, W) float32
 WARP = "warp"  # (argument, height, width) → the matrix of affine_source; the sign of the argument is drawn
-MASK = "mask"  # no function: a grey square, the argument is its half-width
+MASK = "mask"  # no function: an empty square, the argument is its half-width
 
 
 class Operation(NamedTuple):
@@ -337,6 +345,7 @@ class RandAugment:
         num_layers: operations per image; the published recipes use 2.
         magnitude: strength of all operations, 16 for CIFAR-10 and 17 for ImageNet.
         translate, cutout: pixels at m = 1; None is an eighth of the image's side (CIFAR). ImageNet: 100, 40.
+        fill: the level of empty pixels.
         static: pass every image through every kind of operation, where those that it did not draw change
             nothing: static shapes and no branch on data, for XLA and compiled graphs, and nothing waits for a
             CUDA device. Otherwise the images that drew an operation are gathered and only they are computed,
@@ -344,11 +353,22 @@ class RandAugment:
         compile: what the static form of a layer is passed through, such as ``torch.compile``; or None.
     """
 
-    def __init__(self, num_layers, magnitude, *, translate=None, cutout=None, static=False, compile=None):
+    def __init__(
+        self,
+        num_layers,
+        magnitude,
+        *,
+        translate=None,
+        cutout=None,
+        fill=GREY,
+        static=False,
+        compile=None,
+    ):
         self.num_layers = num_layers
         self.magnitude = magnitude
         self.translate = translate
         self.cutout = cutout
+        self.fill = fill
         self._layer = self._every_operation if static else self._drawn_operations
         if static and compile:
             self._layer = compile(self._layer)
@@ -430,9 +450,9 @@ class RandAugment:
                 argument = constants["arguments"][row.name]
                 return lookup(images, row.function(images, argument, constants["stretch"]))
             if row.kind == WARP:
-                return warp(images, constants["source"][number, negative.long()])
+                return warp(images, constants["source"][number, negative.long()], self.fill)
             if row.kind == MASK:
-                return erase(images, centre, constants["half"][number])
+                return erase(images, centre, constants["half"][number], self.fill)
             levels = images.float()
             degenerate = row.function(luma(levels) if row.kind == GREY_BLEND else levels)
             return blend(degenerate, levels, constants["factor"][number])
@@ -465,8 +485,8 @@ class RandAugment:
                 degenerate = made if degenerate is None else chosen(made, number, degenerate)
         images = blend(degenerate, levels, constants["factor"][operation].view(-1, 1, 1, 1))
 
-        images = warp(images, constants["source"][operation, negative.long()])
-        return erase(images, centre, constants["half"][operation])
+        images = warp(images, constants["source"][operation, negative.long()], self.fill)
+        return erase(images, centre, constants["half"][operation], self.fill)
 
 
 # ------------------------------------------------------------------------------------------------- weak views
@@ -480,8 +500,8 @@ def random_flip(images, generator=None, static=False):
     return by_kind(mirrored.long(), 2, lambda turn, chosen: chosen.flip(-1) if turn else chosen, images)
 
 
-def random_crop(images, padding, generator=None, flip=False, static=False):
-    """Padding with GREY on every side and a random crop of the old size. (N, C, H, W) uint8 → the same.
+def random_crop(images, padding, generator=None, flip=False, static=False, fill=GREY):
+    """Padding with ``fill`` on every side and a random crop of the old size. (N, C, H, W) uint8 → the same.
 
     With ``flip``, half of the images are mirrored first, in the same pass.
     """
@@ -496,13 +516,13 @@ def random_crop(images, padding, generator=None, flip=False, static=False):
         column = left - padding + torch.arange(width, device=device)
         inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
         column = torch.where(mirrored[:, None, None], width - 1 - column, column)
-        return warp(images, torch.where(inside, row * width + column, height * width).flatten(1))
+        return warp(images, torch.where(inside, row * width + column, height * width).flatten(1), fill)
 
     # padded copies, the mirrored ones last
     order = mirrored.long().argsort()
     upright = n - int(mirrored.sum())
     tall, wide = height + 2 * padding, width + 2 * padding
-    padded = images.new_full((n, channels, tall, wide), GREY)
+    padded = images.new_full((n, channels, tall, wide), fill)
     middle = padded[:, :, padding : padding + height, padding : padding + width]
     middle[:upright] = images.index_select(0, order[:upright])
     middle[upright:] = images.index_select(0, order[upright:]).flip(-1)
@@ -518,12 +538,12 @@ def _coins(images, generator):
     return _drawn(torch.rand, (len(images),), generator, images.device) < 0.5
 
 
-def cutout(images, half, generator=None):
-    """A grey square of half-width ``half`` in each image, its middle anywhere. (N, C, H, W) uint8 → same."""
+def cutout(images, half, generator=None, fill=GREY):
+    """A square of half-width ``half`` in each image, its middle anywhere. (N, C, H, W) uint8 → the same."""
     n, _, height, width = images.shape
     row = _drawn(torch.randint, (height, (n,)), generator, images.device)
     column = _drawn(torch.randint, (width, (n,)), generator, images.device)
-    return erase(images, torch.stack((row, column), dim=1), half)
+    return erase(images, torch.stack((row, column), dim=1), half, fill)
 
 
 # ---------------------------------------------------------------------------------------- what the step reads
@@ -541,9 +561,9 @@ class ImageViews:
 
     Args:
         size: side of the square images in pixels.
-        mean, std: three floats each, of grey levels scaled to [0, 1].
+        mean, std: three floats each, of grey levels scaled to [0, 1]; they also give ``fill_level``.
         flip: whether images may be mirrored; False for digits and house numbers.
-        crop: "pad" for small images (CIFAR), weak = flip and a random crop after padding size/8 with grey,
+        crop: "pad" for small images (CIFAR), weak = flip and a random crop after padding size/8 (``fill``),
             strong = weak, the RandAugment layers, a cutout of half-width size/4, flip and crop again.
             "none" for images that are random resized crops already (ImageNet), weak = flip, strong = flip and
             the layers with translate 100 and cutout 40 pixels at the published size of 224, in proportion at
@@ -574,11 +594,12 @@ class ImageViews:
         self.labeled_view = labeled_view
         self.strong_view = strong_view
         self.static = static
+        self.fill = fill_level(mean, std)
         self.randaug = None
         if randaug is not None:
             translate, half = (None, None) if crop == "pad" else (100 * size / 224, 40 * size / 224)
             self.randaug = RandAugment(
-                *randaug, translate=translate, cutout=half, static=static, compile=compile
+                *randaug, translate=translate, cutout=half, fill=self.fill, static=static, compile=compile
             )
         self._scale, self._shift = normalization(mean, std)
         self._cache = {}
@@ -608,7 +629,7 @@ class ImageViews:
         """(N, 3, H, W) uint8 → uint8"""
         images = self._check(images)
         if self.crop == "pad":
-            return random_crop(images, self.size // 8, generator, self.flip, self.static)
+            return random_crop(images, self.size // 8, generator, self.flip, self.static, self.fill)
         return random_flip(images, generator, self.static) if self.flip else images
 
     def strong(self, images, generator=None):
@@ -619,7 +640,7 @@ class ImageViews:
         if self.randaug is not None:
             images = self.randaug(images, generator)
         if self.crop == "pad":
-            images = cutout(images, self.size // 4, generator)
+            images = cutout(images, self.size // 4, generator, self.fill)
             images = self.weak(images, generator)
         return images
 

@@ -27,10 +27,11 @@ PATHS = (*PATHS, "labels", "teacher_checkpoint", "resume")
 IDENTITY = (
     *("dataset", "num_labeled", "num_val", "seed", "resize", "test_fraction", "method", "model"),
     *("student_model", "optimizer", "weak_pass", "freeze_body", "body_lr_scale", "switch_every"),
-    *("svhn_extra", "keep_test_copies"),
+    *("svhn_extra", "keep_test_copies", "value_range"),
 )
 # flags whose change is not worth a line
 INCIDENTAL = (*OF_COMMAND, "name", "device", "workers", "keep", "pictures", "log_step", "expand_labels")
+INCIDENTAL = (*INCIDENTAL, "max_megapixels")
 
 # the default network of a data set, where it is not WRN-28-2
 MODELS = {"twomoons": "mlp-2-8-8-2", "cifar100": "wrn-28-8", "stl10": "wrn-37-2", "imagenet": "resnet50"}
@@ -40,7 +41,8 @@ MODELS = {"twomoons": "mlp-2-8-8-2", "cifar100": "wrn-28-8", "stl10": "wrn-37-2"
 
 def flag(name, value=None):
     """An argument as it stands on the command line."""
-    return "--" + name.replace("_", "-") + ("" if value is None else f" {value}")
+    values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return " ".join(["--" + name.replace("_", "-"), *map(str, values)])
 
 
 def each_checkpoint(argv):
@@ -137,6 +139,8 @@ def without_effect(args):
     unused |= {"milestones"} if args.schedule != "milestones" else set()
     unused |= {"test_fraction"} if args.dataset != "folder" else set()
     unused |= {"label_columns"} if not args.labels else set()
+    if args.dataset not in ("folder", "imagenet") and not args.unlabeled_path:  # no image files are decoded
+        unused |= {"value_range", "max_megapixels"}
     unused |= {"sgd": set(), "rmsprop": {"nesterov"}, "adamw": {"nesterov", "momentum"}}[args.optimizer]
     unused |= {"body_lr_scale"} if args.freeze_body else set()
     return unused | ({"svhn_extra"} if args.dataset != "svhn" else set())
@@ -163,6 +167,8 @@ def check_arguments(args, parser, before):
             "--feedback none leaves --method reduced-mpl nothing that trains its perceptron: give another "
             "--feedback, or --method pseudo-label"
         )
+    if args.value_range and not args.value_range[0] < args.value_range[1]:
+        parser.error(f"{flag('value_range', args.value_range)}: the first value must be below the second")
     if args.unlabeled_mode == "only" and not args.unlabeled_path and args.dataset != "folder":
         parser.error("--unlabeled-mode only needs --unlabeled-path DIR")
     if args.freeze_body and not (args.pretrained or args.weights or args.resume):
@@ -533,8 +539,10 @@ def remembered(saved, parser, path):
         # --num-labeled is a count or a fraction; what a number must be else, its type says below
         kinds = (str, float) if default is None else (float,) if type(default) is int else (type(default),)
         known = isinstance(value, (*kinds, int, type(None)))
-        if action.dest == "label_columns":
-            known = value is None or (isinstance(value, list) and [*map(type, value)] == [str, str])
+        if action.nargs == 2:
+            known = value is None or (isinstance(value, list) and len(value) == 2)
+        if action.dest == "label_columns" and value is not None:
+            known = known and all(isinstance(each, str) for each in value)
         known = known and (not action.choices or value in action.choices)
         for number in value if isinstance(value, list) else [value]:
             if known and action.type and number is not None:
@@ -575,20 +583,20 @@ def check_continuation(args, saved, given, before):
     begins = args.finetune and "finetune_step" not in saved  # finetuning has an optimiser of its own
     own = ("method", "optimizer", "weak_pass", "freeze_body", "body_lr_scale", "switch_every")
     exempt = own if begins else ()
-    size = saved["data"].get("size") if isinstance(saved.get("data"), dict) else None
+    data = saved["data"] if isinstance(saved.get("data"), dict) else {}
+    before = {"value_range": None} | before  # a flag that came later
     changed = []
     for name in sorted(given & before.keys()):
         was, now = before[name], getattr(args, name)
-        if name == "resize" and was is None:
-            was = size
+        if was is None and name in ("resize", "value_range"):  # what the data set itself said
+            was = data.get({"resize": "size"}.get(name, name))
         if name in PATHS and name not in ("data_path", "unlabeled_path", "labels"):
             continue
         if was == now or (name in PATHS and was and now and os.path.abspath(was) == now):
             continue
         if name in IDENTITY and name not in exempt:
-            raise UserError(
-                f"{args.resume} was trained with {flag(name, was)}: it cannot go on with {flag(name, now)}"
-            )
+            trained = f"without {flag(name)}" if was is None else f"with {flag(name, was)}"
+            raise UserError(f"{args.resume} was trained {trained}: it cannot go on with {flag(name, now)}")
         if name not in INCIDENTAL and not args.finetune:
             changed.append(f"{flag(name)} {was} → {now}")
     if changed:

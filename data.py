@@ -32,7 +32,10 @@ from folders import (
 from images import (
     SMALL,
     ImageSet,
+    Reading,
     channel_statistics,
+    constant_lines,
+    find_value_range,
     fingerprints,
     pixel_prints,
     prints_in_stages,
@@ -41,6 +44,7 @@ from images import (
     resized,
     sampled_statistics,
     sizes_line,
+    value_range_line,
 )
 from runtime import UserError, write_atomically
 from tables import find_table
@@ -71,6 +75,7 @@ class Source(NamedTuple):
     val: ImageSet | None = None  # validation images of its own; None: they are drawn from the training images
     unlabeled: ImageSet | None = None  # further images to learn from, without their labels
     notes: tuple = ()  # sentences for the user about what was found
+    reading: Reading | None = None  # of files: with the scale of deep images that was found
 
 
 @dataclass
@@ -94,6 +99,7 @@ class Dataset:
     path: str = ""  # folder of the files, absolute; "" for data sets without files
     fingerprint: str = "bytes"  # the rule by which files are known, see ``images.fingerprints``
     notes: list = field(default_factory=list)  # sentences for the user about what was found
+    reading: Reading = field(default_factory=Reading)  # how files become pixels
 
     @property
     def num_classes(self):
@@ -103,7 +109,8 @@ class Dataset:
         """What a checkpoint keeps about its data, so that no later command can confuse it with other data.
 
         Returns:
-            dict of plain values and tensors: "name", "classes", "mean", "std", "size", "crop", "path".
+            dict of plain values and tensors: "name", "classes", "mean", "std", "size", "crop", "path",
+            "value_range" (low and high of deep images, None without).
             Of a folder also "labeled", "val", "test": lists of names; "labeled_prints", "labeled_targets",
             "val_prints", "val_targets": (N,) int64 fingerprints and classes of these images; "trained",
             "tested": (N,) int64 fingerprints of the images that the networks learn from or are chosen by, and
@@ -119,6 +126,7 @@ class Dataset:
             "size": self.size,
             "crop": self.crop,
             "path": self.path,
+            "value_range": self.reading.value_range and list(self.reading.value_range),
         }
         if self.labeled.names is None:
             content |= {"labeled": torch.tensor(self.labeled_indices), "test": len(self.test)}
@@ -141,8 +149,8 @@ class Dataset:
 
 # keywords of load_dataset that a run passes on from its flags as they are
 OPTIONS = ("num_labeled", "num_val", "seed", "unlabeled_path", "unlabeled_mode", "test_fraction", "workers")
-OPTIONS += ("skip_unreadable", "svhn_extra", "labels", "label_columns")
-OPTIONS += ("skip_unreadable", "svhn_extra", "keep_test_copies", "save_path", "results_path")
+OPTIONS += ("skip_unreadable", "svhn_extra", "labels", "label_columns", "keep_test_copies")
+OPTIONS += ("save_path", "results_path", "value_range", "max_megapixels")
 
 
 def load_dataset(
@@ -165,6 +173,8 @@ def load_dataset(
     keep_test_copies=False,
     save_path="checkpoint",
     results_path="results",
+    value_range=None,
+    max_megapixels=Reading.max_megapixels,
     record=None,
     only_test=False,
 ):
@@ -192,6 +202,9 @@ def load_dataset(
         label_columns: names of its file column and its label column; empty: found by the usual names.
         keep_test_copies: also learn from copies of test and validation images, which are else left out.
         save_path, results_path: folders of the program's own, which are no classes.
+        value_range: low and high of deep images, the values that become levels 0 and 255 (default: as in the
+            record; for a new run what ``find_value_range`` finds in its training images).
+        max_megapixels: images with more pixels cannot be read.
         record: ``Dataset.record()`` of the run that is continued or evaluated: classes, statistics, and the
             labelled, validation and test images are those of the run. Checkpoints of early versions recorded
             no images; these are then drawn as those versions drew them.
@@ -209,6 +222,8 @@ def load_dataset(
     if labels and name != "folder":
         raise UserError(f"--labels {labels} is for images of your own: give --dataset folder, not {name}")
     rule = "bytes" if not record else record.get("fingerprint", "pieces")
+    value_range = value_range or (record or {}).get("value_range")
+    reading = Reading(value_range and tuple(value_range), max_megapixels)
     source = READERS[name](
         data_path,
         resize,
@@ -221,6 +236,7 @@ def load_dataset(
         unlabeled_path=unlabeled_path,
         own_paths=(save_path, results_path),
         rule=rule,
+        reading=reading,
         record=record,
         only_test=only_test,
     )
@@ -245,7 +261,10 @@ def load_dataset(
         path="" if name in WITHOUT_FILES else os.path.abspath(data_path),
         fingerprint=rule,
         notes=list(source.notes),
+        reading=source.reading or reading,
     )
+    if reading.value_range:
+        dataset.notes.append(value_range_line(reading.value_range))
     if record and "tested" in record and source.test.fingerprints is not None:
         before, now = record["tested"], source.test.fingerprints
         if not torch.equal(before.sort().values, now.sort().values):
@@ -324,8 +343,14 @@ def load_dataset(
             f"'{data_path}', or name their folder with --unlabeled-path DIR"
         )
     for number, (images, place) in enumerate(added):
-        images = replace(images, size=dataset.size, workers=workers, skip_unreadable=skip_unreadable)
+        if not record:  # there may be no deep image among the training images
+            dataset.reading, lines = scaled(dataset.reading, images.files, workers)
+            dataset.notes += lines
+        decoding = {"workers": workers, "skip_unreadable": skip_unreadable, "reading": dataset.reading}
+        images = replace(images, size=dataset.size, **decoding)
         images = _unlabeled_images(images, place, dataset, train, keep_test_copies)
+        if not record:
+            dataset.notes += constant_lines(images, f"the images in '{place}'")
         replaces = number == 0 and unlabeled_mode == "only"
         dataset.unlabeled = images if replaces else dataset.unlabeled.extended(images)
     dataset.notes += _class_sizes(learned, source.classes)
@@ -403,8 +428,8 @@ def _class_sizes(targets, classes):
 #
 # One function per data set, all called as reader(path, resize, **options) with the options of load_dataset
 # that concern reading: test_fraction, workers, skip_unreadable, svhn_extra, labels, label_columns,
-# unlabeled_path, own_paths, rule, record, only_test. Each names the options that it uses. ``resize`` is None
-# for the data set's own size.
+# unlabeled_path, own_paths, rule, reading, record, only_test. Each names the options that it uses. ``resize``
+# is None for the data set's own size.
 
 
 def _two_moons(path, resize, **_):
@@ -519,7 +544,7 @@ def _stl10(path, resize, **_):
     )
 
 
-def _imagenet(path, resize, *, workers, skip_unreadable, record, only_test, **_):
+def _imagenet(path, resize, *, workers, skip_unreadable, reading, record, only_test, **_):
     """ImageNet in torchvision's layout: ``train/<class>/*`` and ``val/<class>/*``, decoded by workers.
 
     The files are compared with each other when a run begins; its record keeps which ones are copies.
@@ -533,16 +558,20 @@ def _imagenet(path, resize, *, workers, skip_unreadable, record, only_test, **_)
     size = resize or 224
     ignored = Counter()
     classes, parts = class_folders(path, [os.path.join(path, part) for part in ("train", "val")], ignored)
-    prints = [None, None]
+    prints, notes = [None, None], ignored_kinds(ignored)
+    if not record:
+        reading, lines = scaled(reading, parts[0].files, workers)
+        notes += lines
     if not record and not only_test:
         prints = prints_in_stages([file for part in parts for file in part.files], workers)
         prints = prints.split([len(part) for part in parts])
+    decoding = {"size": size, "workers": workers, "skip_unreadable": skip_unreadable, "reading": reading}
     train, test = (
-        replace(
-            part, names=None, fingerprints=known, size=size, workers=workers, skip_unreadable=skip_unreadable
-        )
+        replace(part, names=None, fingerprints=known, **decoding)
         for part, known in zip(parts, prints, strict=True)
     )
+    if not record:
+        notes += constant_lines(train, "the training images")
     return Source(
         classes,
         *STATISTICS["imagenet"],
@@ -551,7 +580,8 @@ def _imagenet(path, resize, *, workers, skip_unreadable, record, only_test, **_)
         crop="none",
         train=train,
         test=test,
-        notes=ignored_kinds(ignored),
+        notes=notes,
+        reading=reading,
     )
 
 
@@ -567,6 +597,7 @@ def _folder(
     unlabeled_path,
     own_paths,
     rule,
+    reading,
     record,
     only_test,
     **_,
@@ -605,6 +636,10 @@ def _folder(
         notes += [f"these classes have no test image: {listed(missing)}; {way}"] if missing else []
     notes.append(sizes_line(test if only_test else train))
 
+    if not record:
+        reading, lines = scaled(reading, train.files, workers)
+        notes += lines
+    train, test, val = (part and replace(part, reading=reading) for part in (train, test, val))
     first = None
     if resize is None or resize <= SMALL:
         first = read_images(test if only_test else train, resize, workers, skip_unreadable)
@@ -623,6 +658,10 @@ def _folder(
         test = replace(test, **decoding)
         train = None if only_test else replace(train, **decoding)
         val = val and replace(val, **decoding)
+    if not record:
+        notes += constant_lines(train, "the training images")
+    if not record or only_test:
+        notes += constant_lines(test, "the test images")
     return Source(
         classes,
         mean,
@@ -635,7 +674,16 @@ def _folder(
         val=val,
         unlabeled=found.unlabeled,
         notes=notes,
+        reading=reading,
     )
+
+
+def scaled(reading, files, workers):
+    """The reading with the scale of the deep images among files, if it has none yet, and notes."""
+    if reading.value_range:
+        return reading, []
+    value_range, line = find_value_range(files, reading, workers)
+    return replace(reading, value_range=value_range), [line] if line else []
 
 
 def _in_two_classes(parts, classes):

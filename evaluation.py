@@ -179,5 +179,6 @@ def _fingerprint(network, dataset):
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     shown = [list(dataset.mean), list(dataset.std), dataset.size, dataset.crop, image_set.files]
+    shown += dataset.reading.value_range or []
     digest.update(repr(shown).encode())
     return digest.hexdigest()

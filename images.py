@@ -4,6 +4,7 @@
 sees it; ``read_images`` decodes a set of small ones into memory.
 """
 
+import contextlib
 import hashlib
 import math
 import os
@@ -15,20 +16,39 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.nn import functional as F
 
 from runtime import UserError
 
 SMALL = 64  # pixels: a folder of images up to this size is held in memory
-ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 5 and above turn by 90 or 270 degrees
+ORIENTATION = 0x0112  # the EXIF tag
 IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
+    *(".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
 )
+DEEP_SUFFIXES = (".png", ".tif", ".tiff", ".pgm", ".pnm")  # may hold more than 8 bits a value
+# What a deep image's largest value is rounded up to: 1, or the largest value of 8 to 32 bits.
+BOUNDS = (1, *(2**bits - 1 for bits in (8, 10, 12, 14, 16, 24, 32)))
+
+# Pillow's own limit warns from half of its value on, and is one for the whole process: see ``opened``.
+Image.MAX_IMAGE_PIXELS = None
 
 
 # ------------------------------------------------------------------------------------------- a set of images
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a run become 8-bit pixels.
+
+    value_range: (low, high), the values of deep images (16 bits, 32 bits, floats) that become levels 0 and
+    255. None, where no training image is deep and in runs of earlier versions: whole numbers are taken as 16
+    bits, floats as levels. max_megapixels: larger images are not read.
+    """
+
+    value_range: tuple | None = None
+    max_megapixels: float = 500
 
 
 @dataclass(eq=False)
@@ -43,6 +63,7 @@ class ImageSet:
     workers: int = 0  # DataLoader processes that decode files for evaluation
     skip_unreadable: bool = False  # leave out files that cannot be decoded instead of stopping
     on_unreadable: object = None  # takes the sentence about such a file instead of a UserError
+    reading: Reading = Reading()  # how files become pixels
     names: list | None = None  # of a folder: N paths relative to it, with "/"
     fingerprints: torch.Tensor | None = None  # (N,) int64 digests of the files' content, or of the pixels
 
@@ -97,53 +118,65 @@ DECODING_ERRORS = (
 )
 
 
-def read_image(path, size, crop, random=None):
+def read_image(path, size, crop, random=None, reading=Reading()):
     """One image as a network sees it: (3, size, size) uint8, the whole image (crop "pad") or ``read_crop``.
 
     Args:
         size, crop: those of the ``Dataset`` that a network was trained on.
+        reading: that of its image sets.
 
     Raises:
         DECODING_ERRORS: the file cannot be decoded.
     """
     if crop == "none":
-        return read_crop(path, size, random)
-    return torch.from_numpy(np.array(read_whole(path, size))).permute(2, 0, 1)
+        return read_crop(path, size, random, reading)
+    return torch.from_numpy(np.array(read_whole(path, size, reading=reading))).permute(2, 0, 1)
 
 
-def read_whole(path, size, expected=None):
+@contextlib.contextmanager
+def opened(path, reading):
+    """The image of a file, opened but not yet decoded; an error if it has too many pixels."""
+    with Image.open(path) as image:
+        megapixels = image.width * image.height / 1e6
+        if megapixels > reading.max_megapixels:
+            raise Image.DecompressionBombError(
+                f"it has {megapixels:.6g} megapixels, more than --max-megapixels {reading.max_megapixels:.6g}"
+            )
+        yield image
+
+
+def read_whole(path, size, expected=None, reading=Reading()):
     """The whole image, stretched to a square: (size, size, 3) uint8 array.
 
     With ``expected`` = (width, height), an image of another size raises ``_OtherSize``.
     """
-    with Image.open(path) as file:
+    with opened(path, reading) as file:
         if expected is None:
             file.draft("RGB", (size, size))  # a JPEG is decoded at 1/2, 1/4 or 1/8 if that is large enough
-        image = upright_rgb(file)
-    if expected and image.size != expected:
-        raise _OtherSize
+        elif upright_size(file) != expected:
+            raise _OtherSize
+        image = upright_rgb(file, reading.value_range)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image)
 
 
-def read_crop(path, size, random=None):
+def read_crop(path, size, random=None, reading=Reading()):
     """Decode a box of an image file: (3, size, size) uint8 tensor, bicubic.
 
     The box is ``random_crop_box``, or ``center_crop_box`` without ``random``. A JPEG is decoded at 1/2, 1/4
     or 1/8 of its size if that leaves the box at least ``size`` pixels wide and high, and only the box is
     resized. PyTorch resizes uint8 tensors about three times as fast as Pillow, with the same filter.
     """
-    with Image.open(path) as file:
-        turned = file.getexif().get(ORIENTATION, 1) >= 5
-        width, height = file.size[::-1] if turned else file.size
+    with opened(path, reading) as file:
+        width, height = upright_size(file)
         if random is None:
             left, top, w, h = center_crop_box(width, height)
         else:
             left, top, w, h = random_crop_box(width, height, random)
         needed = math.ceil(width * size / w), math.ceil(height * size / h)
-        file.draft("RGB", needed[::-1] if turned else needed)
-        image = upright_rgb(file)
+        file.draft("RGB", needed if file.size == (width, height) else needed[::-1])
+        image = upright_rgb(file, reading.value_range)
     x, y = image.width / width, image.height / height  # 1 unless the decoder has reduced the image
     left, right = round(left * x), round((left + w) * x)
     top, bottom = round(top * y), round((top + h) * y)
@@ -178,22 +211,64 @@ def center_crop_box(width, height):
     return (width - side) / 2, (height - side) / 2, side, side
 
 
-def upright_rgb(image):
+# how an image is turned upright, by its EXIF orientation; 1 is upright, and other values mean nothing
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def orientation(image):
+    """The EXIF orientation of an opened image, 1 to 8; 1 where the metadata say nothing or are damaged."""
+    try:
+        value = image.getexif().get(ORIENTATION)
+    except Exception:  # metadata are read by many rules; the pixels may be well
+        return 1
+    return value if isinstance(value, int) and value in TURNS else 1
+
+
+def upright_size(image):
+    """(width, height) of an opened image as it is seen upright."""
+    swapped = orientation(image) >= 5
+    if image.format == "TIFF":  # whose tag Pillow has heeded; it turns the image while decoding
+        swapped = swapped and ORIENTATION not in image.tag_v2
+    return image.size[::-1] if swapped else image.size
+
+
+def upright_rgb(image, value_range=None):
     """Decode an opened PIL image to RGB, turned as its EXIF orientation says.
 
-    Grey, palette and CMYK images are converted, 16-bit grey is scaled to 8 bits, and transparent pixels
-    become white.
+    Grey, palette and CMYK images are converted, deep ones scaled to 8 bits (``Reading``), and transparent
+    pixels become white.
     """
     image.load()
-    if image.getexif().get(ORIENTATION, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image, np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+    turn = TURNS.get(orientation(image))  # of a TIFF none: Pillow has turned it and dropped the orientation
+    if is_deep(image) and (value_range or image.mode != "F"):
+        image = Image.fromarray(levels(np.asarray(image), value_range or (0, 65535)))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    image = image if image.mode == "RGB" else image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def is_deep(image):
+    """Whether a grey PIL image holds 16 or 32 bits or floats; Pillow reads deep colour images as 8 bits."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def levels(values, value_range):
+    """Values of a deep image as uint8: ``value_range`` becomes 0 to 255, what lies outside is clipped."""
+    low, high = value_range
+    values = values.astype(np.result_type(values, np.float32))  # exact: of 32-bit integers float64
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low).clip(low, high)
+    return ((values - low) * (255 / (high - low))).round().astype(np.uint8)
 
 
 def resized(images, size):
@@ -245,7 +320,7 @@ def read_images(image_set, size, workers, skip_unreadable):
     def read(start):
         for i in range(start, min(start + 256, len(files))):
             try:
-                images[i] = read_whole(files[i], size, expected)
+                images[i] = read_whole(files[i], size, expected, image_set.reading)
             except DECODING_ERRORS as error:
                 if not skip_unreadable:
                     raise UserError(f"{cannot_read(files[i], error)}: {REPAIR}") from error
@@ -272,7 +347,11 @@ def read_images(image_set, size, workers, skip_unreadable):
             )
         images, image_set = images[torch.from_numpy(readable)], image_set.subset(np.flatnonzero(readable))
     return ImageSet(
-        image_set.targets, images.contiguous(), names=image_set.names, fingerprints=image_set.fingerprints
+        image_set.targets,
+        images.contiguous(),
+        names=image_set.names,
+        fingerprints=image_set.fingerprints,
+        reading=image_set.reading,
     )
 
 
@@ -364,8 +443,7 @@ def image_size(path):
     """(width, height) of an image as seen upright; None if it cannot be opened."""
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
-            return image.size[::-1] if turned else image.size
+            return upright_size(image)
     except DECODING_ERRORS:
         return None
 
@@ -389,7 +467,7 @@ def channel_statistics(images):
     Returns:
         Two tuples of C floats.
     """
-    images = images[:: max(1, math.ceil(len(images) / 10000))]
+    images = evenly_spaced(images, 10_000)
     total, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
     for chunk in images.split(500):
         values = chunk.double() / 255
@@ -401,7 +479,74 @@ def channel_statistics(images):
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
+def evenly_spaced(items, count):
+    """At most ``count`` items of a sequence."""
+    return items[:: max(1, math.ceil(len(items) / count))]
+
+
 def sampled_statistics(image_set, workers, skip_unreadable):
     """The same for a set of files, from up to 1,000 evenly spaced ones, reduced."""
-    sample = image_set.subset(range(0, len(image_set), max(1, math.ceil(len(image_set) / 1000))))
+    sample = image_set.subset(evenly_spaced(range(len(image_set)), 1000))
     return channel_statistics(read_images(sample, SMALL, workers, skip_unreadable).images)
+
+
+def constant_lines(image_set, which):
+    """A warning, in a list, where there is nothing to see in a set of images; of files it looks at 20."""
+    images = image_set.images
+    if images is None:
+        images = []
+        for path in evenly_spaced(image_set.files, 20):
+            with contextlib.suppress(*DECODING_ERRORS):  # said where all images are read
+                images.append(read_whole(path, SMALL, reading=image_set.reading))
+        if not images:
+            return []
+        images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    _, std = channel_statistics(images)
+    if max(std) >= 2 / 255:
+        return []
+    return [
+        f"{which} are nearly constant, all pixels have about the same level: look at some of the files; for "
+        "deep images (16 bits, 32 bits, floats) --value-range LOW HIGH names the values of black and white"
+    ]
+
+
+# ------------------------------------------------------------------------------------- values of deep images
+
+
+def find_value_range(files, reading, workers):
+    """The range of values of the deep images among files, and a line about it; (None, None) without any.
+
+    The range goes from 0 to the largest value, rounded up to one of BOUNDS; where there are negative values
+    it begins at minus that bound. Up to 1,000 evenly spaced deep images are read, out of up to 10,000 files.
+    """
+
+    def deep(path):
+        with contextlib.suppress(*DECODING_ERRORS), opened(path, reading) as image:
+            return is_deep(image)
+
+    def extremes(path):
+        values = np.zeros(1)
+        with contextlib.suppress(*DECODING_ERRORS), opened(path, reading) as image:
+            values = np.asarray(image)
+        values = values[np.isfinite(values)]
+        return float(values.min(initial=0)), float(values.max(initial=0))
+
+    files = evenly_spaced([path for path in files if path.lower().endswith(DEEP_SUFFIXES)], 10_000)
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = [path for path, is_one in zip(files, pool.map(deep, files), strict=True) if is_one]
+        found = evenly_spaced(found, 1000)
+        ends = list(pool.map(extremes, found))
+    if not found:
+        return None, None
+    least, most = min(low for low, _ in ends), max(high for _, high in ends)
+    largest = max(most, -least)
+    bound = float(next((bound for bound in BOUNDS if bound >= largest), largest))
+    value_range = (-bound if least < 0 else 0.0, bound)
+    seen = f"{least:.10g} to {most:.10g} occur in {len(found):,} of them"
+    return value_range, f"{value_range_line(value_range)} ({seen}); --value-range LOW HIGH sets another scale"
+
+
+def value_range_line(value_range):
+    """The line about a run's scale of deep images."""
+    low, high = value_range
+    return f"deep images: values {low:.10g} to {high:.10g} are scaled to 0 to 255"

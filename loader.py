@@ -202,8 +202,9 @@ class TrainLoader:
         if self.decoded is None:
             ahead = sum(math.ceil(share.count / CHUNK) for share in self.shares)
             requests = _endless_requests(self.shares, self.seed, step)
-            size = self.shares[0].image_set.size
-            self.decoded = _decode(requests, size, self.workers, self.device, ahead)
+            image_set = self.shares[0].image_set
+            reader = _Reader(image_set.size, "none", image_set.reading)
+            self.decoded = _decode(requests, reader, self.workers, self.device, ahead)
         parts = []
         for share in self.shares:
             images, positions, unreadable = _gather(self.decoded, share.count, self.device)
@@ -283,7 +284,8 @@ def _batches_from_disk(image_set, limits, batch_size, device):
         for chunk in _chunks([(image_set.files[i], i, None) for i in range(first, last)])
     )
     ahead = math.ceil(batch_size / CHUNK)
-    decoded = _decode(chunks, image_set.size, image_set.workers, device, ahead, image_set.crop)
+    reader = _Reader(image_set.size, image_set.crop, image_set.reading)
+    decoded = _decode(chunks, reader, image_set.workers, device, ahead)
     skipped = set()
     try:
         for first, last in limits:
@@ -314,8 +316,8 @@ def _padded(tensor, length):
 class _Reader:
     """The data set of the workers: decodes lists of requests, each (path, position, random key or None)."""
 
-    def __init__(self, size, crop):
-        self.size, self.crop = size, crop
+    def __init__(self, size, crop, reading):
+        self.size, self.crop, self.reading = size, crop, reading
 
     def __getitems__(self, requests):
         """(n, 3, size, size) uint8, (n,) int64, and a list of (position, message) of unreadable files."""
@@ -324,7 +326,7 @@ class _Reader:
         unreadable = []
         for i, (path, _, key) in enumerate(requests):
             try:
-                images[i] = read_image(path, self.size, self.crop, key and _random(*key))
+                images[i] = read_image(path, self.size, self.crop, key and _random(*key), self.reading)
             except DECODING_ERRORS as error:
                 unreadable.append((i, cannot_read(path, error)))
         return images, torch.tensor([position for _, position, _ in requests]), unreadable
@@ -347,11 +349,11 @@ def _leave_signals_to_parent(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _decode(chunks, size, workers, device, ahead, crop="none"):
-    """Iterator over what ``_Reader`` returns for each chunk; ``ahead`` chunks or more are decoded ahead."""
+def _decode(chunks, reader, workers, device, ahead):
+    """Iterator over what a ``_Reader`` returns for each chunk; ``ahead`` chunks or more are decoded ahead."""
     return iter(
         torch.utils.data.DataLoader(
-            _Reader(size, crop),
+            reader,
             batch_sampler=chunks,
             collate_fn=_unchanged,
             num_workers=workers,

@@ -83,6 +83,8 @@ def build_parser():
     add("--unlabeled-mode", default="add", choices=("add", "only"), help="in addition to the training images, or instead of them")
     add("--keep-test-copies", action="store_true", help="also learn from images that are copies of test or validation images, as published results on STL-10 do")
     add("--skip-unreadable", action="store_true", help="name and leave out images that cannot be read, instead of stopping")
+    add("--value-range", type=utils.between(float, -1e30, 1e30), nargs=2, metavar=("LOW", "HIGH"), help="values of deep images (16 bits, 32 bits, floats) that become black and white (default: 0 and the largest value of the training images, rounded up to 1, 255, 1023, 4095, 16383, 65535, …)")
+    add("--max-megapixels", type=utils.between(float, 0.001, 1e6), default=500.0, metavar="N", help="larger images count as unreadable; a JPEG is reduced while it is decoded")
     add("--num-classes", type=steps, metavar="K", help="checked against the data set")
     add("--resize", type=utils.between(int, 1, 2**12), metavar="PIXELS", help="side of the images (default: digits 16, cifar10, cifar100 and svhn 32, stl10 96, imagenet 224; a folder: the one size of its images up to 64, else 224)")
     add("--workers", type=count, default=2, help="threads or processes that read images")

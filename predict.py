@@ -40,7 +40,7 @@ import torch
 from augmentation import ImageViews, normalization
 from evaluation import EVALUATION_BATCH, predictions, ranked
 from folders import image_tree, listed, relative
-from images import IMAGE_SUFFIXES, SMALL, ImageSet
+from images import IMAGE_SUFFIXES, SMALL, ImageSet, Reading, constant_lines, value_range_line
 from methods import METHODS, network_name, predicting_roles
 from models import Ensemble, build_model
 from runtime import Runtime, UserError, write_atomically
@@ -76,6 +76,7 @@ def build_parser():
     add("--device", default="auto", choices=Runtime.KINDS, help="where to run")
     add("--batch-size", type=between(int, 1, 2**14), default=EVALUATION_BATCH, help="images that pass through the network together")
     add("--workers", type=between(int, 0), default=2, help="processes that decode images")
+    add("--max-megapixels", type=between(float, 0.001, 1e6), default=500.0, metavar="N", help="larger images count as unreadable; a JPEG is reduced while it is decoded")
     add("--amp", help="mixed precision (default: as in training)", **as_trained)
     add("--channels-last", help="memory order in which convolutions are faster (default: as in training)", **as_trained)
     return parser
@@ -109,6 +110,7 @@ class Classifier(NamedTuple):
     std: list
     size: int  # pixels, height and width
     crop: str  # "pad" or "none", as in ``data.Dataset``
+    value_range: list | None  # low and high of deep images, as in ``images.Reading``
 
 
 def read_classifier(args, runtime):
@@ -128,7 +130,10 @@ def read_classifier(args, runtime):
     if images["size"] == 0:
         raise UserError(f"{path} was trained on points: predict.py needs a network for images")
     crop = images.get("crop", "none" if images["size"] > SMALL else "pad")  # early versions recorded none
+    value_range = images.get("value_range")  # early versions recorded none
     statistics = [*images["mean"], *images["std"]]
+    if isinstance(value_range, list):
+        statistics += value_range
     if not (
         isinstance(known.get("model"), str)
         and known.get("method") in METHODS
@@ -141,6 +146,10 @@ def read_classifier(args, runtime):
         and len(images["mean"]) == len(images["std"]) == 3
         and all(isinstance(value, float) and math.isfinite(value) for value in statistics)
         and min(images["std"]) > 0
+        and (
+            value_range is None
+            or (isinstance(value_range, list) and len(value_range) == 2 and value_range[0] < value_range[1])
+        )
     ):
         raise UserError(f"{path} describes no network for images: give a checkpoint that main.py has written")
     classes = [name.encode("utf-8", "backslashreplace").decode() for name in images["classes"]]
@@ -167,7 +176,13 @@ def read_classifier(args, runtime):
     runtime.configure(amp, dtype, chosen("channels_last"))
     network = Ensemble(members) if len(members) > 1 else members[0]
     return Classifier(
-        runtime.place(network).eval(), classes, images["mean"], images["std"], images["size"], crop
+        runtime.place(network).eval(),
+        classes,
+        images["mean"],
+        images["std"],
+        images["size"],
+        crop,
+        value_range,
     )
 
 
@@ -193,8 +208,10 @@ def classify(args):
     runtime = Runtime(args.device, alone=True)
     named, notes = named_images(args.paths)
     classifier = read_classifier(args, runtime)
-    tell(runtime, *notes)
     images = image_set(args, classifier, named)
+    if classifier.value_range:
+        notes.append(value_range_line(classifier.value_range))
+    tell(runtime, *notes, *constant_lines(images, "the images"))
     folders = class_folders(args, classifier.classes) if args.copy_to else None
 
     rows = []
@@ -255,6 +272,7 @@ def image_set(args, classifier, named):
         crop=classifier.crop,
         workers=args.workers,
         skip_unreadable=True,
+        reading=Reading(classifier.value_range and tuple(classifier.value_range), args.max_megapixels),
         names=[named[file] for file in files],
     )
 
@@ -367,8 +385,9 @@ class Deployed(torch.nn.Module):
 
 
 def export(args):
-    """Write the network, in float32 and for any N, and the names of the classes as JSON: in a .pt2 file the
-    extra file ``classes.json``, in an .onnx file the property ``classes``."""
+    """Write the network, in float32 and for any N; and as JSON the names of the classes and the value range
+    of deep images: in a .pt2 file the extra files ``classes.json`` and ``value_range.json``, in an .onnx file
+    the properties ``classes`` and ``value_range``."""
     suffix = os.path.splitext(args.export)[1]
     if suffix not in (".pt2", ".onnx"):
         raise UserError(f"--export {args.export}: the name must end in .pt2 or .onnx")
@@ -377,18 +396,20 @@ def export(args):
         raise UserError("--export to ONNX needs two more packages: pip install onnx onnxscript")
     args.amp = args.channels_last = False
     classifier = read_classifier(args, Runtime("cpu", alone=True))
-    module, classes = Deployed(classifier).eval(), json.dumps(classifier.classes)
+    module = Deployed(classifier).eval()
+    facts = {name: json.dumps(getattr(classifier, name)) for name in ("classes", "value_range")}
     images = torch.zeros(2, 3, classifier.size, classifier.size, dtype=torch.uint8)
     program = torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim("N")},))
     if suffix == ".pt2":
         buffer = io.BytesIO()  # written to a full disk, torch's archive would end the whole process
-        torch.export.save(program, buffer, extra_files={"classes.json": classes})
+        torch.export.save(program, buffer, extra_files={f"{name}.json": text for name, text in facts.items()})
         content = buffer.getvalue()
     else:
         model = torch.onnx.export(
             program, input_names=["images"], output_names=["probabilities"], verbose=False
         ).model_proto
-        model.metadata_props.add(key="classes", value=classes)
+        for name, text in facts.items():
+            model.metadata_props.add(key=name, value=text)
         content = model.SerializeToString()
     write_atomically(args.export, lambda file: file.write(content))
     print(args.export)

@@ -106,7 +106,9 @@ def test_jpegs_are_decoded_at_reduced_scale_where_the_crop_allows_it(tmp_path, m
     exif[ORIENTATION] = 6
     picture(1600, 400).save(tmp_path / "turned.jpg", exif=exif)
     decoded = []
-    monkeypatch.setattr("images.upright_rgb", lambda image: decoded.append(image.size) or upright_rgb(image))
+    monkeypatch.setattr(
+        "images.upright_rgb", lambda image, *rest: decoded.append(image.size) or upright_rgb(image, *rest)
+    )
     read_image(tmp_path / "large.jpg", 64, "none")  # its box of 1050 pixels becomes 131 at 1/8
     read_image(tmp_path / "large.jpg", 224, "none")  # and 262 at 1/4
     read_image(tmp_path / "large.jpg", 600, "none")
