@@ -35,10 +35,14 @@ import numpy as np
 import torch
 
 import data
-import report
 from augmentation import TABLE, Draws, ImageViews, PointViews
 from commands import INCIDENTAL, PATHS
-from drawing import (
+from evaluation import measure_accuracy, predictions
+from loader import batches
+from methods import network_name
+from models import build_model, head_of
+from pictures import report
+from pictures.drawing import (
     STUDENT,
     TEACHER,
     draw_augmentation,
@@ -56,10 +60,6 @@ from drawing import (
     series,
     things_of,
 )
-from evaluation import measure_accuracy, predictions
-from loader import batches
-from methods import network_name
-from models import build_model, head_of
 from runtime import Runtime, UserError
 from utils import (
     Parser,

@@ -226,6 +226,13 @@ def test_published_commands_are_accepted(command):
         assert (args.num_labeled, args.batch_size, args.lambda_u) == (4000, 128, 8)
 
 
+def test_training_starts_without_what_draws():
+    names = ("visualize", "pictures", "matplotlib", "jinja2", "sklearn")
+    code = f"import sys, main; print([name for name in {names} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_every_flag_is_explained():
     parser = main.build_parser()
     assert [action.dest for action in parser._actions if not action.help] == []

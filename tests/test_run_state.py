@@ -17,7 +17,6 @@ from PIL import Image
 from test_cli import ROOT, assert_same_checkpoint, run, tensors
 
 import commands
-import drawing
 import main
 import utils
 import visualize
@@ -25,6 +24,7 @@ from data import load_dataset
 from evaluation import measure_accuracy, predictions
 from methods import build_network, saved_members
 from models import mean_prediction
+from pictures import drawing
 from runtime import Runtime, UserError
 
 DIGITS = (

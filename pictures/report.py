@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from drawing import STUDENT, TEACHER, encoded, method_of, things_of
 from evaluation import predictions
 from loader import batches
+from pictures.drawing import STUDENT, TEACHER, encoded, method_of, things_of
 from runtime import write_atomically
 from utils import read_checked, read_confusion
 
