@@ -371,7 +371,8 @@ def mistakes_of(run, count, data_path=None, save_path=None):
     if run.args["dataset"] == "twomoons":
         raise UserError(f"{run.folder} is of points, which are no pictures: draw its regions")
     networks, dataset, views, runtime = load(run, data_path, save_path)
-    rows = report.mistakes(report.outputs_of(networks, dataset, views, runtime), dataset, count)
+    outputs = report.outputs_of(networks, dataset, views, runtime)
+    rows = report.mistakes(outputs, dataset, count, outputs.prediction(run))
     if not any(rows.values()):
         raise UserError(f"{run.name} takes no test image for a wrong class: there is nothing to draw")
     return draw_mistakes(rows, dataset.classes, f"{run.name} ({method_of(run)}): test images worth a look")
