@@ -146,22 +146,18 @@ def examples_of(rows, outputs, networks, dataset):
         return []
     shown, examples = dataset.test.subset(outputs.positions[rows]), []
     images, *_ = next(batches(shown, len(shown), "cpu"))
-    files = shown.names or shown.files
-    for i, (row, image) in enumerate(zip(rows.tolist(), images, strict=True)):
-        name, true = str(outputs.positions[row].item()), shown.targets[i].item()
-        if files:
-            name, path = files[i], os.path.join(dataset.path, files[i])
-            # with "pad" the networks see the whole image, stretched to a square
-            image = in_proportion(image, image_size(path)) if dataset.crop == "pad" else image
-        said = {network: probabilities[row] for network, probabilities in networks.items()}
-        guesses = {
-            network: Guess(dataset.classes[p.argmax()], p.max().item(), p[true].item())
-            for network, p in said.items()
-        }
-        distance = None
-        if "teacher" in said:
-            distance = total_variation(said["teacher"], said["student"]).item()
-        examples.append(Example(image, name, dataset.classes[true], guesses, distance))
+    names = shown.names or shown.files or outputs.positions[rows].tolist()
+    files = shown.files or [os.path.join(dataset.path, name) for name in shown.names or ()]
+    for i, row in enumerate(rows.tolist()):
+        image, true, guesses, distance = images[i], shown.targets[i].item(), {}, None
+        if files and dataset.crop == "pad":  # the networks see the whole image, stretched to a square
+            image = in_proportion(image, image_size(files[i]))
+        for network, probabilities in networks.items():
+            p = probabilities[row]
+            guesses[network] = Guess(dataset.classes[p.argmax()], p.max().item(), p[true].item())
+        if "teacher" in networks:
+            distance = total_variation(networks["teacher"][row], networks["student"][row]).item()
+        examples.append(Example(image, str(names[i]), dataset.classes[true], guesses, distance))
     return examples
 
 
