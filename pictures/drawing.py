@@ -714,7 +714,11 @@ def draw_mistakes(rows, classes, heading):
     rows = {title: examples for title, examples in rows.items() if examples}
     names = dict(zip(classes, class_names(classes), strict=True))
     networks = next(iter(rows.values()))[0].guesses
-    cell = WIDTH / ACROSS + 0.13 * (2.5 + 2 * len(networks))  # an image and the lines below it
+    sizes = [example.image.shape[1:] for examples in rows.values() for example in examples]
+    tallest = min(
+        1, max(height / width for height, width in sizes)
+    )  # of a width of 1; a taller one is narrower
+    cell = tallest * WIDTH / ACROSS + 0.13 * (2.5 + 2 * len(networks))  # an image and the lines below it
     heights = [0.35 + math.ceil(len(examples) / ACROSS) * cell for examples in rows.values()]
     figure = new_figure(0.4 + sum(heights))
     figure.suptitle(legible(heading), **HEADING)
