@@ -64,7 +64,6 @@ from torch.utils.flop_counter import flop_registry
 from torchvision import transforms
 from torchvision.transforms import functional
 
-import drawing
 import main as training
 import predict as classifier
 from augmentation import GREY, OPERATIONS, ImageViews
@@ -76,6 +75,7 @@ from loader import TrainLoader
 from methods import METHODS, feedback
 from methods.method import soft_cross_entropy
 from models import build_model, count_flops, count_parameters
+from pictures import drawing
 from runtime import Runtime, UserError, write_atomically
 from utils import Meters
 

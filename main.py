@@ -27,7 +27,6 @@ import torch.nn.functional as F
 
 import commands
 import utils
-import visualize
 from augmentation import ImageViews, PointViews
 from data import NAMES, OPTIONS, load_dataset, write_labeled
 from evaluation import gathered, measure_accuracy, measure_splits, predictions, score
@@ -284,6 +283,8 @@ def train(args, runtime, saved, labels_given):
         print("\n".join(utils.result_lines(summary)), flush=True)
         try:
             if args.pictures:
+                import visualize  # here, so that training starts without what draws
+
                 visualize.finished_run(folder, dataset)
         except Exception as error:  # a warning: the run is finished and saved
             print(f"a picture could not be drawn: {error}", file=sys.stderr)

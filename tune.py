@@ -41,8 +41,8 @@ from optuna.trial import TrialState
 
 import commands
 import main as program
-from drawing import BLUE, GREEN, GREY, HEADING, TITLE, VERMILION, grid, legible, new_figure, save
 from folders import find_folders
+from pictures.drawing import BLUE, GREEN, GREY, HEADING, TITLE, VERMILION, grid, legible, new_figure, save
 from runtime import UserError, write_atomically
 from utils import Interrupt, Parser, between, read_run, writing
 

@@ -29,16 +29,22 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import data
-import report
 from augmentation import TABLE, Draws, ImageViews, PointViews
 from commands import INCIDENTAL, PATHS
-from drawing import (
+from evaluation import measure_accuracy, predictions
+from loader import batches
+from methods import network_name
+from models import build_model, head_of
+from pictures import report
+from pictures.drawing import (
     STUDENT,
     TEACHER,
     draw_augmentation,
@@ -56,10 +62,6 @@ from drawing import (
     series,
     things_of,
 )
-from evaluation import measure_accuracy, predictions
-from loader import batches
-from methods import network_name
-from models import build_model, head_of
 from runtime import Runtime, UserError
 from utils import (
     Parser,
@@ -156,17 +158,15 @@ def read_dataset(run, record, data_path=None, only_test=True):
 
 
 def curves_of(runs, each=False):
-    """The figure of one run or several; those that differ by their seed alone are one line with a band.
+    """The figure of one run or several; runs that differ by their seed alone are one line with a band.
 
     With ``each`` every run is a line.
     """
-    drawn, without = [], []
-    for run in runs:
-        (without if run.records and not series(run, "top1")[0] else drawn).append(run)
-    if drawn:
+    without = [run for run in runs if run.records and not series(run, "top1")[0]]
+    if len(without) < len(runs):
         for run in without:
             print(f"{run.folder} has no curve of its accuracy: it is left out", file=sys.stderr)
-        runs = drawn
+        runs = [run for run in runs if run not in without]
     if each or len(runs) == 1:
         return draw_curves(runs)
     rows = configurations_of(runs, otherwise=", or give --each")
@@ -179,7 +179,7 @@ def curves_of(runs, each=False):
 
 @torch.no_grad()
 def decision_regions(network, extent, resolution):
-    """What a network of two moons says in the middles of square cells: (H, W) int64, from the bottom up.
+    """The class that a network of two moons gives to each cell of a grid: (H, W) int64, from the bottom up.
 
     extent: (left, right, bottom, top). resolution: W.
     """
@@ -193,9 +193,9 @@ def decision_regions(network, extent, resolution):
 
 
 def regions_of(runs, data_path=None, save_path=None, dataset=None):
-    """The figure for one run (teacher and student) or several (the student of each).
+    """The figure of one run (teacher and student) or several (the student of each).
 
-    A ``dataset`` that the caller has read already is taken for all runs.
+    ``dataset`` saves reading it again.
     """
     for run in runs:
         if run.args["dataset"] != "twomoons":
@@ -221,10 +221,10 @@ def regions_of(runs, data_path=None, save_path=None, dataset=None):
 
 
 def counts_of(runs):
-    """The matrices of the networks that runs selected, on the test set, from their confusion.json alone.
+    """The confusion matrices of runs on the test set, from their confusion.json alone.
 
     Returns:
-        [(K, K) int64 counts of each run], K names of classes; UserError if the runs have different ones.
+        [(K, K) int64 counts of each run], K names of classes; UserError if the runs have other classes.
     """
     matrices = []
     for run in runs:
@@ -253,9 +253,11 @@ def confusion_of(runs):
     """The figure of one matrix, or of several side by side."""
     matrices, classes = counts_of(runs)
     names = [f"{name} ({method_of(run)})" for run, name in zip(runs, names_of(runs), strict=True)]
-    then = ": " if len(runs) == 1 else "\n"
-    panels = zip(names, runs, matrices, strict=True)
-    panels = [(f"{name}{then}{share_right(counts, run)}", counts) for name, run, counts in panels]
+    break_ = ": " if len(runs) == 1 else "\n"
+    panels = [
+        (f"{name}{break_}{share_right(counts, run)}", counts)
+        for name, run, counts in zip(names, runs, matrices, strict=True)
+    ]
     return draw_confusion(panels, classes)
 
 
@@ -284,9 +286,8 @@ def classes_of(runs):
         accuracies = 100 * counts.diagonal()[shown] / counts.sum(axis=1)[shown]
         rows[f"{name} ({method_of(run)}): {share_right(counts, run)}"] = accuracies
     heading = "Accuracy of each class, lowest first"
-    heading += (
-        "" if shown.all() else f", without {(~shown).sum()} classes that have no test {things_of(runs[0])}"
-    )
+    if not shown.all():
+        heading += f", without {(~shown).sum()} classes that have no test {things_of(runs[0])}"
     return draw_classes(rows, [classes[k] for k in shown.nonzero()[0]], heading)
 
 
@@ -301,7 +302,7 @@ PROJECTIONS = {
 
 
 def penultimate_features(network, image_set, views, runtime):
-    """What the last layer reads: (N, D) float32, with (N,) true and (N,) predicted classes, on the CPU."""
+    """Inputs of a network's last layer, (N, D) float32, (N,) true and (N,) predicted classes, on the CPU."""
     read, parts = [], []
     handle = head_of(network).register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].float()))
     try:
@@ -316,7 +317,7 @@ def penultimate_features(network, image_set, views, runtime):
 
 
 def project(features, kind):
-    """(N, D) float32 → (N, 2) by ``tsne`` or ``pca``, and a text that says what the axes are."""
+    """(N, D) float32 → (N, 2) by ``tsne`` or ``pca``, and a text about the axes."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -329,7 +330,7 @@ def project(features, kind):
 
 
 def features_of(run, data_path=None, save_path=None, projection="tsne"):
-    """The figure of the predictor's penultimate features of labelled, unlabelled and test images in 2-D.
+    """The figure of the student's penultimate features of labelled, unlabelled and test images in 2-D.
 
     All are projected together; of many images an even sample. An evaluation has test images alone.
     """
@@ -351,8 +352,8 @@ def features_of(run, data_path=None, save_path=None, projection="tsne"):
     sets = {kind: (part, found[kind][1].numpy()) for kind, part in zip(found, parts, strict=True)}
     counts = ", ".join(f"{size:,} {kind}" for kind, size in zip(found, sizes, strict=True))
     heading = f"{run.name} ({method_of(run)}): {features.shape[1]} features of {counts} {things_of(run)}"
-    few = dataset.num_classes <= MOST_CLASSES
-    heading += "" if few else f", {MOST_CLASSES} of {dataset.num_classes} classes"
+    if dataset.num_classes > MOST_CLASSES:
+        heading += f", {MOST_CLASSES} of {dataset.num_classes} classes"
     return draw_features(sets, found["test"][2].numpy(), dataset.classes[:MOST_CLASSES], heading, axis_words)
 
 
@@ -360,7 +361,7 @@ def features_of(run, data_path=None, save_path=None, projection="tsne"):
 
 
 def calibration_of(run, outputs):
-    """The figure of the reliability of what predicts in a run, on the test set."""
+    """The figure of how reliable the probabilities of a run are on the test set."""
     who, prediction = outputs.prediction(run)
     heading = f"{run.name} ({method_of(run)}), {who}, test {things_of(run)}"
     return draw_calibration(report.calibration(prediction, outputs.targets), heading)
@@ -371,14 +372,15 @@ def mistakes_of(run, count, data_path=None, save_path=None):
     if run.args["dataset"] == "twomoons":
         raise UserError(f"{run.folder} is of points, which are no pictures: draw its regions")
     networks, dataset, views, runtime = load(run, data_path, save_path)
-    rows = report.mistakes(report.outputs_of(networks, dataset, views, runtime), dataset, count)
+    outputs = report.outputs_of(networks, dataset, views, runtime)
+    rows = report.mistakes(outputs, dataset, count, outputs.prediction(run))
     if not any(rows.values()):
         raise UserError(f"{run.name} takes no test image for a wrong class: there is nothing to draw")
     return draw_mistakes(rows, dataset.classes, f"{run.name} ({method_of(run)}): test images worth a look")
 
 
 def report_of(run, data_path=None, save_path=None):
-    """Write the page of a run with everything that its files give; returns the path."""
+    """Write the page of a run; returns the path. Without a checkpoint it shows the files of the folder."""
     checkpoint = checkpoint_path(run, save_path)
     missing = missing_checkpoint(run, checkpoint)
     figures, outputs, dataset = {}, None, None
@@ -442,7 +444,7 @@ def augmentation_picture(images, views, seed, heading):
 
 
 def augmentation_of(name, data_path, randaug=(2, 16), seed=0, resize=None, skip_unreadable=False, count=8):
-    """The figure for images of a data set, without a run."""
+    """The figure of images of a data set, without a run."""
     dataset = data.load_dataset(
         name, data_path, num_labeled=1.0, resize=resize, skip_unreadable=skip_unreadable
     )
@@ -450,8 +452,13 @@ def augmentation_of(name, data_path, randaug=(2, 16), seed=0, resize=None, skip_
     images, _, _ = next(batches(chosen, len(chosen), "cpu"))
     options = {"flip": dataset.flip, "crop": dataset.crop, "randaug": tuple(randaug)}
     views = ImageViews(dataset.size, dataset.mean, dataset.std, **options)
-    moves = " and ".join(["flip"] * dataset.flip + ["crop"] * (dataset.crop == "pad"))
-    about = f"weak: {moves or 'as it is'}; strong: that, {randaug[0]} operations"
+    moves = []
+    if dataset.flip:
+        moves.append("flip")
+    if dataset.crop == "pad":
+        moves.append("crop")
+    moves = " and ".join(moves) or "as it is"
+    about = f"weak: {moves}; strong: that, {randaug[0]} operations"
     if dataset.crop == "pad":
         about += f", cutout, {moves} again"
     name = Path(data_path).resolve().name if name == "folder" else name
@@ -461,13 +468,13 @@ def augmentation_of(name, data_path, randaug=(2, 16), seed=0, resize=None, skip_
 # ------------------------------------------------------------------------------------------------- tables
 
 COLUMNS = ("top-1 (%)", "chosen by validation (%)", "finetuned (%)")
-# recorded with the arguments of a run, but neither configuration nor result; an evaluation is not its run
+# arguments in which the runs of one row may differ; an evaluation of a run is another row than the run
 APART = {"seed", "save_path", "results_path", "run", "versions", "command", "continued", *INCIDENTAL}
 APART -= {"evaluate", "finetune"}
 
 
 def accuracies_of(summary):
-    """{column: percent} of a run, of those ``COLUMNS`` that it has."""
+    """{column: percent} of a run, for the ``COLUMNS`` that it has."""
     chosen = summary["best_top1"] if summary["selection"] == "val" else None
     values = (summary["top1"], chosen, summary["finetune_top1"])
     return {name: value for name, value in zip(COLUMNS, values, strict=True) if value is not None}
@@ -481,7 +488,7 @@ def without_seed(name, seed):
 def configuration(run, seed):
     """The arguments that the runs of one row have in common, as a text to compare.
 
-    Of a file or folder its name counts, without the seed: a teacher of each seed is one configuration.
+    Of a path only the last part counts, without the seed: runs with a teacher for each seed are one row.
     """
     kept = {name: value for name, value in run.args.items() if name not in APART}
     for name in kept.keys() & set(PATHS):
@@ -490,9 +497,9 @@ def configuration(run, seed):
 
 
 def configurations_of(runs, otherwise=""):
-    """{name: {seed: run}}: together are the runs whose arguments differ by their seed alone.
+    """{name: {seed: run}}, a row for all runs whose arguments differ by their seed alone.
 
-    UserError for two runs of a configuration with the same seed; ``otherwise``: what else can be done then.
+    UserError for two runs of a row with the same seed; ``otherwise``: what else can be done then.
     """
     found, rows = {}, {}
     for run in runs:
@@ -525,38 +532,45 @@ def table_of(runs, baseline=None):
     rows = rows_of(runs)
     if baseline and baseline not in rows:
         raise UserError(f"there is no row {baseline}: give --baseline one of {', '.join(rows)}")
-    columns = [
-        name for name in COLUMNS if any(name in each for row in rows.values() for each in row.values())
-    ]
-    lines = [["run", "seeds"]]
+    measured = {name for row in rows.values() for accuracies in row.values() for name in accuracies}
+    columns = [name for name in COLUMNS if name in measured]
+    head = ["run", "seeds"]
     for column in columns:
-        lines[0] += [f"{column}, mean ± s.d."] + [f"minus {baseline}, mean ± s.e."] * bool(baseline)
-    lines.append(["---"] * len(lines[0]))
+        head.append(f"{column}, mean ± s.d.")
+        if baseline:
+            head.append(f"minus {baseline}, mean ± s.e.")
+    lines = [head, ["---"] * len(head)]
     for name, row in rows.items():
-        lines.append([name, str(len(row))])
+        line = [name, str(len(row))]
         for column in columns:
-            values = {seed: each[column] for seed, each in row.items() if column in each}
-            lines[-1].append(mean_and_spread(list(values.values()), len(row)))
+            values = {seed: accuracies[column] for seed, accuracies in row.items() if column in accuracies}
+            line.append(mean_and_spread(list(values.values()), len(row)))
             if baseline:
-                others = {seed: each.get(column) for seed, each in rows[baseline].items()}
-                paired = [values[seed] - others[seed] for seed in values if others.get(seed) is not None]
-                paired = paired if name != baseline else []
-                lines[-1].append(mean_and_spread(paired, len(row), difference=True))
+                others = {} if name == baseline else rows[baseline]
+                shared = [seed for seed in values if column in others.get(seed, {})]
+                differences = [values[seed] - others[seed][column] for seed in shared]
+                line.append(mean_and_spread(differences, len(row), difference=True))
+        lines.append(line)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def mean_and_spread(values, seeds, difference=False):
-    """A cell: the mean ± the standard deviation of the values, or of differences ± the mean's standard error;
-    behind it the number of values, where it is not that of the row's ``seeds``."""
+    """A cell: the mean ± the standard deviation of values, or of differences ± the standard error of their
+    mean; behind it how many values there are, if fewer than the row's ``seeds``."""
     if not values:
         return "–"
-    words = f"{np.mean(values):{'+' if difference else ''}.2f}"
+    words = f"{np.mean(values):+.2f}" if difference else f"{np.mean(values):.2f}"
     if len(values) > 1:
-        words += f" ± {np.std(values, ddof=1) / (math.sqrt(len(values)) if difference else 1):.2f}"
-    return words + (f" ({len(values)} of {seeds})" if len(values) < seeds else "")
+        spread = np.std(values, ddof=1)
+        if difference:
+            spread /= math.sqrt(len(values))
+        words += f" ± {spread:.2f}"
+    if len(values) < seeds:
+        words += f" ({len(values)} of {seeds})"
+    return words
 
 
-# ------------------------------------------------------------------------------------------- entry points
+# -------------------------------------------------------------------------------- the end of a training run
 
 
 def finished_run(folder, dataset=None):
@@ -572,112 +586,145 @@ def finished_run(folder, dataset=None):
     return [*paths, save(confusion_of([run]), run.folder / "confusion.png")]
 
 
+# ----------------------------------------------------------------------------------------- the command line
+
+
+def saved(figure, name, args):
+    """Write the picture of a command to --out, else as NAME.png: in the folder of its run, or beside the
+    folders of several runs. Returns the path."""
+    folder = Path(args.runs[0])
+    if len(args.runs) > 1:
+        folder = folder.parent
+    return save(figure, args.out or folder / f"{name}.png")
+
+
+def confusion(runs, args):
+    if not args.roles:
+        if args.data_path or args.save_path:
+            raise UserError(
+                "confusion.json is all that is read: --data-path and --save-path belong to --roles"
+            )
+        return saved(confusion_of(runs), "confusion", args)
+    if len(runs) > 1:
+        raise UserError("--roles compares the networks of one run: give one folder")
+    return saved(roles_of(runs[0], args.data_path, args.save_path), "confusion_roles", args)
+
+
+def calibrated(runs, args):
+    (run,) = runs
+    outputs = report.outputs_of(*load(run, args.data_path, args.save_path))
+    return saved(calibration_of(run, outputs), "calibration", args)
+
+
+def augment(runs, args):
+    options = (args.randaug, args.seed, args.resize, args.skip_unreadable)
+    figure = augmentation_of(args.dataset, args.data_path, *options)
+    return save(figure, args.out or f"results/augment_{args.dataset}.png")
+
+
+class Command(NamedTuple):
+    """What follows ``python visualize.py``."""
+
+    function: Callable  # (runs, args) → what is printed: the path of a picture or of a page, or a table
+    help: str
+    arguments: list  # each as ``argument`` returns it
+
+
+def argument(*names, **options):
+    """What ``add_argument`` takes."""
+    return names, options
+
+
+# fmt: off
+RUN = argument("runs", nargs=1, metavar="RUN", help="folder such as results/digits")
+RUNS = argument("runs", nargs="+", metavar="RUN", help="folder such as results/digits")
+PICTURE = {"type": picture_path, "metavar": "FILE"}
+OUT = argument("--out", **PICTURE, help="PNG or SVG to write (default: a PNG in the folder of the run)")
+CHECKPOINTS = argument("--save-path", metavar="DIR", help="folder of the checkpoints (default: as in the run)")
+DATA = argument("--data-path", metavar="DIR", help="folder of the data set (default: as in the run)")
+IMAGE_SETS = [name for name in data.NAMES if name != "twomoons"]
+
+COMMANDS = {
+    "curves": Command(
+        lambda runs, args: saved(curves_of(runs, args.each), "curves", args),
+        "losses and accuracies over the steps; several runs are compared, over their seeds",
+        [RUNS, OUT, argument("--each", action="store_true", help="a line for each run, even if only the seed differs")],
+    ),
+    "regions": Command(
+        lambda runs, args: saved(regions_of(runs, args.data_path, args.save_path), "regions", args),
+        "two moons: decision regions; several runs side by side",
+        [RUNS, OUT, CHECKPOINTS, DATA],
+    ),
+    "confusion": Command(
+        confusion,
+        "which class of the test set is taken for which; several runs side by side",
+        [RUNS, OUT, argument("--roles", action="store_true", help="teacher, student and ensemble of one run, from its checkpoint"), CHECKPOINTS, DATA],
+    ),
+    "classes": Command(
+        lambda runs, args: saved(classes_of(runs), "classes", args),
+        "accuracy of each class, sorted; several runs side by side",
+        [RUNS, OUT],
+    ),
+    "features": Command(
+        lambda runs, args: saved(features_of(*runs, args.data_path, args.save_path, args.projection), "features", args),
+        "penultimate features of labelled, unlabelled and test images in 2-D",
+        [RUN, OUT, argument("--projection", default="tsne", choices=PROJECTIONS, help="how features become points"), CHECKPOINTS, DATA],
+    ),
+    "calibration": Command(
+        calibrated,
+        "accuracy over probability, and the expected calibration error",
+        [RUN, OUT, CHECKPOINTS, DATA],
+    ),
+    "mistakes": Command(
+        lambda runs, args: saved(mistakes_of(*runs, args.count, args.data_path, args.save_path), "mistakes", args),
+        "test images that are most confidently wrong, or on which teacher and student disagree",
+        [RUN, OUT, argument("--count", type=between(int, 1), default=6, metavar="N", help="images of each kind"), CHECKPOINTS, DATA],
+    ),
+    "report": Command(
+        lambda runs, args: os.path.relpath(report_of(*runs, args.data_path, args.save_path)),
+        "report.html in the folder of the run: everything on one page, to read and to send",
+        [RUN, CHECKPOINTS, DATA],
+    ),
+    "table": Command(
+        lambda runs, args: table_of(runs, args.baseline),
+        "accuracies of runs as a Markdown table; runs that differ by their seed alone are one row",
+        [
+            argument("runs", nargs="+", metavar="RUN", help="folder such as results/digits; all of them: results/*/"),
+            argument("--baseline", metavar="ROW", help="also the differences to this row, between runs of the same seed"),
+        ],
+    ),
+    "augment": Command(
+        augment,
+        "real images, their weak and strong views, and every operation",
+        [
+            argument("--dataset", default="digits", choices=IMAGE_SETS, help="whose training images"),
+            argument("--data-path", default="data", metavar="DIR", help="folder of the data set"),
+            argument("--randaug", type=between(int, 0), nargs=2, default=[2, 16], metavar=("LAYERS", "MAGNITUDE"), help="operations per strong view and their strength (default: 2 16)"),
+            argument("--resize", type=int, metavar="PIXELS", help="side of the images (default: as in main.py)"),
+            argument("--seed", type=int, default=0, help="of the images and of their views"),
+            argument("--skip-unreadable", action="store_true", help="folder: leave out files that cannot be read"),
+            argument("--out", **PICTURE, help="PNG or SVG to write (default: results/augment_DATASET.png)"),
+        ],
+    ),
+}
+# fmt: on
+
+
 def build_parser():
     parser = Parser(description="Pictures and tables of finished runs, and pictures of the augmentation.")
+    parser.set_defaults(runs=[])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    # pictures of runs
-    out = {"type": picture_path, "metavar": "FILE"}
-    for name, count, words in (
-        ("curves", "+", "losses and accuracies over the steps; several runs are compared, over their seeds"),
-        ("regions", "+", "two moons: decision regions; several runs side by side"),
-        ("confusion", "+", "which class of the test set is taken for which; several runs side by side"),
-        ("classes", "+", "accuracy of each class, sorted; several runs side by side"),
-        ("features", 1, "penultimate features of labelled, unlabelled and test images in 2-D"),
-        ("calibration", 1, "accuracy over probability, and the expected calibration error"),
-        (
-            "mistakes",
-            1,
-            "test images that are most confidently wrong, or on which teacher and student disagree",
-        ),
-        (
-            "report",
-            1,
-            "report.html in the folder of the run: all of it as one page, to read and to send",
-        ),
-    ):
-        add = commands.add_parser(name, help=words, description=words).add_argument
-        add("runs", nargs=count, metavar="RUN", help="folder such as results/digits")
-        if name != "report":
-            add("--out", **out, help="PNG or SVG to write (default: a PNG in the folder of the run)")
-        if name == "curves":
-            add("--each", action="store_true", help="a line for each run, also where only the seed differs")
-        if name == "confusion":
-            add(
-                "--roles",
-                action="store_true",
-                help="teacher, student and ensemble of one run, by its checkpoint",
-            )
-        if name == "features":
-            add("--projection", default="tsne", choices=PROJECTIONS, help="how features become points")
-        if name == "mistakes":
-            add("--count", type=between(int, 1), default=6, metavar="N", help="images of each kind")
-        if name not in ("curves", "classes"):
-            add("--save-path", metavar="DIR", help="folder of the checkpoints (default: as in the run)")
-            add("--data-path", metavar="DIR", help="folder of the data set (default: as in the run)")
-
-    # a table of runs
-    words = "accuracies of runs, those that differ by their seed alone in one row, as a Markdown table"
-    add = commands.add_parser("table", help=words, description=words).add_argument
-    add("runs", nargs="+", metavar="RUN", help="folder such as results/digits; all of them: results/*/")
-    add("--baseline", metavar="ROW", help="also the differences to this row, between runs of the same seed")
-
-    # a picture of images
-    words = "real images, their weak and strong views, and every operation"
-    augment = commands.add_parser("augment", help=words, description=words)
-    augment.set_defaults(runs=[])
-    add, images = augment.add_argument, [name for name in data.NAMES if name != "twomoons"]
-    strength = {"type": between(int, 0), "nargs": 2, "default": [2, 16], "metavar": ("LAYERS", "MAGNITUDE")}
-    add("--dataset", default="digits", choices=images, help="whose training images")
-    add("--data-path", default="data", metavar="DIR", help="folder of the data set")
-    add("--randaug", **strength, help="operations per strong view and their strength (default: 2 16)")
-    add("--resize", type=int, metavar="PIXELS", help="side of the images (default: as in main.py)")
-    add("--seed", type=int, default=0, help="of the images and of their views")
-    add("--skip-unreadable", action="store_true", help="folder: leave out files that cannot be read")
-    add("--out", **out, help="PNG or SVG to write (default: results/augment_DATASET.png)")
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help, description=command.help)
+        for names, options in command.arguments:
+            subparser.add_argument(*names, **options)
     return parser
 
 
 def main(argv):
     args = build_parser().parse_args(argv)
     runs = [read_run(folder) for folder in args.runs]
-    if args.command == "table":
-        print(table_of(runs, args.baseline))
-        return
-    if args.command == "report":
-        print(os.path.relpath(report_of(runs[0], args.data_path, args.save_path)))
-        return
-    if args.command == "curves":
-        figure = curves_of(runs, args.each)
-    elif args.command == "regions":
-        figure = regions_of(runs, args.data_path, args.save_path)
-    elif args.command == "classes":
-        figure = classes_of(runs)
-    elif args.command == "confusion" and args.roles:
-        if len(runs) > 1:
-            raise UserError("--roles compares the networks of one run: give one folder")
-        figure = roles_of(runs[0], args.data_path, args.save_path)
-    elif args.command == "confusion":
-        if args.data_path or args.save_path:
-            raise UserError(
-                "confusion.json is all that is read: --data-path and --save-path belong to --roles"
-            )
-        figure = confusion_of(runs)
-    elif args.command == "calibration":
-        figure = calibration_of(runs[0], report.outputs_of(*load(runs[0], args.data_path, args.save_path)))
-    elif args.command == "mistakes":
-        figure = mistakes_of(runs[0], args.count, args.data_path, args.save_path)
-    elif args.command == "features":
-        figure = features_of(runs[0], args.data_path, args.save_path, args.projection)
-    else:
-        how = (args.randaug, args.seed, args.resize, args.skip_unreadable)
-        figure = augmentation_of(args.dataset, args.data_path, *how)
-        path = Path("results", f"augment_{args.dataset}.png")
-    if runs:  # one run: in its folder; several: beside them
-        folder = Path(args.runs[0])
-        name = "confusion_roles" if args.command == "confusion" and args.roles else args.command
-        path = (folder if len(runs) == 1 else folder.parent) / f"{name}.png"
-    print(save(figure, args.out or path))
+    print(COMMANDS[args.command].function(runs, args))
 
 
 def run(argv):

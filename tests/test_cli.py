@@ -276,6 +276,13 @@ def test_the_jitter_of_points_is_that_of_the_flags():
     assert torch.equal(made.labeled, points[:2])
 
 
+def test_training_starts_without_what_draws():
+    names = ("visualize", "pictures", "matplotlib", "jinja2", "sklearn")
+    code = f"import sys, main; print([name for name in {names} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_every_flag_is_explained():
     parser = main.build_parser()
     assert [action.dest for action in parser._actions if not action.help] == []

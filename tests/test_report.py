@@ -16,12 +16,11 @@ from PIL import Image
 from test_visualize import MOONS, assert_drawn, command
 
 import data
-import drawing
 import main
-import report
 import visualize
 from augmentation import ImageViews
-from drawing import STUDENT, TEACHER
+from pictures import drawing, report
+from pictures.drawing import STUDENT, TEACHER
 from runtime import Runtime
 from utils import read_run
 

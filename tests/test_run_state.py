@@ -20,7 +20,6 @@ from test_cli import ROOT, assert_same_checkpoint, run, tensors
 from test_data import write_cifar
 
 import commands
-import drawing
 import main
 import utils
 import visualize
@@ -29,6 +28,7 @@ from evaluation import measure_accuracy, predictions
 from methods import METHODS as METHOD_CLASSES
 from methods.method import build_network, saved_members
 from models import mean_prediction
+from pictures import drawing
 from runtime import Runtime, UserError
 
 DIGITS = (

@@ -19,12 +19,12 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 import data
-import drawing
 import main
 import visualize
 from augmentation import OPERATIONS, ImageViews
 from data import load_dataset
 from models import build_model, head_of
+from pictures import drawing
 from runtime import Runtime, UserError
 from utils import read_run
 

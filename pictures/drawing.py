@@ -48,11 +48,12 @@ METHOD_NAMES = {
 
 
 def method_of(run):
+    """The name of a run's method as pictures write it."""
     return METHOD_NAMES.get(run.args["method"], run.args["method"])
 
 
 def things_of(run):
-    """What the data set of a run consists of."""
+    """What the data set of a run consists of: points or images."""
     return "points" if run.args["dataset"] == "twomoons" else "images"
 
 
@@ -61,6 +62,11 @@ def names_of(runs):
     names = [run.name for run in runs]
     unique = len(set(names)) == len(names)
     return names if unique else [f"{run.folder.parent.name}/{run.name}" for run in runs]
+
+
+def is_ensemble(run):
+    """Whether the accuracies of a run are of the ensemble of teacher and student."""
+    return any("ensemble_top1" in record for record in run.records)
 
 
 # ------------------------------------------------------------------------------------------ letters and fonts
@@ -111,21 +117,24 @@ def legible(text):
 
 
 def class_names(classes):
-    """Names of classes of at most 16 letters' width; "class 3", with a word on standard error, for those that
-    no installed font can write."""
+    """Names of classes, shortened to 16 letters' width. A name that no installed font can write becomes
+    "class 3", and standard error says so."""
     missing = missing_letters("".join(map(str, classes)))
     lost = {k: name for k, name in enumerate(map(str, classes)) if missing & set(name)}
     if lost:
-        listed = ", ".join(f"{name} is class {k}" for k, name in itertools.islice(lost.items(), 10))
+        listed = [f"{name} is class {k}" for k, name in itertools.islice(lost.items(), 10)]
+        if len(lost) > 10:
+            listed.append("…")
         print(
             f"no installed font can write {len(lost)} of {len(classes)} class names, the picture has numbers "
-            f"in their place: {listed}{', …' * (len(lost) > 10)}. Noto fonts have most scripts",
+            f"in their place: {', '.join(listed)}. Noto fonts have most scripts",
             file=sys.stderr,
         )
     return [f"class {k}" if k in lost else legible(shortened(str(name))) for k, name in enumerate(classes)]
 
 
 def shortened(name, width=16):
+    """The name, with "…" in the place of what is wider than ``width`` letters."""
     if width_of(name) <= width:
         return name
     kept = itertools.takewhile(lambda n: width_of(name[:n]) < width, range(1, len(name)))
@@ -133,8 +142,9 @@ def shortened(name, width=16):
 
 
 def width_of(name):
-    """In letters; those of Chinese, Japanese and Korean are as wide as two."""
-    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in name)
+    """In letters; a Chinese, Japanese or Korean letter is as wide as two."""
+    wide = [letter for letter in name if unicodedata.east_asian_width(letter) in ("W", "F")]
+    return len(name) + len(wide)
 
 
 # --------------------------------------------------------------------------------------------- the canvas
@@ -198,7 +208,7 @@ def save(figure, path):
 
 
 def picture_path(text):
-    """The path of a picture; UserError if it does not end in .png or .svg."""
+    """The path of a picture that is to be written; UserError if it does not end in .png or .svg."""
     path = Path(text)
     if path.suffix not in (".png", ".svg"):
         raise UserError(f"a picture is a PNG or an SVG, but {path} does not end in .png or .svg")
@@ -207,13 +217,15 @@ def picture_path(text):
 
 # ------------------------------------------------------------------------------------------------- curves
 
-SHORT = {
+LINE_NAMES = {  # in the picture of one run
     "labeled_loss": "labelled",
     "uda_loss": "UDA",
     "student_loss": "pseudo labels",
     "test_loss": "test",
     "finetune_loss": "finetuning",
     "top1": "test",
+    "student_top1": "test, student",
+    "teacher_top1": "test, teacher",
     "top5": "test, top-5",
     "val_top1": "validation",
     "finetune_top1": "finetuned",
@@ -221,7 +233,15 @@ SHORT = {
     "pseudo_label_accuracy": "correct",
     "uda_mask": "above threshold",
 }
-LONG = {
+ENSEMBLE_NAMES = {  # where teacher and student predict together
+    "test_loss": "test, ensemble",
+    "top1": "test, ensemble",
+    "top5": "test, top-5, ensemble",
+    "val_top1": "validation, ensemble",
+    "finetune_top1": "finetuned student",
+    "finetune_val_top1": "finetuned student, val.",
+}
+PANEL_TITLES = {  # in the picture of several runs, a panel for each figure
     "top1": "Test accuracy (top-1, %)",
     "val_top1": "Validation accuracy (top-1, %)",
     "test_loss": "Test loss (nats)",
@@ -270,47 +290,58 @@ def draw_curves(runs, groups=None):
 
 
 def _draw_run(run):
-    # what was logged, by panel: {title: (label of the axis, keys)}
-    keys = [key for key in dict.fromkeys(itertools.chain(*run.records)) if series(run, key)[0]]
-    accuracies = [key for key in ACCURACIES if key in keys]
-    if "top5" in keys and min(series(run, "top5")[1]) == 100:  # as with five classes or fewer
-        accuracies.remove("top5")
-    panels = {
-        "Losses": ("cross-entropy (nats)", [key for key in keys if key.endswith("_loss")]),
-        f"Accuracy of the {'ensemble' if 'ensemble_top1' in keys else STUDENT}": ("accuracy (%)", accuracies),
-        "Pseudo labels": (f"unlabelled {things_of(run)} (%)", [key for key in SHARES if key in keys]),
-        "Feedback to the teacher, mean ± s.d.": ("feedback (nats)", ["feedback"] * ("feedback" in keys)),
-    }
-    panels = {heading: panel for heading, panel in panels.items() if panel[1]}
-
+    panels = _panels_of(run)
     figure = new_figure(0.5 + 2.7 * math.ceil(len(panels) / 2))
     figure.suptitle(legible(f"{run.name}: {method_of(run)} on {run.args['dataset']}"), **HEADING)
     first, last = run.records[0]["step"], max(run.records[-1]["step"], run.records[0]["step"] + 1)
     margin = 0.03 * (last - first)
     ends = {}
-    for axes, (heading, (unit, shown)) in zip(grid(figure, len(panels), 2), panels.items(), strict=True):
+    for axes, (heading, (unit, keys)) in zip(grid(figure, len(panels), 2), panels.items(), strict=True):
         names = {}
-        for key, colour in zip(shown, itertools.cycle(COLOURS), strict=False):
-            line = _line(axes, key, *series(run, key), colour)
-            names[key] = SHORT.get(key, key.removesuffix("_top1").replace("_", " "))
-            if key == "uda_mask" and run.args.get("confidence") == "soft":
-                names[key] = "mean weight"
-            names[key] += f" {line.get_ydata()[-1]:.2f} %" if key in ACCURACIES else ""
-        _finish(axes, shown)
+        for key, colour in zip(keys, itertools.cycle(COLOURS), strict=False):
+            line = _draw_line(axes, key, *series(run, key), colour)
+            names[key] = _line_name(run, key)
+            if key in ACCURACIES:
+                names[key] += f" {line.get_ydata()[-1]:.2f} %"
+        _finish_axes(axes, keys)
         axes.set_title(heading, **TITLE)
         axes.set(ylabel=unit, xlim=(first - margin, last + margin))
-        if "feedback" not in shown:
+        if "feedback" not in keys:
             ends[axes] = names
-        elif (deviation := series(run, "feedback_std"))[0] == series(run, "feedback")[0]:
-            (steps, std), mean = deviation, line.get_ydata()
+        elif series(run, "feedback_std")[0] == series(run, "feedback")[0]:
+            (steps, std), mean = series(run, "feedback_std"), line.get_ydata()
             axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
     label_ends(figure, ends)
     return figure
 
 
+def _panels_of(run):
+    """What a run has logged, by panel: {title: (label of the vertical axis, keys)}."""
+    keys = [key for key in dict.fromkeys(itertools.chain(*run.records)) if series(run, key)[0]]
+    accuracies = [key for key in ACCURACIES if key in keys]
+    if "top5" in keys and min(series(run, "top5")[1]) == 100:  # as with five classes or fewer
+        accuracies.remove("top5")
+    who = "ensemble and of its networks" if is_ensemble(run) else STUDENT
+    panels = {
+        "Losses": ("cross-entropy (nats)", [key for key in keys if key.endswith("_loss")]),
+        f"Accuracy of the {who}": ("accuracy (%)", accuracies),
+        "Pseudo labels": (f"unlabelled {things_of(run)} (%)", [key for key in SHARES if key in keys]),
+        "Feedback to the teacher, mean ± s.d.": ("feedback (nats)", [k for k in keys if k == "feedback"]),
+    }
+    return {heading: (unit, shown) for heading, (unit, shown) in panels.items() if shown}
+
+
+def _line_name(run, key):
+    if key == "uda_mask" and run.args.get("confidence") == "soft":
+        return "mean weight"
+    if is_ensemble(run) and key in ENSEMBLE_NAMES:
+        return ENSEMBLE_NAMES[key]
+    return LINE_NAMES.get(key, key.removesuffix("_top1").replace("_", " "))
+
+
 def _draw_comparison(groups):
     """One line for each of the groups: {name: runs}."""
-    keys = [key for key in LONG if any(len(mean_series(runs, key)[0]) for runs in groups.values())]
+    keys = [key for key in PANEL_TITLES if any(len(mean_series(runs, key)[0]) for runs in groups.values())]
     if not keys:
         raise UserError("curves of several runs show the steps that all have in common: there are none here")
     figure = new_figure(0.6 + 2.6 * math.ceil(len(keys) / 2) + 0.12 * len(groups))
@@ -321,34 +352,41 @@ def _draw_comparison(groups):
             steps, mean, deviation = mean_series(runs, key)
             if len(steps):
                 colour, style = COLOURS[number % len(COLOURS)], "-" if number < len(COLOURS) else "--"
-                lines.setdefault(entry, _line(axes, key, steps, mean, colour, style))
+                lines.setdefault(entry, _draw_line(axes, key, steps, mean, colour, style))
                 if len(runs) > 1:
                     low, high = mean - deviation, mean + deviation
                     axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
-        _finish(axes, [key])
-        axes.set_title(LONG[key], **TITLE)
-    words = "lines: means over the seeds; bands: ± one standard deviation"
-    words = words if any(len(runs) > 1 for runs in groups.values()) else None
+        _finish_axes(axes, [key])
+        axes.set_title(PANEL_TITLES[key], **TITLE)
+    words = None
+    if any(len(runs) > 1 for runs in groups.values()):
+        words = "lines: means over the seeds; bands: ± one standard deviation"
     legend_below(figure, lines.values(), lines.keys(), title=words, alignment="left")
     return figure
 
 
 def _about(runs):
-    """Of the runs of one line: method, number of seeds, last accuracy."""
-    words, (_, mean, deviation) = [method_of(runs[0])], mean_series(runs, "top1")
-    words += [f"{len(runs)} seeds"] if len(runs) > 1 else []
-    spread = f" ± {deviation[-1]:.2f}" if len(mean) and len(runs) > 1 else ""
-    return ", ".join(words + [f"top-1 {value:.2f}{spread} %" for value in mean[-1:]])
+    """Words about the runs of one line: method, number of seeds, last accuracy."""
+    words = [method_of(runs[0])]
+    if is_ensemble(runs[0]):
+        words.append("ensemble")
+    if len(runs) > 1:
+        words.append(f"{len(runs)} seeds")
+    _, mean, deviation = mean_series(runs, "top1")
+    if len(mean):
+        spread = f" ± {deviation[-1]:.2f}" if len(runs) > 1 else ""
+        words.append(f"top-1 {mean[-1]:.2f}{spread} %")
+    return ", ".join(words)
 
 
-def _line(axes, key, steps, values, colour, style="-"):
+def _draw_line(axes, key, steps, values, colour, style="-"):
     few = len(steps) <= 30 and not key.startswith("finetune")  # then each evaluation is a dot
     options = {"marker": "o" if few or len(steps) == 1 else None, "markersize": 3, "linewidth": 1.6}
     return axes.plot(steps, values, style, color=colour, label=key, **options)[0]
 
 
-def _finish(axes, keys):
-    """Frame, ticks and scales, by the values that were drawn."""
+def _finish_axes(axes, keys):
+    """Frame, ticks and scales of axes, from the values that were drawn for these keys."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     # frame, and steps
@@ -367,7 +405,7 @@ def _finish(axes, keys):
     else:
         axes.ticklabel_format(axis="y", useOffset=False)
     if any(key in (*SHARES, *ACCURACIES) for key in keys) and np.ptp(values) < 1:
-        middle = (values.min() + values.max()) / 2  # at least a point of per cent, so that noise looks small
+        middle = (values.min() + values.max()) / 2  # the axis spans more than 1 %, so that noise looks small
         axes.set_ylim(middle - 0.6, middle + 0.6)
     if "feedback" in keys:
         axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
@@ -446,6 +484,9 @@ def draw_regions(panels, extent, points, classes):
 # ---------------------------------------------------------------------------------------------- confusion
 
 
+ROOM_FOR_COUNTS = 22  # points, of a cell with two lines
+
+
 def draw_confusion(panels, classes):
     """Matrices side by side: rows in per cent of their class, below it the counts where there is room.
 
@@ -459,29 +500,28 @@ def draw_confusion(panels, classes):
     figure = new_figure(7.3 if columns == 1 else rows * (7.2 / columns + 1.2))
     cells = grid(figure, len(panels), columns, sharex=True, sharey=True)
     room = 72 * (6.3 if columns == 1 else 7 / columns) / k  # of a class, in points
-    size = next((size for size, least in ((12, 100), (9, 36), (6.5, 14)) if room >= least), None)
-    counted = size is not None and room >= 22
     for axes, (heading, counts) in zip(cells, panels, strict=True):
         lines = (textwrap.fill(line, 96 // columns) for line in legible(heading).split("\n"))
-        axes.set_title("\n".join(lines), fontsize=(10, 9, 8)[columns - 1], **TITLE)
+        axes.set_title("\n".join(lines), fontsize={1: 10, 2: 9, 3: 8}[columns], **TITLE)
         percent = 100 * counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-        # the square root as colour scale: a few images that went astray are seen
+        # the square root as colour scale: a few wrong images can be seen
         shown = axes.imshow(percent, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=100))
-        for i, j in np.argwhere(counts) if size else ():
-            text = f"{percent[i, j]:.0f}{' %' * (size > 6.5)}" + f"\n{counts[i, j]}" * counted
-            colour = "white" if percent[i, j] > 40 else "black"
-            axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
+        if room >= 14:
+            _write_numbers(axes, percent, counts, room)
     shrink = 0.8 if columns == 1 else 0.7 / rows
     bar = figure.colorbar(shown, ax=cells, shrink=shrink, pad=0.02, ticks=[0, 1, 5, 10, 25, 50, 75, 100])
-    bar.set_label("share of the true class (%)" + "; below it their number" * counted, fontsize=9)
+    words = "share of the true class (%)"
+    if room >= ROOM_FOR_COUNTS:
+        words += "; below it their number"
+    bar.set_label(words, fontsize=9)
 
-    # names, of so many classes as there is room for, slanted where they would overlap
+    # the names of as many classes as there is room for, slanted where they would overlap
     every = max(1, round(18 / room))
-    names, size = names[::every], 9 if room > 20 else 7
-    slanted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    upright = len(names) * max(map(width_of, names)) <= 60 / columns
+    names, size, slant = names[::every], 9 if room > 20 else 7, {}
+    if len(names) * max(map(width_of, names)) > 60 / columns:
+        slant = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     for number, axes in enumerate(cells):
-        axes.set_xticks(range(0, k, every), names, fontsize=size, **({} if upright else slanted))
+        axes.set_xticks(range(0, k, every), names, fontsize=size, **slant)
         axes.set_yticks(range(0, k, every), names, fontsize=size)
         if number % columns == 0:
             axes.set_ylabel("true class")
@@ -489,6 +529,19 @@ def draw_confusion(panels, classes):
             axes.set_xlabel("predicted class")
             axes.tick_params(labelbottom=True)
     return figure
+
+
+def _write_numbers(axes, percent, counts, room):
+    """Write shares into a matrix, and counts below them if cells of ``room`` points hold two lines."""
+    size = 12 if room >= 100 else 9 if room >= 36 else 6.5
+    for i, j in np.argwhere(counts):
+        text = f"{percent[i, j]:.0f}"
+        if size > 6.5:
+            text += " %"
+        if room >= ROOM_FOR_COUNTS:
+            text += f"\n{counts[i, j]}"
+        colour = "white" if percent[i, j] > 40 else "black"
+        axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
 
 
 # ------------------------------------------------------------------------------------------------ classes
@@ -505,14 +558,16 @@ def draw_classes(rows, classes, heading):
     order = values.mean(axis=0).argsort(kind="stable")[:MOST_LINES]
     columns = math.ceil(len(order) / 50)
     high = math.ceil(len(order) / columns)
-    figure = new_figure(1.3 + 0.2 * len(rows) + high * (0.3 if high <= 20 else 0.2 if high <= 35 else 0.15))
-    heading += f", the lowest {len(order)} of {len(classes):,}" if len(order) < len(classes) else ""
+    line_height = 0.3 if high <= 20 else 0.2 if high <= 35 else 0.15
+    figure = new_figure(1.3 + 0.2 * len(rows) + high * line_height)
+    if len(order) < len(classes):
+        heading += f", the lowest {len(order)} of {len(classes):,}"
     figure.suptitle(legible(heading), **HEADING)
     entries, largest = [legible(name) for name in rows], 8 if high <= 35 else 6
     cells = grid(figure, columns, columns, sharex=True)
     for axes, shown in zip(cells, np.array_split(order, columns), strict=True):
         for number, (row, entry) in enumerate(zip(values, entries, strict=True)):
-            # every run has a marker and colour of its own, and the first ones the larger: none hides another
+            # a marker and colour for each run, the first ones larger, so that none hides another
             look = {"color": COLOURS[number % len(COLOURS)], "markersize": largest * 0.82**number}
             look |= {"markeredgecolor": "white", "markeredgewidth": 0.5, "label": entry, "clip_on": False}
             axes.plot(row[shown], range(len(shown)), MARKERS[number % len(MARKERS)], zorder=3, **look)
@@ -532,11 +587,11 @@ def draw_classes(rows, classes, heading):
 
 
 def draw_features(sets, predicted, classes, heading, axis_words):
-    """A map of images: test images coloured by class, with rings around wrong predictions; labelled ones
-    large, unlabelled ones small and pale.
+    """A map of images: test images coloured by class, with rings around wrong predictions; labelled images
+    large, unlabelled images small and pale.
 
-    sets: {"test", "labelled", "unlabelled": ((N, 2) positions, (N,) classes)}, the last two where there are
-    such. predicted: (N,) classes of the test images. classes: names. axis_words: what the axes are.
+    sets: {"test", "labelled", "unlabelled": ((N, 2) positions, (N,) classes)}; only "test" must be there.
+    predicted: (N,) classes of the test images. classes: names. axis_words: what the axes are.
     """
     from matplotlib.patheffects import withStroke
 
@@ -550,6 +605,7 @@ def draw_features(sets, predicted, classes, heading, axis_words):
     # a colour and marker for each class, its name in the middle
     words = {"fontsize": 11, "fontweight": "bold", "ha": "center", "va": "center", "zorder": 6}
     halo = [withStroke(linewidth=3, foreground="white")]
+    large = {"linestyle": "", "markersize": 9, "markeredgecolor": BLACK, "markeredgewidth": 1.2}
     points, truth = sets["test"]
     for k, name in enumerate(class_names(classes)):
         look = {"marker": MARKERS[k // len(COLOURS) % len(MARKERS)], "color": COLOURS[k % len(COLOURS)]}
@@ -561,13 +617,11 @@ def draw_features(sets, predicted, classes, heading, axis_words):
             axes.text(*nearest, name, path_effects=halo, **words)
         if "labelled" in sets:
             places, labels = sets["labelled"]
-            look |= {"linestyle": "", "markersize": 9, "markeredgecolor": BLACK, "markeredgewidth": 1.2}
-            axes.plot(*places[labels == k].T, zorder=4, **look)
+            axes.plot(*places[labels == k].T, zorder=4, **look, **large)
     if "labelled" in sets:
-        look |= {"color": GREY, "marker": "o", "label": "labelled"}
-        axes.plot([], [], **look)
+        axes.plot([], [], marker="o", color=GREY, label="labelled", **large)
 
-    # a ring around each wrong one
+    # a ring around each wrong prediction
     wrong = points[truth != predicted]
     size, width = (9, 1.1) if len(wrong) <= 100 else (6.5, 0.6)
     ring = {"markersize": size, "markeredgewidth": width, "fillstyle": "none", "zorder": 3}
@@ -610,7 +664,9 @@ def draw_augmentation(rows, operations, headings):
 
 
 def _show(axes, image):
-    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest" if image.shape[-1] <= 64 else None)
+    """An image, (3, H, W) uint8, without a frame; the pixels of a small one can be told apart."""
+    small = min(image.shape[1:]) <= 64
+    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest" if small else None)
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
@@ -651,14 +707,18 @@ ACROSS = 6  # images beside each other
 
 
 def draw_mistakes(rows, classes, heading):
-    """Images with true and predicted classes, a part for each reason to show them.
+    """Images with their true and predicted classes, grouped by the reason to show them.
 
     rows: {title: list of ``report.Example``}. classes: names.
     """
     rows = {title: examples for title, examples in rows.items() if examples}
     names = dict(zip(classes, class_names(classes), strict=True))
     networks = next(iter(rows.values()))[0].guesses
-    cell = WIDTH / ACROSS + 0.13 * (2.5 + 2 * len(networks))  # an image and the lines below it
+    sizes = [example.image.shape[1:] for examples in rows.values() for example in examples]
+    tallest = min(
+        1, max(height / width for height, width in sizes)
+    )  # of a width of 1; a taller one is narrower
+    cell = tallest * WIDTH / ACROSS + 0.13 * (2.5 + 2 * len(networks))  # an image and the lines below it
     heights = [0.35 + math.ceil(len(examples) / ACROSS) * cell for examples in rows.values()]
     figure = new_figure(0.4 + sum(heights))
     figure.suptitle(legible(heading), **HEADING)
@@ -673,9 +733,11 @@ def draw_mistakes(rows, classes, heading):
             _show(axes, example.image)
             axes.set_anchor("N")
             lines = [f"true: {names[example.true]}"]
-            for network, (taken, p, true) in example.guesses.items():
-                lines += [f"{network}: {names[taken]}", f"   {100 * p:.1f} %"]
-                lines[-1] += "" if taken == example.true else f", true {100 * true:.1f} %"
-            lines += [] if example.distance is None else [f"distance {example.distance:.3f}"]
+            for network, guess in example.guesses.items():
+                lines += [f"{network}: {names[guess.taken]}", f"   {100 * guess.probability:.1f} %"]
+                if guess.taken != example.true:
+                    lines[-1] += f", true {100 * guess.of_true:.1f} %"
+            if example.distance is not None:
+                lines.append(f"distance {example.distance:.3f}")
             axes.set_xlabel("\n".join(lines), fontsize=7, loc="left")
     return figure
