@@ -598,7 +598,7 @@ def saved(figure, name, args):
     return save(figure, args.out or folder / f"{name}.png")
 
 
-def confusion(runs, args):
+def confusion_command(runs, args):
     if not args.roles:
         if args.data_path or args.save_path:
             raise UserError(
@@ -610,13 +610,13 @@ def confusion(runs, args):
     return saved(roles_of(runs[0], args.data_path, args.save_path), "confusion_roles", args)
 
 
-def calibrated(runs, args):
+def calibration_command(runs, args):
     (run,) = runs
     outputs = report.outputs_of(*load(run, args.data_path, args.save_path))
     return saved(calibration_of(run, outputs), "calibration", args)
 
 
-def augment(runs, args):
+def augment_command(runs, args):
     options = (args.randaug, args.seed, args.resize, args.skip_unreadable)
     figure = augmentation_of(args.dataset, args.data_path, *options)
     return save(figure, args.out or f"results/augment_{args.dataset}.png")
@@ -656,7 +656,7 @@ COMMANDS = {
         [RUNS, OUT, CHECKPOINTS, DATA],
     ),
     "confusion": Command(
-        confusion,
+        confusion_command,
         "which class of the test set is taken for which; several runs side by side",
         [RUNS, OUT, argument("--roles", action="store_true", help="teacher, student and ensemble of one run, from its checkpoint"), CHECKPOINTS, DATA],
     ),
@@ -671,7 +671,7 @@ COMMANDS = {
         [RUN, OUT, argument("--projection", default="tsne", choices=PROJECTIONS, help="how features become points"), CHECKPOINTS, DATA],
     ),
     "calibration": Command(
-        calibrated,
+        calibration_command,
         "accuracy over probability, and the expected calibration error",
         [RUN, OUT, CHECKPOINTS, DATA],
     ),
@@ -694,7 +694,7 @@ COMMANDS = {
         ],
     ),
     "augment": Command(
-        augment,
+        augment_command,
         "real images, their weak and strong views, and every operation",
         [
             argument("--dataset", default="digits", choices=IMAGE_SETS, help="whose training images"),

@@ -91,6 +91,9 @@ def calibration(probabilities, targets, bins=15):
 # ------------------------------------------------------------------------------------------------- mistakes
 
 
+THUMBNAIL = 160  # pixels, the longer side of an image on the page
+
+
 class Guess(NamedTuple):
     """What a network takes an image for."""
 
@@ -145,7 +148,7 @@ def examples_of(rows, outputs, networks, dataset):
     if not len(rows):
         return []
     shown, examples = dataset.test.subset(outputs.positions[rows]), []
-    images, *_ = next(batches(shown, len(shown), "cpu"))
+    images = torch.cat([images for images, _, _ in batches(shown, len(shown), "cpu")])
     names = shown.names or shown.files or outputs.positions[rows].tolist()
     files = shown.files or [os.path.join(dataset.path, name) for name in shown.names or ()]
     for i, row in enumerate(rows.tolist()):
@@ -171,8 +174,6 @@ def in_proportion(image, size):
 
 
 # ---------------------------------------------------------------------------------------- words and pictures
-
-THUMBNAIL = 160  # pixels, the longer side of an image on the page
 
 
 def percent(share):
