@@ -211,7 +211,8 @@ def classify(args):
     images = image_set(args, classifier, named)
     if classifier.value_range:
         notes.append(value_range_line(classifier.value_range))
-    tell(runtime, *notes, *constant_lines(images, "the images"))
+    which = f"the images in '{args.paths[0]}'" if len(args.paths) == 1 else "the images"
+    tell(runtime, *notes, *constant_lines(images, which))
     folders = class_folders(args, classifier.classes) if args.copy_to else None
 
     rows = []
