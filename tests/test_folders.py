@@ -213,6 +213,13 @@ def test_the_programs_own_folders_are_no_classes(tmp_path, monkeypatch):
     assert load_dataset("folder", ".", num_labeled=2).classes == ["cat", "dog"]
 
 
+def test_flags_of_a_command_reach_the_data(tmp_path):
+    write_tree(tmp_path, CLASSES | {"kept": 3, "written": 2})
+    words = ["--dataset", "folder", "--data-path", str(tmp_path), "--num-labeled", "2"]
+    words += ["--save-path", str(tmp_path / "kept"), "--results-path", str(tmp_path / "written")]
+    assert main.read_data(main.parse_arguments(words), None, False).classes == ["cat", "dog"]
+
+
 def test_another_folder_of_unlabelled_images_takes_the_place_of_the_one_inside(tmp_path):
     write_tree(tmp_path / "mine", CLASSES | {"unlabeled": 5})
     write_tree(tmp_path / "more", {"any": 3})
