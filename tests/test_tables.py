@@ -160,6 +160,8 @@ def test_no_image_of_another_folder_stands_in_for_a_missing_one(tmp_path):
     }.items():
         path = table(tmp_path / "labels.csv", "image,label", *lines)
         assert f"line 4 of {path}: there is no image '{lost}'" in sentence(path, root)
+    path = table(tmp_path / "labels.csv", "image,label", "cats/1.jpg,cat", "dogs/3.jpg,dog")
+    assert f"line 2 of {path}: there is no image 'cats/1.jpg'" in sentence(path, root / "dogs")
     path = table(tmp_path / "labels.csv", "image,label", "cats/2.jpg,cat", "dogs/3.jpg,dog", "test/9.jpg,cat")
     assert read(path, root)[0] == {"cats/2.jpg": "cat", "dogs/3.jpg": "dog", "test/9.jpg": "cat"}
 
