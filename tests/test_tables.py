@@ -104,6 +104,16 @@ def test_numbers_are_names_in_the_order_of_their_values(tmp_path):
     assert classes_of(found) == {f"{k}.png": str(11 - k) for k in range(12)}
 
 
+def test_classes_of_a_run_keep_their_order(tmp_path):
+    """Also one that the table does not have, and one whose accent a Mac stores otherwise."""
+    root, mac = files(tmp_path / "in", *EXPECTED), unicodedata.normalize("NFD", "Löwe")
+    path = table(tmp_path / "labels.csv", "image,label", "a.jpg,cat", "sub/b.jpg,Löwe")
+    found = find_table(str(path), str(root), classes=[mac, "dog", "cat"])
+    assert found.classes == [mac, "dog", "cat"]
+    assert classes_of(found) == {"a.jpg": "cat", "sub/b.jpg": mac}
+    assert "line 3" in (said := sentence(path, root, classes=["cat", "dog"])) and "'Löwe'" in said
+
+
 # ---------------------------------------------------------------- which file is meant
 
 
@@ -152,7 +162,9 @@ def test_names_with_signs_of_addresses_are_taken_as_they_are_first(tmp_path):
 def test_no_image_of_another_folder_stands_in_for_a_missing_one(tmp_path):
     """The right picture or a sentence: names that begin with different folders keep them, prefixes stay."""
     root = files(tmp_path / "in", "cats/2.jpg", "dogs/1.jpg", "dogs/3.jpg", "test/9.jpg", "x/b.jpg")
+    web = "https://example.org/photos"
     for lost, lines in {
+        f"{web}/0a1b2c3d-b.jpg": (f"{web}/2.jpg,cat", f"{web}/3.jpg,dog", f"{web}/0a1b2c3d-b.jpg,cat"),
         "cats/1.jpg": ("cats/2.jpg,cat", "dogs/3.jpg,dog", "cats/1.jpg,cat"),
         "/old/cats/1.jpg": ("/old/cats/2.jpg,cat", "/old/dogs/3.jpg,dog", "/old/cats/1.jpg,cat"),
         "9.jpg": ("cats/2.jpg,cat", "dogs/3.jpg,dog", "9.jpg,cat"),  # a test image
