@@ -63,6 +63,7 @@ EXPECTED = {"a.jpg": "cat", "sub/b.jpg": "dog"}
         ("image_id,category", "{file},{label}"),
         ("id,breed", "{file},{label}"),
         ("Image,Id", "{file},{label}"),  # of two columns, one known
+        ("photo,label", "{file},{label}"),
         ("id_code,diagnosis,", "{file},{label},"),
         ("image,class,probability,class_2,probability_2", "{file},{label},0.6,bird,0.4"),
         ("  path , target ", " {file} , {label} "),
