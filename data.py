@@ -507,7 +507,6 @@ def _folder(
         decoding = {"size": size, "workers": workers, "skip_unreadable": skip_unreadable}
         test = replace(test, **decoding)
         train = None if only_test else replace(train, **decoding)
-        unlabeled = unlabeled and replace(unlabeled, **decoding)
     return Source(
         classes,
         mean,

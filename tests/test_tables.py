@@ -219,6 +219,23 @@ def test_a_split_column(tmp_path):
     assert found.test is None and found.val is None  # to be split off
 
 
+def test_a_file_that_is_named_twice_counts_once(tmp_path):
+    root = files(tmp_path / "in", "a.jpg", "b.jpg", "c.jpg")
+    rows = ("a.jpg,cat", "./a.jpg,cat", "b.jpg,dog", "b.jpg,", "c.jpg,", "c.jpg,dog")
+    path = table(tmp_path / "labels.csv", "image,label", *rows)
+    assert read(path, root) == ({"a.jpg": "cat", "b.jpg": "dog", "c.jpg": "dog"}, [])
+    assert find_table(str(path), str(root)).train.names == ["a.jpg", "b.jpg", "c.jpg"]
+
+
+def test_a_class_without_a_test_image_is_named(tmp_path):
+    layout(tmp_path / "in", [f"{k}.png" for k in range(6)])
+    rows = [f"{k}.png,{('cat', 'dog')[k % 2]},{'test' if k == 0 else 'train'}" for k in range(6)]
+    path = table(tmp_path / "labels.csv", "image,label,split", *rows)
+    dataset = load_dataset("folder", tmp_path / "in", labels=path, num_labeled=2)
+    assert dataset.test.names == ["0.png"] and {*dataset.unlabeled.names} == {f"{k}.png" for k in range(1, 6)}
+    assert "these classes have no test image: dog; give some of their rows the split test" in dataset.notes
+
+
 def test_a_folder_and_its_table_make_the_same_run(tmp_path):
     """All that follows from names: the test images, the labelled ones, their order."""
     write_tree(tmp_path / "in", {"ant": 30, "bee": 20})
