@@ -9,6 +9,7 @@ import torch
 from test_data import picture, refusal, write_tree
 from test_run_state import FOLDER, command, load, photographs, refused
 
+import main
 from data import load_dataset
 from runtime import UserError
 from tables import find_table
@@ -483,6 +484,11 @@ def test_a_table_goes_with_its_folder_in_an_evaluation(here, capsys):
         here / "results/table/confusion.json"
     ).read_text()
     assert (here / "results/folders/predictions.csv").read_text().count("\n") == 22
+
+
+def test_columns_without_a_table_have_no_effect(capsys):
+    args = main.parse_arguments(["--dataset", "digits", "--label-columns", "image", "class"])
+    assert args.label_columns is None and "--label-columns without effect" in capsys.readouterr().err
 
 
 def test_a_table_says_the_data_set(here, capsys):
