@@ -9,6 +9,7 @@ import torch
 from test_data import picture, refusal, write_tree
 from test_run_state import FOLDER, command, load, photographs, refused
 
+import main
 from data import load_dataset
 from runtime import UserError
 from tables import find_table
@@ -63,6 +64,7 @@ EXPECTED = {"a.jpg": "cat", "sub/b.jpg": "dog"}
         ("image_id,category", "{file},{label}"),
         ("id,breed", "{file},{label}"),
         ("Image,Id", "{file},{label}"),  # of two columns, one known
+        ("photo,label", "{file},{label}"),
         ("id_code,diagnosis,", "{file},{label},"),
         ("image,class,probability,class_2,probability_2", "{file},{label},0.6,bird,0.4"),
         ("  path , target ", " {file} , {label} "),
@@ -102,6 +104,16 @@ def test_numbers_are_names_in_the_order_of_their_values(tmp_path):
     found = find_table(str(path), str(tmp_path / "in"))
     assert found.classes == [str(k) for k in range(12)]
     assert classes_of(found) == {f"{k}.png": str(11 - k) for k in range(12)}
+
+
+def test_classes_of_a_run_keep_their_order(tmp_path):
+    """Also one that the table does not have, and one whose accent a Mac stores otherwise."""
+    root, mac = files(tmp_path / "in", *EXPECTED), unicodedata.normalize("NFD", "Löwe")
+    path = table(tmp_path / "labels.csv", "image,label", "a.jpg,cat", "sub/b.jpg,Löwe")
+    found = find_table(str(path), str(root), classes=[mac, "dog", "cat"])
+    assert found.classes == [mac, "dog", "cat"]
+    assert classes_of(found) == {"a.jpg": "cat", "sub/b.jpg": mac}
+    assert "line 3" in (said := sentence(path, root, classes=["cat", "dog"])) and "'Löwe'" in said
 
 
 # ---------------------------------------------------------------- which file is meant
@@ -152,7 +164,9 @@ def test_names_with_signs_of_addresses_are_taken_as_they_are_first(tmp_path):
 def test_no_image_of_another_folder_stands_in_for_a_missing_one(tmp_path):
     """The right picture or a sentence: names that begin with different folders keep them, prefixes stay."""
     root = files(tmp_path / "in", "cats/2.jpg", "dogs/1.jpg", "dogs/3.jpg", "test/9.jpg", "x/b.jpg")
+    web = "https://example.org/photos"
     for lost, lines in {
+        f"{web}/0a1b2c3d-b.jpg": (f"{web}/2.jpg,cat", f"{web}/3.jpg,dog", f"{web}/0a1b2c3d-b.jpg,cat"),
         "cats/1.jpg": ("cats/2.jpg,cat", "dogs/3.jpg,dog", "cats/1.jpg,cat"),
         "/old/cats/1.jpg": ("/old/cats/2.jpg,cat", "/old/dogs/3.jpg,dog", "/old/cats/1.jpg,cat"),
         "9.jpg": ("cats/2.jpg,cat", "dogs/3.jpg,dog", "9.jpg,cat"),  # a test image
@@ -160,6 +174,8 @@ def test_no_image_of_another_folder_stands_in_for_a_missing_one(tmp_path):
     }.items():
         path = table(tmp_path / "labels.csv", "image,label", *lines)
         assert f"line 4 of {path}: there is no image '{lost}'" in sentence(path, root)
+    path = table(tmp_path / "labels.csv", "image,label", "cats/1.jpg,cat", "dogs/3.jpg,dog")
+    assert f"line 2 of {path}: there is no image 'cats/1.jpg'" in sentence(path, root / "dogs")
     path = table(tmp_path / "labels.csv", "image,label", "cats/2.jpg,cat", "dogs/3.jpg,dog", "test/9.jpg,cat")
     assert read(path, root)[0] == {"cats/2.jpg": "cat", "dogs/3.jpg": "dog", "test/9.jpg": "cat"}
 
@@ -202,6 +218,23 @@ def test_a_split_column(tmp_path):
     without = table(tmp_path / "labels.csv", "file,label", "0.jpg,cat", "1.jpg,dog")
     found = find_table(str(without), str(root))
     assert found.test is None and found.val is None  # to be split off
+
+
+def test_a_file_that_is_named_twice_counts_once(tmp_path):
+    root = files(tmp_path / "in", "a.jpg", "b.jpg", "c.jpg")
+    rows = ("a.jpg,cat", "./a.jpg,cat", "b.jpg,dog", "b.jpg,", "c.jpg,", "c.jpg,dog")
+    path = table(tmp_path / "labels.csv", "image,label", *rows)
+    assert read(path, root) == ({"a.jpg": "cat", "b.jpg": "dog", "c.jpg": "dog"}, [])
+    assert find_table(str(path), str(root)).train.names == ["a.jpg", "b.jpg", "c.jpg"]
+
+
+def test_a_class_without_a_test_image_is_named(tmp_path):
+    layout(tmp_path / "in", [f"{k}.png" for k in range(6)])
+    rows = [f"{k}.png,{('cat', 'dog')[k % 2]},{'test' if k == 0 else 'train'}" for k in range(6)]
+    path = table(tmp_path / "labels.csv", "image,label,split", *rows)
+    dataset = load_dataset("folder", tmp_path / "in", labels=path, num_labeled=2)
+    assert dataset.test.names == ["0.png"] and {*dataset.unlabeled.names} == {f"{k}.png" for k in range(1, 6)}
+    assert "these classes have no test image: dog; give some of their rows the split test" in dataset.notes
 
 
 def test_a_folder_and_its_table_make_the_same_run(tmp_path):
@@ -451,6 +484,11 @@ def test_a_table_goes_with_its_folder_in_an_evaluation(here, capsys):
         here / "results/table/confusion.json"
     ).read_text()
     assert (here / "results/folders/predictions.csv").read_text().count("\n") == 22
+
+
+def test_columns_without_a_table_have_no_effect(capsys):
+    args = main.parse_arguments(["--dataset", "digits", "--label-columns", "image", "class"])
+    assert args.label_columns is None and "--label-columns without effect" in capsys.readouterr().err
 
 
 def test_a_table_says_the_data_set(here, capsys):
