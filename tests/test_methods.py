@@ -15,7 +15,7 @@ import feedback
 import main
 from augmentation import Views
 from feedback import ESTIMATORS
-from learner import sgd
+from learner import Learner, sgd
 from methods import (
     METHODS,
     Consistency,
@@ -156,6 +156,18 @@ def test_the_feedback_goes_through_the_alignment(flags):
     alone, _ = aligned_to_class_1("--feedback", "none")
     assert scalars["feedback"] != 0
     torch.testing.assert_close(weights(moved.teacher.network), weights(alone.teacher.network))
+
+
+@pytest.mark.parametrize("method", ["uda", "fixmatch", "mpl"])
+def test_a_step_moves_the_alignment_by_its_weak_predictions(method):
+    each, expected = build("--align", 0.2, method=method), DistributionAlignment(0.2, 3, Runtime("cpu"))
+    for align in (each.align, expected):
+        align.bias.copy_(torch.tensor([0.5, -0.7, 0.2]))
+    learner = each.learners.get("teacher", each.student)
+    expected.update([teacher_logits(learner, make_views(), graph=False).weak])
+    each.step(make_views(), 0)
+    assert (expected.bias - torch.tensor([0.5, -0.7, 0.2])).abs().max() > 0.01
+    torch.testing.assert_close(each.align.bias, expected.bias)
 
 
 def test_a_checkpoint_from_before_alignment_and_confidence():
@@ -359,6 +371,20 @@ def test_student_learns_from_pseudo_labels_alone():
     assert not torch.equal(weights(a.teacher.network), weights(b.teacher.network))
 
 
+def test_rates_are_those_of_the_command_line():
+    """Of both networks; the student waits for two steps."""
+    waiting = ("--student-wait-steps", 2, "--teacher-lr", 0.4, "--student-lr", 0.2, "--total-steps", 12)
+    for flags, teacher, student in (
+        ("--warmup-steps 4 --schedule constant", [0.1, 0.2, 0.3, 0.4, 0.4], [0, 0, 0.05, 0.1, 0.15]),
+        ("--schedule milestones --milestones 3 4", [0.4] * 3 + [0.04, 0.004], [0, 0, 0.2, 0.02, 0.002]),
+        ("--schedule cosine", [0.2 * (1 + np.cos(np.pi * t / 12)) for t in range(5)], None),
+    ):
+        method = build(*waiting, *flags.split())
+        assert [method.teacher.rate(step) for step in range(5)] == pytest.approx(teacher)
+        if student:
+            assert [method.student.rate(step) for step in range(5)] == pytest.approx(student)
+
+
 def test_the_student_waits():
     method = build("--student-wait-steps", 2)
     before = weights(method.student.network)
@@ -503,6 +529,52 @@ def test_a_checkpoint_goes_on_in_the_right_role():
             each.step(make_views(step), step)
         ours, theirs = tensors(whole.state_dict()), tensors(resumed.state_dict())
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("uda", "--confidence soft --align 0.2"),
+        ("fixmatch", "--confidence soft --align 0.2 --weak-pass ema"),
+        ("mpl", "--confidence soft --align 0.2 --feedback dot --feedback-momentum 0.9"),
+    ],
+)
+def test_a_checkpoint_goes_on_as_if_the_run_had_not_stopped(method, flags):
+    """After many steps, whose moments of the confidence and bias are not those of the start."""
+    whole, resumed = (build(*flags.split(), method=method) for _ in range(2))
+    whole.consistency.moments.copy_(torch.tensor([0.5, 0.02]))
+    whole.align.bias.copy_(torch.tensor([0.5, -0.7, 0.2]))
+    whole.step(make_views(0), 0)
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()), "memory")
+    for each in (whole, resumed):
+        each.step(make_views(1), 1)
+    ours, theirs = tensors(whole.state_dict()), tensors(resumed.state_dict())
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("supervised", ""),
+        ("uda", "--confidence relative"),
+        ("pseudo-label", ""),
+        ("mpl", "--feedback taylor"),
+        ("mpl", "--feedback dot --accumulate 2"),
+        ("mpl", "--feedback exact --pseudo-label-view strong --weak-pass ema"),
+        ("semimeta", ""),
+    ],
+)
+def test_an_evaluation_between_two_steps_changes_nothing(method, flags):
+    """It leaves the networks that it measures in evaluation mode."""
+    taken, measured = (build(*flags.split(), method=method) for _ in range(2))
+    for step in range(2):
+        for learner in measured.learners.values():
+            learner.network.eval()
+        for each in (taken, measured):
+            torch.manual_seed(step)
+            each.step(make_views(step), step)
+    ours, theirs = tensors(taken.state_dict()), tensors(measured.state_dict())
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
 
 
 def test_no_roles_are_exchanged_before_the_student_has_learned():
@@ -1170,12 +1242,47 @@ def test_parts_see_the_same_dropout_twice():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("mpl", "--feedback none"),
+        ("mpl", "--feedback exact --pseudo-label-view strong --weak-pass apart"),
+        ("uda", "--confidence relative"),
+        ("fixmatch", "--confidence soft"),
+    ],
+)
+def test_the_second_pass_of_each_part_has_the_dropout_of_the_first(method, flags):
+    """So that a network learns on the predictions that made the labels, or that told which images count."""
+    dropout = ("--teacher-dropout", 0.5, "--student-dropout", 0.5)
+    each = build(*flags.split(), *dropout, "--accumulate", 2, method=method)
+    learner, masks = each.learners.get("teacher", each.student), []
+    hook = lambda module, inputs, output: masks.append(output.detach() != 0)  # noqa: E731
+    learner.network.head.dropout.register_forward_hook(hook)
+    each.step(make_views(), 0)
+    first, second = masks[: len(masks) // 2], masks[len(masks) // 2 :]
+    assert len(first) == (4 if "apart" in flags else 2) and not torch.equal(first[-1], first[-2])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_a_forward_pass_alone_leaves_no_trace():
     method = build()
     before = {name: value.clone() for name, value in method.teacher.network.state_dict().items()}
     method.teacher.forward_only(make_views().strong)
     after = method.teacher.network.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_frozen_batch_norm_of_vectors_keeps_its_statistics():
+    """Images have one of their own kind (``models.FrozenBatchNorm2d``)."""
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    network[1].requires_grad_(False)
+    network[1].running_mean.fill_(0.5)
+    expected, values = copy.deepcopy(network).eval(), torch.randn(8, 3)
+    learner = Learner(
+        network, Runtime("cpu"), optimizer=lambda network: sgd(network, 0.1, 0, False, 0), rate=lambda _: 0.1
+    )
+    torch.testing.assert_close(learner(values), expected(values))
+    assert network[1].running_mean.eq(0.5).all() and network.training
 
 
 def test_a_frozen_body_stays_as_it_is(tmp_path):
