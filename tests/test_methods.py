@@ -1113,8 +1113,20 @@ def test_diagnose_measures_the_cosine_and_changes_nothing():
     a.step(make_views(), 0, diagnose=True)
     b.step(make_views(), 0)
     assert torch.equal(weights(a.teacher.network), weights(b.teacher.network))
-    assert -1 <= a.diagnostics["feedback_cosine"] <= 1 and a.diagnostics["feedback_cosine"] != 0
     assert b.diagnostics == {}
+
+
+@pytest.mark.parametrize("estimator", ["dot", "exact"])
+def test_the_cosine_is_between_the_feedback_and_the_rest_of_the_teachers_loss(estimator):
+    """The rest is what the teacher learns without feedback; the feedback's gradient is the difference."""
+    gradients, cosines = [], []
+    for name in (estimator, "none"):
+        method = in_double(build("--feedback", name, "--pseudo-label", "argmax", "--feedback-weight", 10))
+        method.step(double_views(1), 5, diagnose=name != "none")
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in method.teacher.parameters.values()]))
+        cosines.append(method.diagnostics.get("feedback_cosine"))
+    whole, rest = gradients
+    torch.testing.assert_close(cosines[0], F.cosine_similarity(whole - rest, rest, dim=0), rtol=1e-6, atol=0)
 
 
 def test_a_step_that_the_fp16_scaler_skips_has_no_feedback():
@@ -1301,6 +1313,12 @@ def test_a_frozen_body_stays_as_it_is(tmp_path):
             assert torch.equal(value, before[role][name]) != name.startswith("fc."), name
 
 
+def test_each_role_has_its_own_dropout():
+    method = build("--teacher-dropout", 0.1, "--student-dropout", 0.4)
+    rates = {role: each.network.head.dropout.p for role, each in method.learners.items()}
+    assert rates == {"teacher": 0.1, "student": 0.4}
+
+
 def test_the_student_may_be_another_network():
     method = build("--student-model", "wrn-10-2", "--feedback", "exact", "--pseudo-label", "soft")
     sizes = [
@@ -1370,6 +1388,20 @@ def test_the_body_learns_at_its_share_of_the_heads_rate(optimizer):
     for name, whole in moved[1.0].items():
         share = 1.0 if name.startswith("head.") else 0.1
         torch.testing.assert_close(moved[0.1][name], share * whole, rtol=1e-6, atol=1e-14)
+
+
+def test_a_perceptron_has_no_body():
+    """All of its layers move as far as without --body-lr-scale."""
+    moved = []
+    for scale in (1.0, 0.1):
+        method = reduced("--feedback", "dot", "--teacher-lr", 100, "--body-lr-scale", scale)
+        before = weights(method.teacher.network)
+        for p in method.teacher.network.parameters():
+            p.grad = torch.ones_like(p)
+        method.teacher.update(0.1)
+        moved.append(weights(method.teacher.network) - before)
+    assert moved[0].abs().min() > 0
+    torch.testing.assert_close(moved[0], moved[1])
 
 
 def test_a_scaled_body_is_continued_and_earlier_checkpoints_are():
