@@ -14,7 +14,7 @@ from torchvision.ops import StochasticDepth
 import main
 from augmentation import Views
 from commands import flag, without_effect
-from learner import sgd
+from learner import Learner, sgd
 from methods import METHODS, feedback
 from methods.feedback import ESTIMATORS
 from methods.method import MicroBatch, pseudo_label_accuracy, pseudo_labels, soft_cross_entropy
@@ -149,6 +149,19 @@ def test_the_feedback_goes_through_the_alignment(flags):
     alone, _ = aligned_to_class_1("--feedback", "none")
     assert scalars["feedback"] != 0
     torch.testing.assert_close(weights(moved.teacher.network), weights(alone.teacher.network))
+
+
+@pytest.mark.parametrize("method", ["uda", "fixmatch", "mpl"])
+def test_a_step_moves_the_alignment_by_its_weak_predictions(method):
+    each, expected = build("--align", 0.2, method=method), DistributionAlignment(0.2, 3, Runtime("cpu"))
+    start = torch.tensor([2.0, -1.0, -1.0])
+    for align in (each.align, expected):
+        align.bias.copy_(start)
+    learner = each.learners.get("teacher", each.student)
+    expected.update([teacher_logits(learner, make_views(), graph=False).weak])
+    each.step(make_views(), 0)
+    assert (expected.bias - start).abs().max() > 0.01
+    torch.testing.assert_close(each.align.bias, expected.bias)
 
 
 def test_a_checkpoint_from_before_alignment_and_confidence():
@@ -426,6 +439,20 @@ def test_student_learns_from_pseudo_labels_alone():
     assert not torch.equal(weights(a.teacher.network), weights(b.teacher.network))
 
 
+def test_rates_are_those_of_the_command_line():
+    """Of both networks; the student waits for two steps."""
+    waiting = ("--student-wait-steps", 2, "--teacher-lr", 0.4, "--student-lr", 0.2, "--total-steps", 12)
+    for flags, teacher, student in (
+        ("--warmup-steps 4 --schedule constant", [0.1, 0.2, 0.3, 0.4, 0.4], [0, 0, 0.05, 0.1, 0.15]),
+        ("--schedule milestones --milestones 3 4", [0.4] * 3 + [0.04, 0.004], [0, 0, 0.2, 0.02, 0.002]),
+        ("--schedule cosine", [0.2 * (1 + np.cos(np.pi * t / 12)) for t in range(5)], None),
+    ):
+        method = build(*waiting, *flags.split())
+        assert [method.teacher.rate(step) for step in range(5)] == pytest.approx(teacher)
+        if student:
+            assert [method.student.rate(step) for step in range(5)] == pytest.approx(student)
+
+
 def test_the_student_waits():
     method = build("--student-wait-steps", 2)
     before = weights(method.student.network)
@@ -570,6 +597,52 @@ def test_a_checkpoint_goes_on_in_the_right_role():
             each.step(make_views(step), step)
         ours, theirs = tensors(whole.state_dict()), tensors(resumed.state_dict())
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("uda", "--confidence soft --align 0.2"),
+        ("fixmatch", "--confidence soft --align 0.2 --weak-pass ema"),
+        ("mpl", "--confidence soft --align 0.2 --feedback dot --feedback-momentum 0.9"),
+    ],
+)
+def test_a_checkpoint_goes_on_as_if_the_run_had_not_stopped(method, flags):
+    """After many steps, whose moments of the confidence and bias are not those of the start."""
+    whole, resumed = (build(*flags.split(), method=method) for _ in range(2))
+    whole.consistency.moments.copy_(torch.tensor([0.5, 0.02]))
+    whole.align.bias.copy_(torch.tensor([0.5, -0.7, 0.2]))
+    whole.step(make_views(0), 0)
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()), "memory")
+    for each in (whole, resumed):
+        each.step(make_views(1), 1)
+    ours, theirs = tensors(whole.state_dict()), tensors(resumed.state_dict())
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("supervised", ""),
+        ("uda", "--confidence relative"),
+        ("pseudo-label", ""),
+        ("mpl", "--feedback taylor"),
+        ("mpl", "--feedback dot --accumulate 2"),
+        ("mpl", "--feedback exact --pseudo-label-view strong --weak-pass ema"),
+        ("semimeta", ""),
+    ],
+)
+def test_an_evaluation_between_two_steps_changes_nothing(method, flags):
+    """It leaves the networks that it measures in evaluation mode."""
+    taken, measured = (build(*flags.split(), method=method) for _ in range(2))
+    for step in range(2):
+        for learner in measured.learners.values():
+            learner.network.eval()
+        for each in (taken, measured):
+            torch.manual_seed(step)
+            each.step(make_views(step), step)
+    ours, theirs = tensors(taken.state_dict()), tensors(measured.state_dict())
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
 
 
 def test_no_roles_are_exchanged_before_the_student_has_learned():
@@ -1106,8 +1179,20 @@ def test_diagnose_measures_the_cosine_and_changes_nothing():
     a.step(make_views(), 0, diagnose=True)
     b.step(make_views(), 0)
     assert torch.equal(weights(a.teacher.network), weights(b.teacher.network))
-    assert -1 <= a.diagnostics["feedback_cosine"] <= 1 and a.diagnostics["feedback_cosine"] != 0
     assert b.diagnostics == {}
+
+
+@pytest.mark.parametrize("estimator", ["dot", "exact"])
+def test_the_cosine_is_between_the_feedback_and_the_rest_of_the_teachers_loss(estimator):
+    """The rest is what the teacher learns without feedback; the feedback's gradient is the difference."""
+    gradients, cosines = [], []
+    for name in (estimator, "none"):
+        method = in_double(build("--feedback", name, "--pseudo-label", "argmax", "--feedback-weight", 10))
+        method.step(double_views(1), 5, diagnose=name != "none")
+        gradients.append(torch.cat([p.grad.reshape(-1) for p in method.teacher.parameters.values()]))
+        cosines.append(method.diagnostics.get("feedback_cosine"))
+    whole, rest = gradients
+    torch.testing.assert_close(cosines[0], F.cosine_similarity(whole - rest, rest, dim=0), rtol=1e-6, atol=0)
 
 
 def test_a_step_that_the_fp16_scaler_skips_has_no_feedback():
@@ -1236,12 +1321,47 @@ def test_parts_see_the_same_dropout_twice():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize(
+    ("method", "flags"),
+    [
+        ("mpl", "--feedback none"),
+        ("mpl", "--feedback exact --pseudo-label-view strong --weak-pass apart"),
+        ("uda", "--confidence relative"),
+        ("fixmatch", "--confidence soft"),
+    ],
+)
+def test_the_second_pass_of_each_part_has_the_dropout_of_the_first(method, flags):
+    """So that a network learns on the predictions that made the labels, or that told which images count."""
+    dropout = ("--teacher-dropout", 0.5, "--student-dropout", 0.5)
+    each = build(*flags.split(), *dropout, "--accumulate", 2, method=method)
+    learner, masks = each.learners.get("teacher", each.student), []
+    hook = lambda module, inputs, output: masks.append(output.detach() != 0)  # noqa: E731
+    learner.network.head.dropout.register_forward_hook(hook)
+    each.step(make_views(), 0)
+    first, second = masks[: len(masks) // 2], masks[len(masks) // 2 :]
+    assert len(first) == (4 if "apart" in flags else 2) and not torch.equal(first[-1], first[-2])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 def test_a_forward_pass_alone_leaves_no_trace():
     method = build()
     before = {name: value.clone() for name, value in method.teacher.network.state_dict().items()}
     method.teacher.preview(make_views().strong)
     after = method.teacher.network.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_frozen_batch_norm_of_vectors_keeps_its_statistics():
+    """Images have one of their own kind (``models.FrozenBatchNorm2d``)."""
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    network[1].requires_grad_(False)
+    network[1].running_mean.fill_(0.5)
+    expected, values = copy.deepcopy(network).eval(), torch.randn(8, 3)
+    learner = Learner(
+        network, Runtime("cpu"), optimizer=lambda network: sgd(network, 0.1, 0, False, 0), rate=lambda _: 0.1
+    )
+    torch.testing.assert_close(learner(values), expected(values))
+    assert network[1].running_mean.eq(0.5).all() and network.training
 
 
 def test_a_frozen_body_stays_as_it_is(tmp_path):
@@ -1257,6 +1377,12 @@ def test_a_frozen_body_stays_as_it_is(tmp_path):
     for role, learner in method.learners.items():
         for name, value in learner.network.state_dict().items():
             assert torch.equal(value, before[role][name]) != name.startswith("fc."), name
+
+
+def test_each_role_has_its_own_dropout():
+    method = build("--teacher-dropout", 0.1, "--student-dropout", 0.4)
+    rates = {role: each.network.head.dropout.p for role, each in method.learners.items()}
+    assert rates == {"teacher": 0.1, "student": 0.4}
 
 
 def test_the_student_may_be_another_network():
@@ -1328,6 +1454,20 @@ def test_the_body_learns_at_its_share_of_the_heads_rate(optimizer):
     for name, whole in moved[1.0].items():
         share = 1.0 if name.startswith("head.") else 0.1
         torch.testing.assert_close(moved[0.1][name], share * whole, rtol=1e-6, atol=1e-14)
+
+
+def test_a_perceptron_has_no_body():
+    """All of its layers move as far as without --body-lr-scale."""
+    moved = []
+    for scale in (1.0, 0.1):
+        method = reduced("--feedback", "dot", "--teacher-lr", 100, "--body-lr-scale", scale)
+        before = weights(method.teacher.network)
+        for p in method.teacher.network.parameters():
+            p.grad = torch.ones_like(p)
+        method.teacher.update(0.1)
+        moved.append(weights(method.teacher.network) - before)
+    assert moved[0].abs().min() > 0
+    torch.testing.assert_close(moved[0], moved[1])
 
 
 def test_a_scaled_body_is_continued_and_earlier_checkpoints_are():
