@@ -442,6 +442,15 @@ def test_accents_as_a_mac_stores_them_split_the_same(tmp_path):
     assert place_of(unicodedata.normalize("NFD", "Löwe/ä1.png")) == place_of("Löwe/ä1.png")
 
 
+def test_copies_on_both_sides_stay_where_their_names_are(tmp_path):
+    write_tree(tmp_path / "all", {"a": 30, "b": 30})
+    train, test = sides(load_dataset("folder", tmp_path / "all", num_labeled=2))
+    shutil.copy(tmp_path / "all" / sorted(test)[0], tmp_path / "all" / sorted(train)[0])
+    first = load_dataset("folder", tmp_path / "all", num_labeled=2)
+    again = load_dataset("folder", tmp_path / "all", num_labeled=2, record=first.record())
+    assert sides(first)[1] == sides(again)[1] == test
+
+
 def test_the_place_of_a_name_never_changes():
     """In no version and on no machine: it decides on which side an image falls."""
     places = {"a/000.png": 0.5822846876444671, "Löwe/ä1.png": 0.25904230670527806}
