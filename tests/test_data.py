@@ -449,6 +449,36 @@ def test_accents_as_a_mac_stores_them_split_the_same(tmp_path):
     assert place_of(unicodedata.normalize("NFD", "Löwe/ä1.png")) == place_of("Löwe/ä1.png")
 
 
+def test_copies_on_both_sides_stay_where_their_names_are(tmp_path):
+    write_tree(tmp_path / "all", {"a": 30, "b": 30})
+    train, test = sides(load_dataset("folder", tmp_path / "all", num_labeled=2))
+    shutil.copy(tmp_path / "all" / sorted(test)[0], tmp_path / "all" / sorted(train)[0])
+    first = load_dataset("folder", tmp_path / "all", num_labeled=2)
+    again = load_dataset("folder", tmp_path / "all", num_labeled=2, record=first.record())
+    assert sides(first)[1] == sides(again)[1] == test
+
+
+def test_files_are_in_the_order_of_their_whole_paths(tmp_path):
+    """Checkpoints know the images of some data sets by their positions."""
+    names = ("a/x.png", "a-b.png", "a/1/z.png", "a/1.png", "B.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(4, 4).save(tmp_path / name)
+    files, _ = image_tree(str(tmp_path), "FOLDER")
+    assert relative(files, str(tmp_path)) == ["B.png", "a-b.png", "a/1.png", "a/1/z.png", "a/x.png"]
+
+
+def test_a_run_of_an_early_version_keeps_its_test_images(tmp_path):
+    """Whose checkpoint lists none: they were drawn class by class, a rounded share but at least one."""
+    write_tree(tmp_path, {"a": 13, "b": 2, "c": 7})
+    record = {"classes": ["a", "b", "c"], "mean": [0.5] * 3, "std": [0.2] * 3, "size": 10}
+    test = load_dataset("folder", tmp_path, num_labeled=3, record=record).test
+    random, expected = np.random.RandomState(0), []
+    for name, count, drawn in (("a", 13, 3), ("b", 2, 1), ("c", 7, 1)):
+        expected += [f"{name}/{i:03d}.png" for i in sorted(random.permutation(count)[:drawn])]
+    assert test.names == expected
+
+
 def test_the_place_of_a_name_never_changes():
     """In no version and on no machine: it decides on which side an image falls."""
     places = {"a/000.png": 0.5822846876444671, "Löwe/ä1.png": 0.25904230670527806}

@@ -130,6 +130,13 @@ def test_evaluation_resizes_the_short_side_to_256_and_crops_224(tmp_path, size):
     assert abs(difference).mean() < 2
 
 
+@pytest.mark.parametrize("size", [(40, 30), (9, 50)])
+def test_a_whole_image_is_stretched_with_pillows_filter(tmp_path, size):
+    picture(*size).save(tmp_path / "a.png")
+    expected = picture(*size).resize((16, 16), Image.Resampling.BICUBIC)
+    assert np.array_equal(read_image(tmp_path / "a.png", 16, "pad").permute(1, 2, 0), np.asarray(expected))
+
+
 def test_random_crops_have_the_usual_areas_and_ratios():
     random = np.random.default_rng(0)
     boxes = np.array([random_crop_box(400, 300, random) for _ in range(2000)])

@@ -149,6 +149,17 @@ def test_an_ensemble_is_the_one_that_is_evaluated(here, capsys):
     assert both != {f"test/{row['image']}": (row["class"], row["probability"]) for row in student}
 
 
+def test_batch_norm_has_the_epsilon_of_the_run(here, capsys):
+    path = changed(here, {"args": {"bn_eps": 0.5}})
+    assert main.run(["--evaluate", "--resume", str(path), "--workers", "0", "--results-path", "results"]) == 0
+    evaluated = read((here / "results/changed/predictions.csv").read_text())
+    rows, _ = predicted(capsys, path, "mine/test")
+    found = {f"test/{row['image']}": float(row["probability"]) for row in rows}
+    assert found == pytest.approx({row["image"]: float(row["probability"]) for row in evaluated}, abs=2e-6)
+    plain, _ = predicted(capsys, SMALL, "mine/test")
+    assert found != {f"test/{row['image']}": float(row["probability"]) for row in plain}
+
+
 def test_batches_and_workers_do_not_matter(here, capsys):
     """Sizes that do and do not divide the 21 images, and the network without mixed precision."""
     flags = ("--device", "cpu", "--no-amp", "--no-channels-last")

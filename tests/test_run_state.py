@@ -591,6 +591,7 @@ def test_the_checkpoints_of_a_name(here):
     args = argparse.Namespace(save_path=".", name="a.b", keep=1)
     found = commands.checkpoints_of(args)
     assert found == {f"./a.b_{kind}.pth.tar": int(kind[4:]) if "step" in kind else None for kind in own}
+    assert not commands.checkpoints_of(argparse.Namespace(save_path=".", name="c"))  # ends as a.b.c does
     commands.drop_checkpoints(args, 4)
     kept = {path.name for path in here.glob("a.b_step*")}
     assert kept == {"a.b_step00000004.pth.tar", "a.b_step8.pth.tar"}
