@@ -26,11 +26,11 @@ STEPS = 4000
 BATCH = 200  # unlabelled points in a step; all 6 labelled points are in every step
 RATE = 0.3  # peak learning rate of every network
 WARMUP = 800  # steps in which the learning rate grows; then it falls along a cosine
-NOISE = 0.15  # standard deviation of the strong view's noise
+NOISE = 0.2  # standard deviation of the strong view's noise
 TEMPERATURE = 0.3  # τ: UDA's target is softmax(logits / τ), sharper than the prediction if τ < 1
 THRESHOLD = 0.9  # only points whose target is at least this certain count in the UDA loss
 UDA_WEIGHT, UDA_STEPS = 8.0, 1500  # λ, and the steps over which it grows from 0
-FEEDBACK_WEIGHT = 1.0  # 0: the student copies a UDA teacher; shows what the feedback adds
+FEEDBACK_WEIGHT = 1.0  # 0: a UDA teacher whose labels a student learns, to see what the feedback adds
 EMA = 0.995  # decay of the student's moving average
 
 
@@ -38,12 +38,12 @@ EMA = 0.995  # decay of the student's moving average
 
 
 def two_moons():
-    """Two interleaved half circles: 2,000 points (2000, 2) and their classes (2000,)."""
+    """Two interleaved half circles, scaled to mean 0 and deviation 1: points (2000, 2), classes (2000,)."""
     angle = torch.linspace(0, math.pi, 1000)
     upper = torch.stack([angle.cos(), angle.sin()], dim=1)
     lower = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], dim=1)
     points = torch.cat([upper, lower]) + 0.1 * torch.randn(2000, 2)
-    return points - torch.tensor([0.5, 0.25]), torch.arange(2000) // 1000
+    return (points - torch.tensor([0.5, 0.25])) / torch.tensor([0.87, 0.5]), torch.arange(2000) // 1000
 
 
 def views(points):
@@ -64,9 +64,12 @@ def sgd(network):
 
 
 def step(teacher, student, teacher_sgd, student_sgd, x, y, weak, strong, uda_weight, soft):
-    """B labelled inputs x of classes y (B,), and the weak and the strong view of N unlabelled inputs."""
-    # 1. The teacher labels the weak views. Soft labels are its prediction q itself, hard labels the most
-    #    probable class of q (the paper draws a class from q).
+    """On B labelled inputs x of classes y (B,), and the weak and the strong view of N unlabelled inputs.
+
+    ``soft`` pseudo labels are distributions over the K classes; otherwise they are hard, one class each.
+    """
+    # 1. The teacher labels the weak views: soft labels are its prediction q, hard labels the most probable
+    #    class (the paper draws a class from q).
     t_x, t_weak, t_strong = teacher(torch.cat([x, weak, strong])).split([len(x), len(weak), len(strong)])
     q = F.softmax(t_weak, dim=1)  # (N, K), with its graph: the feedback reaches the teacher through it
     labels = q.detach() if soft else F.one_hot(q.argmax(dim=1), q.shape[1]).to(q.dtype)  # (N, K)
@@ -118,8 +121,8 @@ def train(method, steps, seed):
     torch.manual_seed(seed)
     points, classes = two_moons()
     test_points, test_classes = two_moons()
-    labelled = torch.cat([torch.randperm(1000)[:3], 1000 + torch.randperm(1000)[:3]])  # 3 of each class
-    x, y = points[labelled], classes[labelled]  # no other class is looked at in training
+    labeled = torch.cat([torch.randperm(1000)[:3], 1000 + torch.randperm(1000)[:3]])  # 3 of each class
+    x, y = points[labeled], classes[labeled]  # training uses no other class
 
     teacher, student = network(), network()
     average = copy.deepcopy(student)  # the network that is evaluated
