@@ -708,7 +708,7 @@ def jitter(points, std, generator=None):
     return points.float() + std * noise
 
 
-MIXUP = 4  # the first integer of the random key of mixup, as those in ``loader.py`` are of theirs
+MIXUP = 4  # the first integer of the random key of mixup, as those in ``engine/loader.py`` are of theirs
 
 
 def mixup_shares(images, alpha, seed, step, rank=0, world_size=1):

@@ -2,7 +2,7 @@
 
 ``load_dataset`` calls the reader of a data set (``READERS``, one function each), splits what it returns and
 hands on a ``Dataset``: the labelled, unlabelled, validation and test images, each an ``ImageSet``. By then
-small images are in memory; of large ones only the paths are known, and ``loader.py`` decodes them.
+small images are in memory; of large ones only the paths are known, and ``engine/loader.py`` decodes them.
 
 A new data set needs one function that returns a ``Source`` and one line of ``READERS``.
 """
@@ -18,7 +18,7 @@ import torch
 from filelock import FileLock
 from torch.nn import functional as F
 
-from folders import (
+from engine.folders import (
     class_folders,
     find_folders,
     ignored_kinds,
@@ -29,7 +29,7 @@ from folders import (
     relative,
     split_folder,
 )
-from images import (
+from engine.images import (
     SMALL,
     ImageSet,
     Reading,
@@ -46,8 +46,8 @@ from images import (
     sizes_line,
     value_range_line,
 )
-from runtime import UserError, write_atomically
-from tables import find_table
+from engine.runtime import UserError, write_atomically
+from engine.tables import find_table
 
 # Channel mean and standard deviation of the training images / 255, as published for each data set.
 STATISTICS = {

@@ -7,12 +7,12 @@
 
 The recipes are in run_*.sh. A run leaves checkpoint/NAME_*.pth.tar and results/NAME/. This file is the story
 in the order of time: flags, set-up (``main``), ``train_loop``, ``finetune``, ``evaluate``. One step of a
-method is in ``methods/``, what a checkpoint remembers and what is refused in ``commands.py``.
+method is in ``methods/``, what a checkpoint remembers and what is refused in ``run/commands.py``.
 """
 
 import sys
 
-import script
+from run import script
 
 if __name__ == "__main__":
     script.begin("main.py")
@@ -25,18 +25,18 @@ import os
 import torch
 import torch.nn.functional as F
 
-import commands
 import utils
 from augmentation import ImageViews, PointViews
 from data import NAMES, OPTIONS, load_dataset, write_labeled
-from evaluation import gathered, measure_accuracy, measure_splits, predictions, score
-from learner import Learner, sgd
-from loader import TrainLoader
+from engine.evaluation import gathered, measure_accuracy, measure_splits, predictions, score
+from engine.learner import Learner, sgd
+from engine.loader import TrainLoader
+from engine.runtime import Runtime, UserError
 from methods import METHODS, saved_members
 from methods.feedback import ESTIMATORS
 from methods.uda import UDA_LOSSES
 from models import disable_dropout, head_of
-from runtime import Runtime, UserError
+from run import commands
 
 # ---------------------------------------------------------------- flags
 

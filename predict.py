@@ -14,7 +14,7 @@ Images are read as ``main.py --evaluate`` reads them, by the same functions, and
 import os
 import sys
 
-import script
+from run import script
 
 if __name__ == "__main__":
     script.begin("predict.py")
@@ -38,12 +38,12 @@ from typing import NamedTuple
 import torch
 
 from augmentation import ImageViews, normalization
-from evaluation import EVALUATION_BATCH, predictions, ranked
-from folders import image_tree, listed, relative
-from images import IMAGE_SUFFIXES, SMALL, ImageSet, Reading, constant_lines, value_range_line
+from engine.evaluation import EVALUATION_BATCH, predictions, ranked
+from engine.folders import image_tree, listed, relative
+from engine.images import IMAGE_SUFFIXES, SMALL, ImageSet, Reading, constant_lines, value_range_line
+from engine.runtime import Runtime, UserError, write_atomically
 from methods import METHODS, network_name, predicting_roles
 from models import Ensemble, build_model
-from runtime import Runtime, UserError, write_atomically
 from utils import (
     Parser,
     Progress,

@@ -5,7 +5,7 @@
 # published batch of 512 over all processes. Time: not measured yet.
 GPUS=${GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 exec torchrun --standalone --nproc-per-node "$GPUS" \
-    main.py --name imagenet-10 --dataset imagenet --data-path data/imagenet --num-labeled 0.1 --model resnet50 \
+    "$(dirname "$0")/main.py" --name imagenet-10 --dataset imagenet --data-path data/imagenet --num-labeled 0.1 --model resnet50 \
     --amp --channels-last --sync-bn --workers 8 --method mpl --total-steps 700000 --eval-step 5000 \
     --batch-size 128 --accumulate 8 --mu 15 --teacher-lr 0.6 --student-lr 0.4 --nesterov --weight-decay 1e-4 \
     --ema 0.999 --grad-clip 5 --warmup-steps 5000 --student-wait-steps 20000 --label-smoothing 0.1 \

@@ -15,7 +15,7 @@ what is left.
 
 import sys
 
-import script
+from run import script
 
 if __name__ == "__main__":
     script.begin("tune.py")
@@ -39,11 +39,11 @@ import sqlalchemy
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-import commands
 import main as program
-from folders import find_folders
+from engine.folders import find_folders
+from engine.runtime import UserError, write_atomically
 from pictures.drawing import BLUE, GREEN, GREY, HEADING, TITLE, VERMILION, grid, legible, new_figure, save
-from runtime import UserError, write_atomically
+from run import commands
 from utils import Interrupt, Parser, between, read_run, writing
 
 POLL = 0.2  # seconds between two looks at a trial

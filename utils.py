@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from runtime import UserError, write_atomically
+from engine.runtime import UserError, write_atomically
 
 # ---------------------------------------------------------------- the command line
 

@@ -19,7 +19,7 @@ are computed from its checkpoint and its data.
 
 import sys
 
-import script
+from run import script
 
 if __name__ == "__main__":
     script.begin("visualize.py")
@@ -38,9 +38,9 @@ import torch
 
 import data
 from augmentation import TABLE, Draws, ImageViews, PointViews
-from commands import INCIDENTAL, PATHS
-from evaluation import measure_accuracy, predictions
-from loader import batches
+from engine.evaluation import measure_accuracy, predictions
+from engine.loader import batches
+from engine.runtime import Runtime, UserError
 from methods import network_name
 from models import build_model, head_of
 from pictures import report
@@ -62,7 +62,7 @@ from pictures.drawing import (
     series,
     things_of,
 )
-from runtime import Runtime, UserError
+from run.commands import INCIDENTAL, PATHS
 from utils import (
     Parser,
     between,

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import jvp
 
-from runtime import UserError
+from engine.runtime import UserError
 
 
 @dataclass

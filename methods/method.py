@@ -1,8 +1,8 @@
 """What the methods share: the class ``Method``, micro-batches, pseudo labels and their loss, networks.
 
-A method owns its networks with what trains them (``learner.py``). ``step`` takes one step on the ``Views`` of
-one batch and returns a dict of scalar tensors for the meters, without waiting for the device. Plain
-attributes such as ``uses_unlabeled`` say what a method uses.
+A method owns its networks with what trains them (``engine/learner.py``). ``step`` takes one step on the
+``Views`` of one batch and returns a dict of scalar tensors for the meters, without waiting for the device.
+Plain attributes such as ``uses_unlabeled`` say what a method uses.
 """
 
 import argparse
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from augmentation import Views, mixup, mixup_shares, neighbours
-from learner import Learner, RMSProp, parameter_groups, sgd
+from engine.learner import Learner, RMSProp, parameter_groups, sgd
+from engine.runtime import UserError
 from models import build_model
-from runtime import UserError
 from utils import learning_rate, load_state, predictor_state, ramp_up, tell
 
 # ---------------------------------------------------------------- micro-batches

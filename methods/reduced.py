@@ -5,8 +5,8 @@ import os
 
 import torch.nn.functional as F
 
-from evaluation import stored_predictions
-from loader import to_device
+from engine.evaluation import stored_predictions
+from engine.loader import to_device
 from methods.method import fixed_teacher
 from methods.mpl import MPL
 from methods.uda import Logits

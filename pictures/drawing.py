@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import UserError, write_atomically
+from engine.runtime import UserError, write_atomically
 from utils import writing
 
 WIDTH = 9.0  # inches; at 100 pixels per inch what a README shows

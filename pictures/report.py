@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from evaluation import predictions
-from images import image_size
-from loader import batches
+from engine.evaluation import predictions
+from engine.images import image_size
+from engine.loader import batches
+from engine.runtime import write_atomically
 from pictures.drawing import STUDENT, TEACHER, encoded, method_of, things_of
-from runtime import write_atomically
 from utils import read_checked, read_confusion
 
 # --------------------------------------------------------------------------------------------- measurements

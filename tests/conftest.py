@@ -45,7 +45,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture
 def bf16(monkeypatch):
     """A CPU computes in bf16, as slowly as it may: PyTorch emulates what a processor does not have."""
-    monkeypatch.setattr("runtime.Runtime._has_bf16", lambda self: True)
+    monkeypatch.setattr("engine.runtime.Runtime._has_bf16", lambda self: True)
 
 
 @pytest.fixture(autouse=True)

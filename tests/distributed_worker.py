@@ -10,11 +10,11 @@ import torch
 import main
 from augmentation import ImageViews, PointViews, Views
 from data import Dataset
-from evaluation import gathered, measure_accuracy, predictions, score
-from images import ImageSet
+from engine.evaluation import gathered, measure_accuracy, predictions, score
+from engine.images import ImageSet
+from engine.runtime import Runtime, UserError
 from methods import METHODS
 from models import build_model
-from runtime import Runtime, UserError
 from utils import Meters
 
 STEPS, BATCH, MU, UNLABELED = 5, 8, 2, 37

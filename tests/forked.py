@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from script import execute
+from run.script import execute
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import main
-import runtime
+from engine import runtime
 
 FLAGS = (
     "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --mu 2 --device cpu "

@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from runtime import StepGraph
+from engine.runtime import StepGraph
 
 
 def fuse(optimizer):

@@ -21,8 +21,8 @@ import main
 import visualize
 from augmentation import ImageViews
 from data import load_dataset
-from evaluation import measure_accuracy
-from runtime import UserError
+from engine.evaluation import measure_accuracy
+from engine.runtime import UserError
 from utils import read_run
 
 ROOT = Path(main.__file__).parent
@@ -151,11 +151,11 @@ def test_killed_and_resumed_is_bit_identical(unbroken, tmp_path):
 def test_terminated_saves_and_resumes(tmp_path):
     """SIGTERM to a script is one to the program."""
     flags = [*MOONS, "--total-steps", "300", "--eval-step", "300", "--name", "run"]
-    arguments = [*recipe_words("run_twomoons.sh"), *flags]
+    arguments = [*recipe_words("recipes/twomoons.sh"), *flags]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir(), broken.mkdir()
     run(*arguments, cwd=whole)
-    process = start("run_twomoons.sh", *flags, cwd=broken)
+    process = start("recipes/twomoons.sh", *flags, cwd=broken)
     assert any("results go to" in line for line in process.stderr)  # training begins
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
@@ -446,13 +446,10 @@ def photographs(root, parts, sizes, classes=2):
 def start(name, *flags, cwd, **environment):
     """``bash NAME FLAGS`` in ``cwd``, with this Python, in a process group of its own."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    shell = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)} | environment
-    for each in ROOT.glob("*.sh"):  # as in the clone, but what they leave is left in cwd
-        text = re.sub(r"\b(main|visualize)\.py", rf"'{ROOT}/\1.py'", each.read_text())
-        (cwd / each.name).write_text(text)
+    shell = os.environ | {"PATH": path} | environment
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(
-        ["bash", name, *map(str, flags)], cwd=cwd, env=shell, start_new_session=True, **streams
+        ["bash", ROOT / name, *map(str, flags)], cwd=cwd, env=shell, start_new_session=True, **streams
     )
 
 
@@ -502,7 +499,7 @@ def test_folder_recipe_on_large_photographs(tmp_path):
         "--data-path",
         tmp_path / "mine",
     ]
-    done = script("run_folder.sh", *flags, cwd=tmp_path)
+    done = script("recipes/folder.sh", *flags, cwd=tmp_path)
     assert "% (ensemble)" in done.stdout.splitlines()[-1]
     assert checkpoint(tmp_path, "mine_last")["switched"]
     assert "(folder, 4 labels, mpl, seed 0)" in done.stdout
@@ -527,7 +524,7 @@ def test_the_benchmark_of_methods_goes_on(tmp_path):
 
     def call():
         flags = {"cwd": tmp_path, "SEEDS": "3", "STEPS": "9"} | environment
-        return start("benchmark_methods.sh", "--device", "cpu", "--no-pictures", **flags)
+        return start("benchmarks/methods.sh", "--device", "cpu", "--no-pictures", **flags)
 
     def finished():
         return [name for name in names if (results / name / "finished").exists()]
@@ -545,7 +542,7 @@ def test_the_benchmark_of_methods_goes_on(tmp_path):
         fcntl.lockf(busy, fcntl.LOCK_EX)
         again = call()
         out, err = again.communicate(timeout=400)
-    assert again.returncode == 1 and err.splitlines()[-1] == f"benchmark_methods.sh: {names[3]} has failed"
+    assert again.returncode == 1 and err.splitlines()[-1] == f"benchmarks/methods.sh: {names[3]} has failed"
     assert f"{names[1]} is being trained by another process" in out and err.count("has failed") == 1
     assert finished() == [names[0], names[2]] and "6 labels, supervised" not in out
     teacher = json.loads((results / names[2] / "args.json").read_text())["teacher_checkpoint"]
@@ -568,7 +565,7 @@ def test_the_gpu_script_finds_a_form_that_works(tmp_path):
     (tmp_path / "python").chmod(0o755)
     tiny = "--num-labeled 8 --model wrn-10-1 --batch-size 2 --mu 1 --resize 8 --finetune-epochs 0".split()
     room = {"DEVICE": "cpu", "DATA": "images", "TRAIN": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = script("benchmark_gpu.sh", "start", *tiny, cwd=tmp_path, **room)
+    done = script("benchmarks/gpu.sh", "start", *tiny, cwd=tmp_path, **room)
     found = (tmp_path / "gpu/form.txt").read_text()
     form, steps = re.fullmatch(r': "\$\{FORM=(.*)\}" "\$\{STEPS:=(\d+)\}"\n', found).groups()
     assert form == ""
@@ -578,7 +575,7 @@ def test_the_gpu_script_finds_a_form_that_works(tmp_path):
     last = json.loads((tmp_path / "gpu/metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == int(steps)
     assert done.stdout.splitlines()[-1].split()[:2] == [steps, f"{last['top1']:.2f}"]
-    again = script("benchmark_gpu.sh", "train", *tiny, cwd=tmp_path, **room)
+    again = script("benchmarks/gpu.sh", "train", *tiny, cwd=tmp_path, **room)
     assert f"--total-steps {steps} is reached: nothing is left to train" in again.stdout
 
 
@@ -592,7 +589,7 @@ ROUNDS = (
 def noisy_student_rounds(flags, cwd, then=":"):
     """The words behind main.py in every round, as the shell hands them to it; ``then``: what it would do."""
     stand_in = f'python() {{ printf "%s " "${{@:2}}"; echo; {then}; }}; . "$0"'
-    command = ["bash", "-c", stand_in, ROOT / "run_noisy_student.sh", *flags]
+    command = ["bash", "-c", stand_in, ROOT / "recipes/noisy_student.sh", *flags]
     told = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=True).stdout
     return [line.split() for line in told.splitlines()]
 
@@ -606,7 +603,7 @@ def test_noisy_student_goes_on_wherever_it_was_killed(tmp_path):
     for words in noisy_student_rounds(ROUNDS, tmp_path, then=leave):
         assert forked.run_main(words, whole).returncode == 0
     for killed_at, number in (("ns-0_finetune_last", signal.SIGKILL), ("ns-1_last", signal.SIGTERM)):
-        process = start("run_noisy_student.sh", *ROUNDS, cwd=broken)
+        process = start("recipes/noisy_student.sh", *ROUNDS, cwd=broken)
         deadline = time.monotonic() + 200
         while not (broken / f"checkpoint/{killed_at}.pth.tar").exists():
             assert process.poll() is None and time.monotonic() < deadline
@@ -619,7 +616,7 @@ def test_noisy_student_goes_on_wherever_it_was_killed(tmp_path):
         assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
         assert ("stopped after step" in said) == (number == signal.SIGTERM)
         assert not (broken / "results/ns-1/summary.json").exists(), "killed too late"
-    done = script("run_noisy_student.sh", *ROUNDS, cwd=broken)
+    done = script("recipes/noisy_student.sh", *ROUNDS, cwd=broken)
     assert "ns-0" not in done.stderr and "ns-1" in done.stderr  # a finished round is skipped
     for number in (0, 1):
         one, other = (tensors(checkpoint(folder, f"ns-{number}_finetune_last")) for folder in (whole, broken))
@@ -649,30 +646,38 @@ def test_the_rounds_of_noisy_student(tmp_path):
 
 @pytest.mark.parametrize("flags", (["--rounds", "two"], ["--rounds"]))
 def test_noisy_student_counts_its_rounds(flags, tmp_path):
-    process = start("run_noisy_student.sh", *flags, cwd=tmp_path)
+    process = start("recipes/noisy_student.sh", *flags, cwd=tmp_path)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2 and "--rounds" in said and not (tmp_path / "checkpoint").exists()
 
 
 # several commands: it has a test of its own
 @pytest.mark.parametrize(
-    "name", sorted({path.name for path in ROOT.glob("run_*.sh")} - {"run_noisy_student.sh"})
+    "name",
+    sorted(
+        str(path.relative_to(ROOT))
+        for path in (*ROOT.glob("run_*.sh"), *ROOT.glob("recipes/*.sh"))
+        if path.name != "noisy_student.sh"
+    ),
 )
 def test_every_recipe_is_one_command_that_takes_flags(name):
     """Every flag of a recipe is known, and what is given behind it overrides it."""
     text = (ROOT / name).read_text()
-    assert text.count("main.py") == 1 and text.rstrip().endswith('"$@"')
+    assert text.count("exec ") == 1 and text.rstrip().endswith('"$@"')
     args = main.parse_arguments([*recipe_words(name), "--seed", "7", "--total-steps", "123456"])
     assert args.seed == 7 and args.total_steps == 123_456
 
 
 def recipe_words(name, **environment):
     """The flags of a recipe script, as the shell hands them to ``main.py``."""
-    stand_in = 'exec() { "$@"; }; python() { printf "%s\\n" "$@"; }; torchrun() { python "$@"; }; . "$0"'
+    stand_in = (
+        'exec() { "$@"; }; bash() { . "$@"; }; python() { printf "%s\\n" "$@"; }; '
+        'torchrun() { python "$@"; }; . "$0"'
+    )
     shell = os.environ | {"GPUS": "8"} | environment
     told = subprocess.run(["bash", "-c", stand_in, ROOT / name], capture_output=True, text=True, env=shell)
     words = told.stdout.splitlines()
-    return words[words.index("main.py") + 1 :]
+    return words[1 + next(number for number, word in enumerate(words) if word.endswith("main.py")) :]
 
 
 def test_imagenet_finetunes_with_the_published_batch():
@@ -690,8 +695,8 @@ TINY_RECIPE = (
 @pytest.mark.parametrize(
     ("name", "write", "counts", "unlabelled"),
     [
-        ("run_stl10.sh", write_stl10, {"train": 20, "test": 5, "unlabeled": 6}, 26),
-        ("run_svhn.sh", write_svhn, {"train": 20, "test": 5, "extra": 6}, 26),
+        ("recipes/stl10.sh", write_stl10, {"train": 20, "test": 5, "unlabeled": 6}, 26),
+        ("recipes/svhn.sh", write_svhn, {"train": 20, "test": 5, "extra": 6}, 26),
     ],
 )
 def test_recipes_with_unlabelled_images_of_their_own(
@@ -705,7 +710,7 @@ def test_recipes_with_unlabelled_images_of_their_own(
     said = capsys.readouterr()
     assert f"10 labelled, {unlabelled} unlabelled, 5 test images" in said.err
     assert said.out.splitlines()[-1].startswith("top-1 ")
-    run_name = recipe_words(name)[1]
+    run_name = main.parse_arguments(recipe_words(name)).name
     assert main.run(["--evaluate", "--resume", f"checkpoint/{run_name}_last.pth.tar"]) == 0
 
 
@@ -713,7 +718,7 @@ def test_the_semimeta_recipe(tmp_path, monkeypatch, capsys):
     """From start to end on a tiny CIFAR-100; the first step is at a tenth of the rate, the second at less."""
     monkeypatch.chdir(tmp_path)
     write_cifar(tmp_path, monkeypatch, classes=100, packed=False)
-    words = [*recipe_words("run_semimeta.sh"), "--resize", "16", "--data-path", str(tmp_path)]
+    words = [*recipe_words("recipes/semimeta.sh"), "--resize", "16", "--data-path", str(tmp_path)]
     words += (
         "--total-steps 2 --eval-step 2 --batch-size 4 --num-labeled 100 --device cpu --log-step 1".split()
     )

@@ -23,9 +23,9 @@ from sklearn.datasets import load_digits
 
 import data
 from data import load_dataset, split_labels, write_labeled
-from folders import image_tree, place_of, relative
-from images import channel_statistics
-from runtime import UserError
+from engine.folders import image_tree, place_of, relative
+from engine.images import channel_statistics
+from engine.runtime import UserError
 
 
 def picture(width, height, seed=0):

@@ -7,9 +7,9 @@ from torch import nn
 
 from augmentation import ImageViews, PointViews
 from data import Dataset
-from evaluation import measure_accuracy, measure_splits, stored_predictions
-from images import ImageSet, fingerprints, read_image
-from runtime import Runtime
+from engine.evaluation import measure_accuracy, measure_splits, stored_predictions
+from engine.images import ImageSet, fingerprints, read_image
+from engine.runtime import Runtime
 
 # ---------------------------------------------------------------- accuracies
 

@@ -28,13 +28,12 @@ from conftest import teacher_file
 from PIL import Image
 from test_cli import assert_same_checkpoint
 
-import evaluation
-import loader
 import main
 import methods
-from loader import TrainLoader
-from runtime import Runtime, UserError
-from script import execute, run
+from engine import evaluation, loader
+from engine.loader import TrainLoader
+from engine.runtime import Runtime, UserError
+from run.script import execute, run
 
 ROOT = Path(main.__file__).parent
 TINY = (

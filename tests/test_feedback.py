@@ -13,11 +13,11 @@ from torchvision.models import VisionTransformer
 from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.ops import StochasticDepth
 
-from learner import Learner, sgd
+from engine.learner import Learner, sgd
+from engine.runtime import Runtime, UserError
 from methods import feedback
 from methods.feedback import ESTIMATORS, StudentStep, feedback_term
 from models import build_model
-from runtime import Runtime, UserError
 
 
 class Small(nn.Module):

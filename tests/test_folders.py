@@ -15,11 +15,11 @@ from test_data import picture, refusal, write_cifar, write_stl10, write_tree
 from test_run_state import FOLDER, load, summary
 
 import data
-import images
 import main
 import visualize
 from data import Dataset, load_dataset, split_labels, write_labeled
-from folders import image_tree, place_of
+from engine import images
+from engine.folders import image_tree, place_of
 from utils import read_run
 
 CLASSES = {"cat": 4, "dog": 4}

@@ -22,10 +22,19 @@ import main
 import predict
 from augmentation import GREY, OPERATIONS, Draws, ImageViews, RandAugment, fill_level
 from data import load_dataset
-from folders import image_tree
-from images import ORIENTATION, Reading, image_size, levels, read_crop, read_image, read_whole, upright_rgb
-from loader import TrainLoader, batches
-from runtime import Runtime
+from engine.folders import image_tree
+from engine.images import (
+    ORIENTATION,
+    Reading,
+    image_size,
+    levels,
+    read_crop,
+    read_image,
+    read_whole,
+    upright_rgb,
+)
+from engine.loader import TrainLoader, batches
+from engine.runtime import Runtime
 from utils import read_run
 from visualize import load as load_run
 
@@ -564,7 +573,7 @@ def test_a_scan_of_210_megapixels_is_reduced_while_it_is_decoded(tmp_path, monke
         decoded.append(upright_rgb(image, *rest))
         return decoded[-1]
 
-    monkeypatch.setattr("images.upright_rgb", decode)
+    monkeypatch.setattr("engine.images.upright_rgb", decode)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         centre, whole = read_image(path, 224, "none"), read_image(path, 64, "pad")

@@ -11,11 +11,11 @@ from test_data import damage, picture, ramp, write_tree
 
 from augmentation import ImageViews, PointViews
 from data import Dataset, load_dataset
-from evaluation import EVALUATION_BATCH, predictions, stored_predictions
-from images import ORIENTATION, ImageSet, random_crop_box, read_crop, read_image, upright_rgb
-from loader import TrainLoader, batches
+from engine.evaluation import EVALUATION_BATCH, predictions, stored_predictions
+from engine.images import ORIENTATION, ImageSet, random_crop_box, read_crop, read_image, upright_rgb
+from engine.loader import TrainLoader, batches
+from engine.runtime import Runtime, UserError
 from models import build_model
-from runtime import Runtime, UserError
 
 
 def process(rank=0, world_size=1):
@@ -107,7 +107,8 @@ def test_jpegs_are_decoded_at_reduced_scale_where_the_crop_allows_it(tmp_path, m
     picture(1600, 400).save(tmp_path / "turned.jpg", exif=exif)
     decoded = []
     monkeypatch.setattr(
-        "images.upright_rgb", lambda image, *rest: decoded.append(image.size) or upright_rgb(image, *rest)
+        "engine.images.upright_rgb",
+        lambda image, *rest: decoded.append(image.size) or upright_rgb(image, *rest),
     )
     read_image(tmp_path / "large.jpg", 64, "none")  # its box of 1050 pixels becomes 131 at 1/8
     read_image(tmp_path / "large.jpg", 224, "none")  # and 262 at 1/4

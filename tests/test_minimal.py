@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 import main
 from augmentation import Views
+from engine.runtime import Runtime
 from methods import METHODS
-from runtime import Runtime
 
 SCRIPT = Path(__file__).parent.parent / "docs" / "minimal.py"
 

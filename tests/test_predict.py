@@ -23,9 +23,9 @@ from test_run_state import photographs
 import main
 import predict
 from augmentation import ImageViews
-from images import ORIENTATION
-from runtime import Runtime
-from tables import find_table
+from engine.images import ORIENTATION
+from engine.runtime import Runtime
+from engine.tables import find_table
 from utils import write_csv
 
 ROOT = Path(main.__file__).parent

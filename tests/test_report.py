@@ -19,9 +19,9 @@ import data
 import main
 import visualize
 from augmentation import ImageViews
+from engine.runtime import Runtime
 from pictures import drawing, report
 from pictures.drawing import STUDENT, TEACHER
-from runtime import Runtime
 from utils import read_run
 
 CLASSES = ["\"quoted\" & 'single'", "<img src=x onerror=alert(1)>", "قطة", "$x_1$ $\\bad{"]

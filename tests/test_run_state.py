@@ -19,17 +19,17 @@ from PIL import Image
 from test_cli import ROOT, assert_same_checkpoint, run, tensors
 from test_data import write_cifar
 
-import commands
 import main
 import utils
 import visualize
 from data import load_dataset
-from evaluation import measure_accuracy, predictions
+from engine.evaluation import measure_accuracy, predictions
+from engine.runtime import Runtime, UserError
 from methods import METHODS as METHOD_CLASSES
 from methods.method import build_network, saved_members
 from models import mean_prediction
 from pictures import drawing
-from runtime import Runtime, UserError
+from run import commands
 
 DIGITS = (
     "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --device cpu --workers 0 "

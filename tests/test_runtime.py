@@ -14,8 +14,8 @@ from conftest import needs_compiler
 from recorded import RecordedStep, fuse
 
 import main
-from learner import sgd
-from runtime import Runtime, UserError, read_content
+from engine.learner import sgd
+from engine.runtime import Runtime, UserError, read_content
 
 
 class Payload:
@@ -232,7 +232,7 @@ def test_freed_memory_is_kept():
     """In a process of its own: of 64 MiB that were freed 16 are written again without new pages."""
     program = """
 import resource, torch
-from runtime import Runtime
+from engine.runtime import Runtime
 Runtime("cpu")
 def faults(megabytes):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

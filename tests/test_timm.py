@@ -12,12 +12,12 @@ import torch.distributed as dist
 from test_models import on_meta, randomise_norms, same_weights
 from torch import nn
 
-import commands
 import main
 from augmentation import Views
+from engine.runtime import Runtime, SyncBatchNorm, UserError, with_norms
 from methods import METHODS
 from models import build_model, disable_dropout, head_of
-from runtime import Runtime, SyncBatchNorm, UserError, with_norms
+from run import commands
 
 timm = pytest.importorskip("timm")
 from safetensors.torch import save_file  # noqa: E402 (comes with timm)

@@ -12,7 +12,7 @@ import torch
 
 import main
 import utils
-from runtime import Runtime, UserError
+from engine.runtime import Runtime, UserError
 from utils import Meters, NonFiniteError, RunLog, count_or_fraction, learning_rate, ramp_up, read_confusion
 
 

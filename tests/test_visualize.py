@@ -23,9 +23,9 @@ import main
 import visualize
 from augmentation import OPERATIONS, ImageViews
 from data import load_dataset
+from engine.runtime import Runtime, UserError
 from models import build_model, head_of
 from pictures import drawing
-from runtime import Runtime, UserError
 from utils import read_run
 
 PIXELS = round(drawing.WIDTH * drawing.PIXELS_PER_INCH)

@@ -108,7 +108,7 @@ def test_views_are_those_of_the_cpu(on_xla, name):
 def test_the_digits_recipe_trains_saves_resumes_and_evaluates(tmp_path, monkeypatch):
     """The recipe's own flags, small steps; its checkpoint goes on and is evaluated, on the CPU too."""
     monkeypatch.chdir(tmp_path)
-    recipe = (ROOT / "run_digits.sh").read_text().split("main.py", 1)[1]
+    recipe = (ROOT / "recipes/digits.sh").read_text().split('main.py"', 1)[1]
     small = "--model wrn-10-1 --eval-step 3 --batch-size 4 --resize 4 --no-pictures".split()
     train = [*recipe.replace("\\\n", " ").replace('"$@"', "").split(), *small]
 

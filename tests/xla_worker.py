@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import main
 from augmentation import Views
 from data import load_dataset
-from loader import TrainLoader
+from engine.loader import TrainLoader
+from engine.runtime import Runtime
 from methods import METHODS
-from runtime import Runtime
 from utils import Meters
 
 

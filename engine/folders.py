@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from images import IMAGE_SUFFIXES, ImageSet, reason
-from runtime import UserError
+from engine.images import IMAGE_SUFFIXES, ImageSet, reason
+from engine.runtime import UserError
 
 # ------------------------------------------------------------------------------------- the parts of a folder
 

@@ -5,7 +5,8 @@
 # This project's own: --amp, --channels-last, --eval-step, no weight decay on batch norm, grey instead of black
 # borders, dropout of single activations instead of whole channels, and labelled images among the unlabelled ones.
 # Not yet run to the end.
-exec python main.py --name semimeta-cifar100-10k --dataset cifar100 --num-labeled 10000 --model convlarge --amp \
+root=$(cd "$(dirname "$0")/.." && pwd)
+exec python "$root/main.py" --name semimeta-cifar100-10k --dataset cifar100 --num-labeled 10000 --model convlarge --amp \
     --channels-last --method semimeta --total-steps 400000 --eval-step 1000 --batch-size 128 --mu 1 \
     --student-lr 0.1 --weight-decay 1e-4 --ema 0 --bn-momentum 0.1 --bn-eps 1e-5 \
     --warmup-steps 4000 --schedule milestones --milestones 300000 350000 \

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # 40 labels of 1,297 handwritten digits that come with scikit-learn: three to four minutes on two CPU cores.
-exec python main.py --name digits --dataset digits --num-labeled 40 --model wrn-10-2 --amp --channels-last \
+root=$(cd "$(dirname "$0")/.." && pwd)
+exec python "$root/main.py" --name digits --dataset digits --num-labeled 40 --model wrn-10-2 --amp --channels-last \
     --method mpl --total-steps 900 --eval-step 300 --batch-size 32 --mu 4 \
     --teacher-lr 0.05 --student-lr 0.05 --nesterov --weight-decay 5e-4 --warmup-steps 50 --ema 0.99 \
     --label-smoothing 0.1 --randaug 2 16 --temperature 0.9 --threshold 0.5 --lambda-u 4 --uda-steps 200 --align 0.2 \

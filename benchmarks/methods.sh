@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Every method on handwritten digits (20 and 40 labels) and on two moons, five seeds each; then the tables, in Markdown.
 # A call goes on where the last one was stopped; several calls side by side on one machine share the runs.
-#   bash benchmark_methods.sh [FLAGS]      flags of main.py, for every run
-#   METHODS="supervised mpl" TASKS=digits-40 SEEDS="0 1" STEPS=90 OUT=results/short bash benchmark_methods.sh
+#   bash benchmarks/methods.sh [FLAGS]      flags of main.py, for every run
+#   METHODS="supervised mpl" TASKS=digits-40 SEEDS="0 1" STEPS=90 OUT=results/short bash benchmarks/methods.sh
 set -uo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
 
 # A method: its name and its flags. @NAME stands for the checkpoint of that method's run on the same task and seed.
 methods=(
@@ -25,9 +26,9 @@ methods=(
 baseline=supervised # the method that the tables compare the others with
 # A task: its name, its labels, the script with its recipe, and flags for all methods: digits with an eighth of the work.
 tasks=(
-    "digits-20    20   run_digits.sh     --model wrn-10-1 --batch-size 16"
-    "digits-40    40   run_digits.sh     --model wrn-10-1 --batch-size 16"
-    "twomoons-6   6    run_twomoons.sh"
+    "digits-20    20   recipes/digits.sh     --model wrn-10-1 --batch-size 16"
+    "digits-40    40   recipes/digits.sh     --model wrn-10-1 --batch-size 16"
+    "twomoons-6   6    recipes/twomoons.sh"
 )
 OUT=${OUT:-results/methods} SEEDS=${SEEDS:-0 1 2 3 4} STEPS=${STEPS:-}
 METHODS=${METHODS:-${methods[*]%% *}} TASKS=${TASKS:-${tasks[*]%% *}}
@@ -53,7 +54,7 @@ while [ "$started" ]; do
                 flags[i]=$OUT/checkpoint/${teacher}_best.pth.tar
             fi
         done
-        bash "$recipe" --name "$run" --num-labeled "$labels" --seed "$seed" --finetune-epochs 0 --resume auto \
+        bash "$root/$recipe" --name "$run" --num-labeled "$labels" --seed "$seed" --finetune-epochs 0 --resume auto \
             --results-path "$OUT" --save-path "$OUT/checkpoint" ${STEPS:+--total-steps "$STEPS"} \
             $common "${flags[@]:1}" "$@" 2>&1 < /dev/null | tee -i "$said"
         status=${PIPESTATUS[0]}
@@ -82,11 +83,11 @@ for task in "${tasks[@]}"; do
     done; done
     [ "${#runs[@]}" -gt 0 ] || continue
     printf '\n%s\n\n' "$data"
-    python visualize.py table "${runs[@]}" ${against[@]+"${against[@]}"} || exit
+    python "$root/visualize.py" table "${runs[@]}" ${against[@]+"${against[@]}"} || exit
 done
-[ -z "$waiting" ] || echo "benchmark_methods.sh: busy in another call, or their teachers are not among METHODS:$waiting" >&2
+[ -z "$waiting" ] || echo "benchmarks/methods.sh: busy in another call, or their teachers are not among METHODS:$waiting" >&2
 status=0
 for run in $failed; do
-    finished "$run" || { echo "benchmark_methods.sh: $run has failed" >&2 && status=1; }
+    finished "$run" || { echo "benchmarks/methods.sh: $run has failed" >&2 && status=1; }
 done
 exit "$status"

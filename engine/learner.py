@@ -6,8 +6,8 @@ import torch
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from engine.runtime import UserError, full_precision
 from models import ModelEMA, head_of
-from runtime import UserError, full_precision
 from utils import load_state
 
 

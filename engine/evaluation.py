@@ -10,9 +10,9 @@ import os
 import torch
 import torch.nn.functional as F
 
-from loader import batches, part_of
+from engine.loader import batches, part_of
+from engine.runtime import UserError, read_content, write_atomically
 from models import mean_prediction
-from runtime import UserError, read_content, write_atomically
 from utils import tell
 
 EVALUATION_BATCH = 256  # fixed, so that an accuracy does not depend on the command that asks for it

@@ -6,7 +6,7 @@ workers, straight to uint8 crops. Both ways the n-th image of a run depends on t
 the number of workers, nor on whether the run was resumed.
 
 The file follows an image backwards: the order in which images are drawn, the training batches, the batches of
-an evaluation, the workers that decode. What they decode of a file is in ``images.py``.
+an evaluation, the workers that decode. What they decode of a file is in ``engine/images.py``.
 """
 
 import math
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from images import DECODING_ERRORS, REPAIR, ImageSet, cannot_read, read_image
-from runtime import UserError
+from engine.images import DECODING_ERRORS, REPAIR, ImageSet, cannot_read, read_image
+from engine.runtime import UserError
 
 CHUNK = 32  # images that a worker decodes at a time: large batches are spread over the workers
 

@@ -2,11 +2,12 @@
 # Noisy Student (Xie, Luong, Hovy, Le, CVPR 2020) on CIFAR-10 with 4,000 labels. Round 0 learns from the labels; in each
 # of the --rounds (3) after it a student learns, under noise, the soft labels of the round before, and is finetuned on
 # the labelled images. Stopped at any moment, the same command goes on where it was. Any flag can be overridden:
-#   bash run_noisy_student.sh --rounds 2 --name mine --student-model wrn-28-4 --seed 1
+#   bash recipes/noisy_student.sh --rounds 2 --name mine --student-model wrn-28-4 --seed 1
 # Round K is the run NAME-K. Published (for ImageNet): soft labels, a student no smaller than its teacher, three rounds,
 # RandAugment 2 27, dropout 0.5. This project's own: network, steps, rates and batches (near run_cifar10.sh), labels by
 # finetuning and not in each batch, no stochastic depth, no choice among the unlabelled images. Not yet run to the end.
 set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
 name=noisy-student rounds=3 folder=checkpoint others=(--resume auto)
 while [ $# -gt 0 ]; do
     case $1 in
@@ -14,7 +15,7 @@ while [ $# -gt 0 ]; do
         set -- "${1%%=*}" "${1#*=}" "${@:2}"
         ;;
     --name | --rounds | --save-path)
-        [ $# -gt 1 ] || { echo "run_noisy_student.sh: $1 needs a value" >&2; exit 2; }
+        [ $# -gt 1 ] || { echo "recipes/noisy_student.sh: $1 needs a value" >&2; exit 2; }
         case $1 in --name) name=$2 ;; --rounds) rounds=$2 ;; *) folder=$2 ;; esac
         shift 2
         ;;
@@ -24,7 +25,7 @@ while [ $# -gt 0 ]; do
         ;;
     esac
 done
-[[ $rounds =~ ^[0-9]+$ ]] || { echo "run_noisy_student.sh: --rounds takes a whole number, not '$rounds'" >&2; exit 2; }
+[[ $rounds =~ ^[0-9]+$ ]] || { echo "recipes/noisy_student.sh: --rounds takes a whole number, not '$rounds'" >&2; exit 2; }
 
 for round in $(seq 0 "$rounds"); do
     if [ -f "$folder/$name-$((round + 1))_last.pth.tar" ]; then
@@ -39,7 +40,7 @@ for round in $(seq 0 "$rounds"); do
     fi
     trap 'kill -TERM "$run"' TERM
     trap : INT # it reaches the run, too
-    python main.py --dataset cifar10 --num-labeled 4000 --model wrn-28-2 --amp --channels-last \
+    python "$root/main.py" --dataset cifar10 --num-labeled 4000 --model wrn-28-2 --amp --channels-last \
         --total-steps 100000 --eval-step 1000 --batch-size 128 --student-lr 0.05 --nesterov --weight-decay 5e-4 \
         --ema 0.995 --warmup-steps 5000 --randaug 2 27 --student-dropout 0.5 \
         "${method[@]}" --name "$name-$round" --save-path "$folder" "${others[@]}" &

@@ -13,10 +13,10 @@ import re
 import torch
 
 from data import STATISTICS
+from engine.runtime import Runtime, UserError
 from methods import METHODS, network_name
 from methods.feedback import ESTIMATORS
 from models import TIMM, count_flops, count_parameters, timm_statistics
-from runtime import Runtime, UserError
 from utils import Parser, say, tell, well_formed, writing
 
 # flags that belong to one command and are not taken from a checkpoint

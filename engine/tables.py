@@ -15,9 +15,9 @@ from collections import Counter, defaultdict
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from folders import Found, image_tree, listed, relative
-from images import IMAGE_SUFFIXES, ImageSet, reason
-from runtime import UserError
+from engine.folders import Found, image_tree, listed, relative
+from engine.images import IMAGE_SUFFIXES, ImageSet, reason
+from engine.runtime import UserError
 
 # names of columns, in lower case
 FILE_COLUMNS = ("filename", "file", "file_name", "image", "image_name", "img", "data", "path", "filepath")

@@ -2,9 +2,10 @@
 # Transfer to your own images, 3 % of them labelled: a ResNet-18 with ImageNet weights of which only the head
 # learns, AdamW, one cycle, role-playing and an ensemble of the two networks, as TransferMPL has them (its views are
 # others). Needs --data-path. Without the download: --weights FILE, --no-pretrained --no-freeze-body, or
-# run_folder_small.sh. To train the body too, more slowly: --no-freeze-body --body-lr-scale 0.1.
+# recipes/folder_small.sh. To train the body too, more slowly: --no-freeze-body --body-lr-scale 0.1.
 # Time: not measured yet.
-exec python main.py --dataset folder --num-labeled 0.03 --resize 224 --model resnet18 --pretrained \
+root=$(cd "$(dirname "$0")/.." && pwd)
+exec python "$root/main.py" --dataset folder --num-labeled 0.03 --resize 224 --model resnet18 --pretrained \
     --freeze-body --amp --channels-last --method mpl --total-steps 2000 --eval-step 200 --batch-size 16 --mu 4 \
     --optimizer adamw --schedule one-cycle --teacher-lr 1e-3 --student-lr 1e-3 --weight-decay 1e-2 \
     --ema 0.99 --label-smoothing 0.1 --randaug 2 9 --temperature 0.7 --threshold 0.6 --lambda-u 1 --uda-steps 500 \

@@ -1,0 +1,1 @@
+"""Which run a command is about: its flags, its name, its record."""
