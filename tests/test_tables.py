@@ -487,8 +487,10 @@ def test_a_table_goes_with_its_folder_in_an_evaluation(here, capsys):
 
 
 def test_columns_without_a_table_have_no_effect(capsys):
-    args = main.parse_arguments(["--dataset", "digits", "--label-columns", "image", "class"])
-    assert args.label_columns is None and "--label-columns without effect" in capsys.readouterr().err
+    main.parse_arguments(["--dataset", "folder", "--label-columns", "image", "class"])
+    assert "--label-columns without effect" in capsys.readouterr().err
+    main.parse_arguments(["--labels", "labels.csv", "--label-columns", "image", "class"])
+    assert "without effect" not in capsys.readouterr().err
 
 
 def test_a_table_says_the_data_set(here, capsys):
