@@ -7,7 +7,7 @@ from torch import nn
 
 from augmentation import ImageViews, PointViews
 from data import Dataset
-from engine.evaluation import measure_accuracy, measure_splits, stored_predictions
+from engine.evaluation import measure_accuracy, measure_splits, ranked, stored_predictions
 from engine.images import ImageSet, fingerprints, read_image
 from engine.runtime import Runtime
 
@@ -28,6 +28,12 @@ def test_classes_without_images_are_no_part_of_the_mean_over_classes():
     assert confusion.tolist() == [[2, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0], [0, 1, 0, 0]]
     assert figures["top1"] == pytest.approx(100 * 3 / 5)
     assert figures["mean_class_top1"] == pytest.approx(100 * (2 / 3 + 1 + 0) / 3)
+
+
+def test_of_equal_classes_the_first_is_named():
+    """So that a network that has learned nothing has the same accuracy on every device."""
+    logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0, 2.0]])
+    assert ranked(logits, 3).tolist() == [[1, 2, 0], [0, 1, 2]]
 
 
 def test_validation_and_test_images_are_measured_apart():

@@ -195,13 +195,22 @@ def test_convlarge_is_the_published_table():
 
 def test_googlenet_takes_the_input_that_its_weights_expect():
     """They were trained on levels from -1 to 1, and ours are normalised as those of ImageNet."""
-    model = build_model("googlenet", 5, image_size=64).eval()
+    model = build_model("googlenet", 5, image_size=64).double().eval()
     plain = copy.deepcopy(model)
     plain.transform_input = False
-    levels = torch.rand(2, 3, 64, 64)
+    levels = torch.rand(2, 3, 64, 64, dtype=torch.float64)
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
     with torch.no_grad():
-        torch.testing.assert_close(model((levels - mean) / std), plain(2 * levels - 1), rtol=1e-3, atol=1e-4)
+        ours, expected = model((levels - mean) / std), plain(2 * levels - 1)
+    assert (ours - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_what_is_built_here_of_torchvisions_parts_starts_as_published():
+    """The first layer of a ResNet for small images, and EfficientNet-L2's batch norm."""
+    first = build_model("resnet18", 10, image_size=32).conv1.weight
+    assert first.std().item() == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.05)
+    norms = [m for m in on_meta("efficientnet-l2", 10).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {norm.eps for norm in norms} == {1e-3}
 
 
 # ----------------------------------------------------------------------------------- the published block

@@ -65,7 +65,7 @@ def test_what_is_no_checkpoint_is_refused_by_what_it_is(tmp_path):
 def test_statistics_of_compiled_batch_norm_are_sums(shape, tracking):
     """Outputs, gradients and running statistics are PyTorch's, also of values far from zero."""
     kind = torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d
-    plain = torch.nn.Sequential(kind(3, eps=1e-3, momentum=0.3))
+    plain = torch.nn.Sequential(kind(3, eps=0.3, momentum=0.3))
     torch.nn.init.normal_(plain[0].weight)
     torch.nn.init.normal_(plain[0].bias)
     placed = Runtime("cpu", compiled=True).place(copy.deepcopy(plain))
@@ -177,6 +177,17 @@ def test_dropout_is_decided_by_the_key_and_the_process():
 
     assert drawn(0, 5) == drawn(0, 5)
     assert len({drawn(0, 5), drawn(0, 6), drawn(1, 5), drawn(0, 5, rank=1)}) == 4
+
+
+def test_a_generator_is_seeded():
+    first, again, other = (torch.rand(3, generator=Runtime("cpu").generator(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_networks_are_placed_in_the_memory_order_that_was_asked_for():
+    for channels_last in (False, True):
+        weight = Runtime("cpu", channels_last=channels_last).place(torch.nn.Conv2d(3, 4, 3)).weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
 def test_save_writes_every_path(tmp_path):
