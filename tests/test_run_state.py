@@ -1347,6 +1347,15 @@ def test_checkpoints_that_are_no_ensemble(folder_run, here, capsys):
     assert "birds_last.pth.tar has other classes than" in sentence
 
 
+def test_an_ensemble_has_one_truth():
+    """Also where images have no fingerprints: the classes of the test images must be the same."""
+    one, other = (load_dataset("digits", num_labeled=10, resize=size) for size in (8, 12))
+    commands.check_same_test(one, other, "a", "b")
+    other.test.targets = other.test.targets.flip(0)
+    with pytest.raises(UserError, match="b has other test images than a"):
+        commands.check_same_test(one, other, "a", "b")
+
+
 def test_no_top5_with_five_classes_or_fewer(here, capsys):
     photographs(here / "mine", classes="abcde", count=10)
     words = [*FOLDER[:2], "--num-labeled", "5", *FOLDER[4:]]

@@ -74,6 +74,10 @@ def test_meters_name_the_first_step_and_term_that_was_not_finite(tmp_path):
     (tmp_path / "last").touch()
     with pytest.raises(NonFiniteError, match=r"the checkpoint .*last predates it$"):
         meters.read()
+    for step in range(5, 8):  # the good one follows: the first is named
+        meters.update({"good": torch.tensor(float("inf")), "bad": torch.tensor(float("nan"))}, step)
+    with pytest.raises(NonFiniteError, match=r"^step 3: bad is not finite; "):
+        meters.read()
 
 
 def test_the_last_line_is_the_result():
@@ -145,6 +149,19 @@ def test_the_record_drops_what_is_about_to_be_written_again(tmp_path):
     RunLog(tmp_path, Namespace(seed=2), start_step=0, tensorboard=False)
     assert steps() == []
     assert json.loads((tmp_path / "args.json").read_text())["seed"] == 2
+
+
+@pytest.mark.parametrize("start_step", [None, 10])
+def test_the_record_keeps_what_finetuning_goes_on_from(tmp_path, start_step):
+    """Its lines come after those of the training, up to the step that it has come to."""
+    log = RunLog(tmp_path, Namespace(seed=0), tensorboard=False)
+    log.record(10, {"top1": 1.0})
+    for step in (12, 14, 16):
+        log.record(step, {"finetune_loss": 1.0})
+    options = {"start_step": start_step, "finetune_from": 14, "tensorboard": False}
+    RunLog(tmp_path, Namespace(seed=0), **options)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 12, 14]
 
 
 def test_the_record_of_another_run_is_removed(tmp_path):
