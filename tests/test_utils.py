@@ -171,8 +171,10 @@ def test_the_record_of_another_run_is_removed(tmp_path):
     log.summary({"top1": 50.0})
     counts, classes = read_confusion(tmp_path / "confusion.json")
     assert counts.tolist() == [[3, 1], [0, 4]] and classes == ["cat", "dog"]
+    for name in ("labeled.txt", "labeled_indices.txt", "predictions.csv", "curves.png", "notes.md"):
+        (tmp_path / name).write_text("")
     RunLog(tmp_path, Namespace(seed=0), run_id="two", tensorboard=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"args.json", "notes.md"}  # which is the user's
 
 
 @pytest.mark.parametrize("total", (10, 137))
