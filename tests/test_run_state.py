@@ -556,6 +556,12 @@ def test_what_belongs_to_a_command_is_not_remembered():
     assert not args.overwrite and args.start_step == 3 and args.resume == os.path.abspath("x.pth.tar")
 
 
+def test_a_run_does_not_end_before_its_checkpoint():
+    assert continued(main.parse_arguments([]), "--total-steps", "3").start_step == 3
+    with pytest.raises(UserError, match=r"x\.pth\.tar is of step 3: give a larger --total-steps"):
+        continued(main.parse_arguments([]), "--total-steps", "2")
+
+
 def test_the_size_of_a_run_that_took_its_images_size(capsys):
     before = main.parse_arguments(["--dataset", "folder"])
     assert before.resize is None
@@ -790,6 +796,34 @@ def test_a_run_of_the_same_name_is_refused_and_kept(copied, capsys):
     before = everything(copied)
     sentence = refused(capsys, *DIGITS, "--method", "supervised")
     assert all(way in sentence for way in ("--resume auto", "--overwrite", "--name"))
+    assert everything(copied) == before
+
+
+def test_a_run_of_the_same_name_in_another_place_is_kept(copied, capsys):
+    shutil.copytree("checkpoint", "other")
+    before = everything("other")
+    words = ["--resume", "checkpoint/run_last.pth.tar", "--total-steps", "12", "--save-path", "other"]
+    assert "run was trained before: --resume auto continues it" in refused(capsys, *words)
+    assert everything("other") == before
+
+
+def test_the_finetuning_of_another_run_is_not_this_ones(copied):
+    """Left beside it where a run was killed while it replaced another of its name."""
+    path = Path("checkpoint/run_finetune_last.pth.tar")
+    own = load(path)
+    weights = {name: torch.zeros_like(value) for name, value in own["avg_state_dict"].items()}
+    torch.save(own | {"run": "another", "avg_state_dict": weights, "finetune_top1": 99.99}, path)
+    os.utime(path, (10**9, 10**9))
+    assert command("--resume", "checkpoint/run_last.pth.tar") == 0
+    assert summary("run")["finetune_top1"] == own["finetune_top1"] == load(path)["finetune_top1"]
+    assert_same_networks(load(path)["avg_state_dict"], own["avg_state_dict"])
+
+
+def test_the_finetuning_of_another_step_is_not_this_ones(copied, capsys):
+    torch.save(load("checkpoint/run_last.pth.tar") | {"step": 4}, "checkpoint/run_step00000004.pth.tar")
+    before = everything(copied)
+    words = ["--finetune", "--resume", "checkpoint/run_step00000004.pth.tar"]
+    assert "was finetuned before, with other flags or from another checkpoint" in refused(capsys, *words)
     assert everything(copied) == before
 
 
@@ -1332,6 +1366,15 @@ def test_checkpoints_that_are_no_ensemble(folder_run, here, capsys):
     assert command(*FOLDER, "--data-path", "birds") == 0
     sentence = refused(capsys, "--evaluate", *both[:2], "--resume", "checkpoint/birds_last.pth.tar")
     assert "birds_last.pth.tar has other classes than" in sentence
+
+
+def test_an_ensemble_has_one_truth():
+    """Also where images have no fingerprints: the classes of the test images must be the same."""
+    one, other = (load_dataset("digits", num_labeled=10, resize=size) for size in (8, 12))
+    commands.check_same_test(one, other, "a", "b")
+    other.test.targets = other.test.targets.flip(0)
+    with pytest.raises(UserError, match="b has other test images than a"):
+        commands.check_same_test(one, other, "a", "b")
 
 
 def test_no_top5_with_five_classes_or_fewer(here, capsys):

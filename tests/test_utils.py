@@ -74,6 +74,10 @@ def test_meters_name_the_first_step_and_term_that_was_not_finite(tmp_path):
     (tmp_path / "last").touch()
     with pytest.raises(NonFiniteError, match=r"the checkpoint .*last predates it$"):
         meters.read()
+    for step in range(5, 8):  # the good one follows: the first is named
+        meters.update({"good": torch.tensor(float("inf")), "bad": torch.tensor(float("nan"))}, step)
+    with pytest.raises(NonFiniteError, match=r"^step 3: bad is not finite; "):
+        meters.read()
 
 
 def test_the_last_line_is_the_result():
@@ -147,6 +151,19 @@ def test_the_record_drops_what_is_about_to_be_written_again(tmp_path):
     assert json.loads((tmp_path / "args.json").read_text())["seed"] == 2
 
 
+@pytest.mark.parametrize("start_step", [None, 10])
+def test_the_record_keeps_what_finetuning_goes_on_from(tmp_path, start_step):
+    """Its lines come after those of the training, up to the step that it has come to."""
+    log = RunLog(tmp_path, Namespace(seed=0), tensorboard=False)
+    log.record(10, {"top1": 1.0})
+    for step in (12, 14, 16):
+        log.record(step, {"finetune_loss": 1.0})
+    options = {"start_step": start_step, "finetune_from": 14, "tensorboard": False}
+    RunLog(tmp_path, Namespace(seed=0), **options)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [10, 12, 14]
+
+
 def test_the_record_of_another_run_is_removed(tmp_path):
     log = RunLog(tmp_path, Namespace(seed=0), run_id="one", tensorboard=False)
     log.record(10, {"top1": 50.0})
@@ -154,8 +171,10 @@ def test_the_record_of_another_run_is_removed(tmp_path):
     log.summary({"top1": 50.0})
     counts, classes = read_confusion(tmp_path / "confusion.json")
     assert counts.tolist() == [[3, 1], [0, 4]] and classes == ["cat", "dog"]
+    for name in ("labeled.txt", "labeled_indices.txt", "predictions.csv", "curves.png", "notes.md"):
+        (tmp_path / name).write_text("")
     RunLog(tmp_path, Namespace(seed=0), run_id="two", tensorboard=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["args.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"args.json", "notes.md"}  # which is the user's
 
 
 @pytest.mark.parametrize("total", (10, 137))
