@@ -461,15 +461,9 @@ def test_a_given_value_range_is_that_of_the_run(here, capsys):
         ("plain24", ("0", "4096"), "was trained without --value-range: it cannot go on with "),
         ("plain24", (), None),
     ):
-        command = [
-            "--resume",
-            f"checkpoint/{run}_last.pth.tar",
-            "--total-steps",
-            "4",
-            "--value-range",
-            *given,
-        ]
-        status = main.run([*command, "--no-pictures"])
+        command = ["--resume", f"checkpoint/{run}_last.pth.tar", "--total-steps", "4", "--no-pictures"]
+        command += ["--value-range", *given] if given else []
+        status = main.run(command)
         said = capsys.readouterr().err
         assert status == (2 if refused else 0) and (refused or "") in said
         assert "Traceback" not in said
