@@ -347,11 +347,7 @@ def read_images(image_set, size, workers, skip_unreadable):
             )
         images, image_set = images[torch.from_numpy(readable)], image_set.subset(np.flatnonzero(readable))
     return ImageSet(
-        image_set.targets,
-        images.contiguous(),
-        names=image_set.names,
-        fingerprints=image_set.fingerprints,
-        reading=image_set.reading,
+        image_set.targets, images.contiguous(), names=image_set.names, fingerprints=image_set.fingerprints
     )
 
 
