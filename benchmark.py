@@ -68,16 +68,17 @@ import main as training
 import predict as classifier
 from augmentation import GREY, OPERATIONS, ImageViews
 from data import Dataset
+from engine.files import write_atomically
 from engine.folders import image_tree
 from engine.images import ImageSet, read_crop
 from engine.learner import without_trace
 from engine.loader import TrainLoader
-from engine.runtime import Runtime, UserError, write_atomically
+from engine.runtime import Runtime
 from methods import METHODS, feedback
 from methods.method import soft_cross_entropy
 from models import build_model, count_flops, count_parameters
 from pictures import drawing
-from utils import Meters
+from utils import Meters, UserError
 
 MEAN, STD = (0.491, 0.482, 0.447), (0.247, 0.243, 0.262)
 

@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from torch.nn import functional as F
 
+from engine.files import write_atomically
 from engine.folders import (
     class_folders,
     find_folders,
@@ -46,8 +47,8 @@ from engine.images import (
     sizes_line,
     value_range_line,
 )
-from engine.runtime import UserError, write_atomically
 from engine.tables import find_table
+from utils import UserError
 
 # Channel mean and standard deviation of the training images / 255, as published for each data set.
 STATISTICS = {

@@ -7,7 +7,7 @@
 
 The recipes are in run_*.sh. A run leaves checkpoint/NAME_*.pth.tar and results/NAME/. This file is the story
 in the order of time: flags, set-up (``main``), ``train_loop``, ``finetune``, ``evaluate``. One step of a
-method is in ``methods/``, what a checkpoint remembers and what is refused in ``run/commands.py``.
+method is in ``methods/``, what a checkpoint remembers and what is refused in ``run/``.
 """
 
 import sys
@@ -28,31 +28,44 @@ import torch.nn.functional as F
 import utils
 from augmentation import ImageViews, PointViews
 from data import NAMES, OPTIONS, load_dataset, write_labeled
+from engine.checkpoint import load_state, predictor_state
 from engine.evaluation import gathered, measure_accuracy, measure_splits, predictions, score
 from engine.learner import Learner, sgd
 from engine.loader import TrainLoader
-from engine.runtime import Runtime, UserError
+from engine.runtime import Runtime
 from methods import METHODS, saved_members
 from methods.feedback import ESTIMATORS
 from methods.uda import UDA_LOSSES
 from models import disable_dropout, head_of
-from run import commands
+from run import arguments, identity
+from run.record import (
+    FRESH,
+    POSITION,
+    RunLog,
+    figures_of,
+    measured,
+    new_run_id,
+    result_lines,
+    summarize,
+    summarize_together,
+)
+from utils import UserError
 
 # ---------------------------------------------------------------- flags
 
 
 # fmt: off
 def build_parser():
-    parser = utils.Parser(description="Meta Pseudo Labels in PyTorch. The recipes in run_*.sh are complete command lines.")
-    steps, count, small = utils.between(int, 1), utils.between(int, 0), utils.between(float, 0, 0.999999)
-    rate, weight, share = utils.between(float, 0, 1e3), utils.between(float, 0, 1e6), utils.between(float, 0, 1)
+    parser = arguments.Parser(description="Meta Pseudo Labels in PyTorch. The recipes in run_*.sh are complete command lines.")
+    steps, count, small = arguments.between(int, 1), arguments.between(int, 0), arguments.between(float, 0, 0.999999)
+    rate, weight, share = arguments.between(float, 0, 1e3), arguments.between(float, 0, 1e6), arguments.between(float, 0, 1)
     yes_or_no = argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("run").add_argument
     add("--name", help="name of the run and of its files (default: the data set's, or its folder's)")
     add("--save-path", default="checkpoint", help="folder of the checkpoints")
     add("--results-path", default="results", help="folder of metrics, summary and pictures")
-    add("--seed", type=utils.between(int, 0, 2**63 - 1), default=0, help="of labels, initial weights, batches, augmentation")
+    add("--seed", type=arguments.between(int, 0, 2**63 - 1), default=0, help="of labels, initial weights, batches, augmentation")
     add("--resume", metavar="CKPT", help="checkpoint to continue, finetune or evaluate; flags that are not given are taken from it. auto: the last of this --name, if there is one")
     add("--keep", type=count, default=0, metavar="N", help="also keep the checkpoints of the last N evaluations")
     add("--pictures", action=yes_or_no, default=True, help="draw the run's curves and confusion when it ends, which takes about a second; visualize.py draws them at any time")
@@ -74,7 +87,7 @@ def build_parser():
     add("--data-path", default="data", help="folder of the data set")
     add("--labels", metavar="FILE", help="table of the classes of your own images (CSV with a header such as image,label), in the place of class folders: --dataset folder")
     add("--label-columns", nargs=2, metavar=("FILE", "LABEL"), help="with --labels: its columns of file names and of labels (default: found by the usual names)")
-    add("--num-labeled", type=utils.count_or_fraction, default=4000, metavar="N", help="labelled images, drawn per class with --seed; below 1: a fraction of the training images; all: every one")
+    add("--num-labeled", type=arguments.count_or_fraction, default=4000, metavar="N", help="labelled images, drawn per class with --seed; below 1: a fraction of the training images; all: every one")
     add("--labeled-indices", metavar="FILE", help="take these labelled images: labeled_indices.txt of a run, labeled.txt of one on a folder")
     add("--num-val", type=count, default=0, metavar="N", help="training images with labels held out to choose the best checkpoint; 0: the last is taken, unless the folder has a validation set (val/ beside train/ and test/)")
     add("--test-fraction", type=small, default=0.2, metavar="F", help="folder without test/ or val/: part of every class that is set aside for testing")
@@ -82,15 +95,15 @@ def build_parser():
     add("--unlabeled-mode", default="add", choices=("add", "only"), help="in addition to the training images, or instead of them")
     add("--keep-test-copies", action="store_true", help="also learn from images that are copies of test or validation images, as published results on STL-10 do")
     add("--skip-unreadable", action="store_true", help="name and leave out images that cannot be read, instead of stopping")
-    add("--value-range", type=utils.between(float, -1e30, 1e30), nargs=2, metavar=("LOW", "HIGH"), help="values of deep images (16 bits, 32 bits, floats) that become black and white (default: 0 and the largest value of the training images, rounded up to 1, 255, 1023, 4095, 16383, 65535, …)")
-    add("--max-megapixels", type=utils.between(float, 0.001, 1e6), default=500.0, metavar="N", help="larger images count as unreadable; a JPEG is reduced while it is decoded")
+    add("--value-range", type=arguments.between(float, -1e30, 1e30), nargs=2, metavar=("LOW", "HIGH"), help="values of deep images (16 bits, 32 bits, floats) that become black and white (default: 0 and the largest value of the training images, rounded up to 1, 255, 1023, 4095, 16383, 65535, …)")
+    add("--max-megapixels", type=arguments.between(float, 0.001, 1e6), default=500.0, metavar="N", help="larger images count as unreadable; a JPEG is reduced while it is decoded")
     add("--num-classes", type=steps, metavar="K", help="checked against the data set")
-    add("--resize", type=utils.between(int, 1, 2**12), metavar="PIXELS", help="side of the images (default: digits 16, cifar10, cifar100 and svhn 32, stl10 96, imagenet 224; a folder: the one size of its images up to 64, else 224)")
+    add("--resize", type=arguments.between(int, 1, 2**12), metavar="PIXELS", help="side of the images (default: digits 16, cifar10, cifar100 and svhn 32, stl10 96, imagenet 224; a folder: the one size of its images up to 64, else 224)")
     add("--workers", type=count, default=2, help="threads or processes that read images")
     add("--expand-labels", action="store_true", help="accepted for published commands: labelled images are always repeated endlessly here")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--randaug", type=utils.between(int, 0, 100), nargs=2, default=[2, 16], metavar=("LAYERS", "MAGNITUDE"), help="RandAugment of the strong view: operations per image, and their strength on a scale where 10 is an operation's full range; larger goes beyond (CIFAR-10 recipe: 2 16)")
+    add("--randaug", type=arguments.between(int, 0, 100), nargs=2, default=[2, 16], metavar=("LAYERS", "MAGNITUDE"), help="RandAugment of the strong view: operations per image, and their strength on a scale where 10 is an operation's full range; larger goes beyond (CIFAR-10 recipe: 2 16)")
     add("--labeled-view", default="weak", choices=("weak", "strong"), help="augmentation of the labelled images (strong: RandAugment, as in the paper's Table 10)")
     add("--mixup-alpha", type=rate, default=0.0, metavar="F", help="supervised, uda, fixmatch, mpl, semimeta: mixup of the labelled images in the loss of the teacher (of the only network), shares drawn from Beta(F, F): with each other, with semimeta with unlabelled ones; 0: none (semimeta recipe: 1)")
     add("--jitter", type=rate, nargs=2, default=[0.0, 0.3], metavar=("WEAK", "STRONG"), help="two moons: standard deviation of the noise of each view")
@@ -102,9 +115,9 @@ def build_parser():
     add("--weights", metavar="FILE", help="start from the weights in this file instead")
     add("--normalize", default="auto", choices=("auto", "imagenet", "dataset"), help="mean and standard deviation of images: auto takes what --pretrained (ImageNet's, for timm/NAME its own) or --weights expects, else the data set's")
     add("--bn-momentum", type=share, metavar="F", help="share of a batch in batch norm's running statistics (default: 0.01, as published; with --pretrained or --weights that of the network)")
-    add("--bn-eps", type=utils.between(float, 1e-12, 1), metavar="F", help="added to batch norm's variance (default: 1e-3, as published; with --pretrained or --weights that of the network)")
+    add("--bn-eps", type=arguments.between(float, 1e-12, 1), metavar="F", help="added to batch norm's variance (default: 1e-3, as published; with --pretrained or --weights that of the network)")
     add("--freeze-body", action=yes_or_no, default=False, help="train only the last layer, the rest stays as --pretrained or --weights start it")
-    add("--body-lr-scale", type=utils.between(float, 1e-6, 1e3), default=1.0, metavar="F", help="learning rate of all layers but the last, as a multiple of the last one's; finetuning too (transfer: 0.1 or less)")
+    add("--body-lr-scale", type=arguments.between(float, 1e-6, 1e3), default=1.0, metavar="F", help="learning rate of all layers but the last, as a multiple of the last one's; finetuning too (transfer: 0.1 or less)")
     add("--teacher-dropout", type=small, default=0.0, help="before the classifier (CIFAR-10 recipe: 0.2)")
     add("--student-dropout", type=small, default=0.0, help="before the classifier (CIFAR-10 recipe: 0.2)")
     add("--stochastic-depth", type=small, metavar="F", help="probability that a network's last block is left out in training, evenly less towards the first: EfficientNet, ConvNeXt, Swin, MaxViT (default: the network's own, 0.2 for EfficientNet)")
@@ -115,8 +128,8 @@ def build_parser():
     add("--eval-step", type=steps, default=1000, help="steps between evaluations, with a checkpoint each")
     add("--log-step", type=steps, default=50, help="steps between lines of metrics.jsonl (losses, rates, images per second), each of which waits for the device")
     add("--start-step", type=count, default=0, help="first step (set by --resume)")
-    add("--batch-size", type=utils.between(int, 1, 2**20), default=64, help="labelled images per step and process")
-    add("--mu", type=utils.between(int, 1, 2**10), default=7, help="unlabelled images per labelled image")
+    add("--batch-size", type=arguments.between(int, 1, 2**20), default=64, help="labelled images per step and process")
+    add("--mu", type=arguments.between(int, 1, 2**10), default=7, help="unlabelled images per labelled image")
     add("--teacher-lr", "--teacher_lr", type=rate, default=0.05, help="mpl: peak learning rate (with --switch-every: of the network that begins as the teacher); reduced-mpl: that of the perceptron")
     add("--student-lr", "--student_lr", type=rate, default=0.05, help="peak learning rate (with --switch-every: of the network that begins as the student); of the only network, too, where there is no teacher")
     add("--accumulate", type=steps, default=1, metavar="N", help="take a step's batch in N micro-batches, one after the other, for less memory; batch norm sees one of them at a time")
@@ -137,7 +150,7 @@ def build_parser():
     add("--ensemble", action=yes_or_no, default=False, help="mpl: evaluate the mean of the student's and the teacher's probabilities, of their moving averages where there are (transfer recipe)")
     add("--teacher-warmup-steps", type=count, default=0, metavar="N", help="mpl: steps in which the teacher learns from the labels alone, before its other losses begin; the student waits as long, or --student-wait-steps where that is more")
     add("--student-labeled-weight", type=weight, default=0.0, metavar="F", help="mpl: weight of the labelled images in the student's loss, beside its pseudo labels; 0, as published: none")
-    add("--temperature", type=utils.between(float, 1e-3, 1e3), default=0.7, help="uda, mpl: below 1 sharpens the prediction on the weak view")
+    add("--temperature", type=arguments.between(float, 1e-3, 1e3), default=0.7, help="uda, mpl: below 1 sharpens the prediction on the weak view")
     add("--confidence", default="threshold", choices=("threshold", "relative", "soft"), help="uda, fixmatch, mpl: which unlabelled images count: those that reach --threshold; those that reach --threshold times the mean confidence on the labelled images (AdaMatch); or all, each by a weight that falls with its distance below the mean confidence of recent steps (SoftMatch)")
     add("--threshold", type=share, default=0.6, help="uda, fixmatch, mpl: least probability from which on an image counts, after sharpening (fixmatch, published 0.95: without); with --confidence relative a factor of the mean confidence on the labelled images, neither of them sharpened (published: 0.9)")
     add("--uda-loss", default="ce", choices=(*UDA_LOSSES,), help="uda, mpl: between the sharpened prediction on the weak view and the one on the strong view: cross-entropy, or negative cosine similarity as in TransferMPL")
@@ -149,7 +162,7 @@ def build_parser():
     add("--pseudo-label", default="argmax", choices=("argmax", "sample", "soft"), help="pseudo-label, mpl, reduced-mpl: most probable class, a class drawn, or the distribution")
     add("--pseudo-label-view", default="weak", choices=("weak", "strong"), help="pseudo-label, mpl: the view that the teacher labels")
     add("--feedback", default="taylor", choices=("none", *ESTIMATORS), help="mpl, reduced-mpl: how the student's labelled loss reaches the teacher (reduced-mpl: the perceptron): not at all, by the change of the loss, by the product of two gradients, or by the exact gradient with respect to the pseudo labels")
-    add("--feedback-weight", type=utils.between(float, -1e6, 1e6), default=1.0, help="mpl, reduced-mpl: factor of the feedback term")
+    add("--feedback-weight", type=arguments.between(float, -1e6, 1e6), default=1.0, help="mpl, reduced-mpl: factor of the feedback term")
     add("--feedback-reduction", default="mean", choices=("mean", "sum"), help="mpl, reduced-mpl: of the scalar feedbacks (taylor, dot) over the unlabelled images; sum is unbiased, mean is what the published code does")
     add("--feedback-view", default="same", choices=("same", "strong"), help="mpl: the view whose labels taylor and dot push: the one that was labelled, or the strong one with labels of its own, as MPL-pytorch does")
     add("--feedback-momentum", type=small, default=0.0, help="mpl, reduced-mpl: decay of the moving average that is subtracted from a scalar feedback (published: 0.99)")
@@ -159,7 +172,7 @@ def build_parser():
 
     add = parser.add_argument_group("finetuning on the labelled images, after training").add_argument
     add("--finetune-epochs", type=count, default=625, help="0: none")
-    add("--finetune-batch-size", type=utils.between(int, 1, 2**20), default=512, help="at most all labelled images")
+    add("--finetune-batch-size", type=arguments.between(int, 1, 2**20), default=512, help="at most all labelled images")
     add("--finetune-lr", type=rate, default=3e-5, help="constant learning rate")
     add("--finetune-weight-decay", type=weight, default=0.0, help="weight decay, not applied to batch norm")
     add("--finetune-momentum", type=small, default=0.9, help="of SGD, with Nesterov")
@@ -169,7 +182,7 @@ def build_parser():
 
 def parse_arguments(argv, saved=None, path=None):
     """The command line, checked; what it does not say is as in the checkpoint ``saved`` at ``path``, if any."""
-    return commands.arguments(build_parser(), argv, saved, path)
+    return arguments.arguments(build_parser(), argv, saved, path)
 
 
 # ---------------------------------------------------------------- set-up
@@ -177,10 +190,10 @@ def parse_arguments(argv, saved=None, path=None):
 
 def main(argv):
     """From a command line to a trained, finetuned or evaluated network; UserError for invalid input."""
-    argv, *more = commands.each_checkpoint(argv)
+    argv, *more = arguments.each_checkpoint(argv)
     args, given = build_parser().parse_given(argv)
     checked = None if args.resume else parse_arguments(argv)  # before a device is started
-    runtime = Runtime(commands.device_of(args, given))
+    runtime = Runtime(arguments.device_of(args, given))
     args, saved = (checked, None) if checked else read_command(argv, runtime)
     if args.evaluate and args.amp and args.amp_dtype == "fp16" and runtime.kind != "cuda":
         utils.tell(runtime, f"fp16 needs CUDA: evaluating in float32 on {runtime.kind}")
@@ -198,7 +211,7 @@ def main(argv):
 def read_command(argv, runtime):
     """The arguments of a command, and the checkpoint of its ``--resume``, None without one."""
     args, given = build_parser().parse_given(argv)
-    path, saved = commands.read_checkpoint(args, runtime, bool(given & {"dataset", "labels"}))
+    path, saved = arguments.read_checkpoint(args, runtime, bool(given & {"dataset", "labels"}))
     return parse_arguments(argv, saved, path), saved
 
 
@@ -208,12 +221,12 @@ def train(args, runtime, saved, labels_given):
     All that can be refused is refused before anything is written. ``saved``: the checkpoint, {} without one.
     """
     # data
-    runtime.on_main(lambda: commands.replaces(args, saved))
+    runtime.on_main(lambda: identity.replaces(args, saved))
     with runtime.local_main_first():
         dataset = read_data(args, saved.get("data"), labels_given)
     if not saved and dataset.size:
         dataset.mean, dataset.std = map(
-            list, commands.expected_statistics(args) or (dataset.mean, dataset.std)
+            list, arguments.expected_statistics(args) or (dataset.mean, dataset.std)
         )
     views = build_views(args, dataset, runtime)
 
@@ -223,24 +236,24 @@ def train(args, runtime, saved, labels_given):
     if args.finetune:
         members = saved_members(args, runtime, saved, dataset, dataset.size)
     else:
-        shares = commands.class_shares(args, runtime, dataset)
+        shares = identity.class_shares(args, runtime, dataset)
         method = METHODS[args.method](args, dataset.num_classes, dataset.size, runtime, shares)
         if saved:
             method.load_state_dict(saved, args.resume)
 
     # the run: its id, its record, what an earlier process has finetuned
     base = saved["step"] if args.finetune else args.total_steps  # the step that finetuning follows
-    run = saved.get("run") if commands.is_own(args, saved) else runtime.on_main(utils.new_run_id)
-    tuned = commands.finetuned_before(args, runtime, saved, run, base)
+    run = saved.get("run") if identity.is_own(args, saved) else runtime.on_main(new_run_id)
+    tuned = identity.finetuned_before(args, runtime, saved, run, base)
     folder = os.path.join(args.results_path, args.name)
-    log = utils.RunLog(
+    log = RunLog(
         folder,
         args,
         run_id=run,
         start_step=None if args.finetune else args.start_step,
         finetune_from=base + tuned.get("finetune_step", 0) if args.finetune or tuned else None,
         active=runtime.is_main,
-        replace=runtime.on_main(lambda: commands.claim(args, saved)),
+        replace=runtime.on_main(lambda: identity.claim(args, saved)),
     )
 
     if method:
@@ -251,14 +264,12 @@ def train(args, runtime, saved, labels_given):
         for image_set in filter(None, (dataset.labeled, dataset.unlabeled, dataset.val, dataset.test)):
             image_set.on_unreadable = interrupt.note_fault
         runtime.on_main(lambda: write_labeled(log.folder, dataset))
-        commands.describe_run(args, runtime, dataset, method, folder, saved.get("step"))
+        identity.describe_run(args, runtime, dataset, method, folder, saved.get("step"))
         if method:
-            state = utils.FRESH | {
-                key: saved[key] for key in (*utils.FRESH, *utils.POSITION) if saved.get(key) is not None
-            }
+            state = FRESH | {key: saved[key] for key in (*FRESH, *POSITION) if saved.get(key) is not None}
             state["run"] = run
             train_loop(args, runtime, dataset, views, method, log, state, interrupt)
-            figures = utils.figures_of(state) | {"steps": args.total_steps}
+            figures = figures_of(state) | {"steps": args.total_steps}
             if method.teacher_network is not None and "teacher" not in method.members:
                 teacher = {"teacher": method.teacher_network}
                 test, _ = measure_accuracy(runtime, teacher, dataset.test, views)
@@ -267,9 +278,9 @@ def train(args, runtime, saved, labels_given):
             figures = {"steps": base}
             if "finetune_step" not in saved:
                 test, confusion = measure_accuracy(runtime, members, dataset.test, views)
-                figures |= utils.measured(test, confusion, dataset.classes)
+                figures |= measured(test, confusion, dataset.classes)
         earlier = log.read_summary() if args.finetune else {}
-        summary = utils.summarize(
+        summary = summarize(
             args, runtime, earlier | figures, len(dataset.labeled), dataset.val is not None, run
         )
         log.summary(summary)
@@ -280,7 +291,7 @@ def train(args, runtime, saved, labels_given):
             )
             log.summary(summary)
     if runtime.is_main:
-        print("\n".join(utils.result_lines(summary)), flush=True)
+        print("\n".join(result_lines(summary)), flush=True)
         try:
             if args.pictures:
                 import visualize  # here, so that training starts without what draws
@@ -305,7 +316,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     mu = args.mu if method.uses_unlabeled else 0
     loader = TrainLoader(dataset, args.batch_size, mu, args.seed, runtime, args.workers)
     loader.load_state_dict(state.get("loader", {"position": args.start_step}))
-    meters = utils.Meters(runtime, commands.checkpoint_path(args, "last"))
+    meters = utils.Meters(runtime, identity.checkpoint_path(args, "last"))
     if "meters" in state:
         meters.load_state_dict(state["meters"])
     progress = utils.Progress(args.name, args.total_steps, args.start_step, runtime.is_main)
@@ -323,7 +334,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
         state.update(meters=meters.state_dict(), loader=loader.state_dict())
         content = method.state_dict() | state
         content |= {"step": step + 1, "args": vars(args), "data": record_of_data}
-        commands.save(args, runtime, log, content, kinds)
+        identity.save(args, runtime, log, content, kinds)
 
     def stop(taken, status):
         """End the process after so many steps, saved if there are new ones."""
@@ -334,7 +345,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
             method.sync_statistics()
             loader.position = taken  # a batch that was drawn for the next step is drawn again
             checkpoint(taken - 1, "last")
-            progress.stopped(f"after step {taken}", commands.checkpoint_path(args, "last"))
+            progress.stopped(f"after step {taken}", identity.checkpoint_path(args, "last"))
         interrupt.end(status)
 
     runtime.finish_step()  # on XLA the set-up is no part of the first step
@@ -374,13 +385,13 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
                 state["best_top1"], state["best_step"] = test["top1"], step + 1
                 state["best_val_top1"] = val_top1
                 log.confusion(confusion, dataset.classes)
-            state.update(utils.measured(test, confusion, dataset.classes))
+            state.update(measured(test, confusion, dataset.classes))
             state["oracle_top1"] = max(state["oracle_top1"], test["top1"])
             log.record(step + 1, record)
             # the last one last: a run that is killed in between does this step again
             checkpoint(step, *["best"] * better, *[f"step{step + 1:08}"] * (args.keep > 0), "last")
             if args.keep and runtime.is_main:
-                commands.drop_checkpoints(args, step + 1)
+                identity.drop_checkpoints(args, step + 1)
             progress.record(step + 1, record)
             throughput.restart(step + 1)
 
@@ -394,8 +405,8 @@ def selected(args, runtime, dataset, network):
     """The network that validation chose; without ``--num-val`` the one given, after the last step."""
     if dataset.val is None:
         return network
-    network, best = copy.deepcopy(network), commands.checkpoint_path(args, "best")
-    utils.load_state(network, utils.predictor_state(runtime.load(best), best), best)
+    network, best = copy.deepcopy(network), identity.checkpoint_path(args, "best")
+    load_state(network, predictor_state(runtime.load(best), best), best)
     return network
 
 
@@ -432,11 +443,11 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
     )
     network = learner.network
     members = {"student": network}
-    meters = utils.Meters(runtime, commands.checkpoint_path(args, "finetune_last"))
+    meters = utils.Meters(runtime, identity.checkpoint_path(args, "finetune_last"))
     done, state = 0, {"best_val_top1": None, "finetune_top1": None}
     if before:
         done = before["finetune_step"]
-        utils.load_state(network, before["avg_state_dict"], commands.checkpoint_path(args, "finetune_last"))
+        load_state(network, before["avg_state_dict"], identity.checkpoint_path(args, "finetune_last"))
         learner.optimizer.load_state_dict(before["optimizer"])
         learner.scaler.load_state_dict(before["scaler"])
         meters.load_state_dict(before["meters"])
@@ -462,7 +473,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
             "args": vars(args),
             "data": record_of_data,
         }
-        commands.save(args, runtime, log, content | state, kinds)
+        identity.save(args, runtime, log, content | state, kinds)
 
     def stop(taken, status):
         if taken > done:
@@ -470,7 +481,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
             learner.sync_statistics()
             loader.position = taken
             checkpoint(taken - 1, "finetune_last")
-            path = commands.checkpoint_path(args, "finetune_last")
+            path = identity.checkpoint_path(args, "finetune_last")
             progress.stopped(f"after step {taken} of finetuning", path)
         interrupt.end(status)
 
@@ -524,14 +535,14 @@ def evaluate(runtime, found):
     """
     args, first = found[0][0], None
     paths = [each.resume for each, _ in found]
-    runtime.on_main(lambda: commands.make_folder(args.results_path))
+    runtime.on_main(lambda: identity.make_folder(args.results_path))
     walks, sources = {}, {}
     for number, (each, saved) in enumerate(found, 1):
         record = saved.get("data")
         with runtime.local_main_first():
             dataset = read_data(each, record, labels_given=False)
         first = first or dataset
-        commands.check_same_test(first, dataset, paths[0], each.resume)
+        identity.check_same_test(first, dataset, paths[0], each.resume)
         size = record["size"] if record else dataset.size
         members = saved_members(each, runtime, saved, dataset, size)
         views = build_views(each, dataset, runtime)
@@ -551,18 +562,18 @@ def evaluate(runtime, found):
 
     # the record
     name = "+".join(dict.fromkeys(each.name for each, _ in found))
-    folder = runtime.on_main(lambda: commands.free_folder(args.results_path, name))
+    folder = runtime.on_main(lambda: identity.free_folder(args.results_path, name))
     args.name = os.path.basename(folder)
-    summary = utils.summarize_together(args.name, found, runtime, test, confusion, first.classes)
+    summary = summarize_together(args.name, found, runtime, test, confusion, first.classes)
     args.resume = paths if len(paths) > 1 else paths[0]
-    log = utils.RunLog(folder, args, start_step=None, tensorboard=False, active=runtime.is_main)
+    log = RunLog(folder, args, start_step=None, tensorboard=False, active=runtime.is_main)
     log.record(max(saved["step"] for _, saved in found), test)
     log.confusion(confusion, first.classes)
     log.predictions(first.test, first.classes, predicted)
     log.summary(summary)
     utils.tell(runtime, f"the record of this evaluation is in {folder}")
     if runtime.is_main:
-        print("\n".join(utils.result_lines(summary)))
+        print("\n".join(result_lines(summary)))
 
 
 # ---------------------------------------------------------------- data, views and networks of a command line

@@ -38,24 +38,16 @@ from typing import NamedTuple
 import torch
 
 from augmentation import ImageViews, normalization
+from engine.checkpoint import load_state, predictor_state, well_formed
 from engine.evaluation import EVALUATION_BATCH, predictions, ranked
+from engine.files import csv_text, write_atomically, write_csv, writing
 from engine.folders import image_tree, listed, relative
 from engine.images import IMAGE_SUFFIXES, SMALL, ImageSet, Reading, constant_lines, value_range_line
-from engine.runtime import Runtime, UserError, write_atomically
+from engine.runtime import Runtime
 from methods import METHODS, network_name, predicting_roles
 from models import Ensemble, build_model
-from utils import (
-    Parser,
-    Progress,
-    between,
-    csv_text,
-    load_state,
-    predictor_state,
-    tell,
-    well_formed,
-    write_csv,
-    writing,
-)
+from run.arguments import Parser, between
+from utils import Progress, UserError, tell
 
 # ---------------------------------------------------------------- flags
 

@@ -40,11 +40,13 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 import main as program
+from engine.files import write_atomically, writing
 from engine.folders import find_folders
-from engine.runtime import UserError, write_atomically
 from pictures.drawing import BLUE, GREEN, GREY, HEADING, TITLE, VERMILION, grid, legible, new_figure, save
-from run import commands
-from utils import Interrupt, Parser, between, read_run, writing
+from run import arguments, identity
+from run.arguments import Parser, between
+from run.record import read_run
+from utils import Interrupt, UserError
 
 POLL = 0.2  # seconds between two looks at a trial
 # groups of flags that can be searched; the others say what a run is about
@@ -82,7 +84,7 @@ def read_search(parser, text):
     """
     name, _, values = text.partition("=")
     name, values = name.strip().lstrip("-").replace("-", "_"), values.strip()
-    flag = commands.flag(name)
+    flag = arguments.flag(name)
     groups = {action.dest: group.title for group in parser._action_groups for action in group._group_actions}
     if name not in groups:
         raise UserError(f"--search {text!r}: main.py has no flag {flag}")
@@ -147,10 +149,10 @@ def check_effect(parser, args, space):
     for chosen in itertools.product(*lists):
         chosen, given = parser.parse_given([*itertools.chain(*chosen)])
         values = {name: getattr(chosen, name) for name in given}
-        idle &= commands.without_effect(argparse.Namespace(**vars(args) | values))
+        idle &= arguments.without_effect(argparse.Namespace(**vars(args) | values))
         if not idle:
             return
-    name = commands.flag(min(idle))
+    name = arguments.flag(min(idle))
     raise UserError(f"--search of {name}: without effect with the other flags on {args.dataset}")
 
 
@@ -226,9 +228,9 @@ def open_study(name, folder, flags, space, args, given):
     Raises:
         UserError: the study, or runs of its name, are of another search; its file is damaged.
     """
-    commands.make_folder(folder)
-    settings = {commands.flag(key): getattr(args, key) for key in given - set(commands.INCIDENTAL)}
-    settings |= {f"--search of {commands.flag(key)}": search.text for key, search in space.items()}
+    identity.make_folder(folder)
+    settings = {arguments.flag(key): getattr(args, key) for key in given - set(arguments.INCIDENTAL)}
+    settings |= {f"--search of {arguments.flag(key)}": search.text for key, search in space.items()}
     path = folder / "study.db"
     url = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
     with alone(folder), using(path, ValueError, LookupError, RuntimeError):
@@ -246,7 +248,7 @@ def open_study(name, folder, flags, space, args, given):
             optuna.delete_study(study_name="search", storage=storage)
             study = optuna.create_study(**about)
             first = default_values(program.build_parser(), args, space)
-            if drawn := ", ".join(commands.flag(key) for key in space if key not in first):
+            if drawn := ", ".join(arguments.flag(key) for key in space if key not in first):
                 print(
                     f"the first trial draws {drawn}: the default lies outside of the search", file=sys.stderr
                 )
@@ -444,7 +446,7 @@ def draw_search(tuning):
 
     # each flag
     for axes, (name, search) in zip(cells[1:], tuning.space.items(), strict=True):
-        axes.set_title(commands.flag(name), **TITLE)
+        axes.set_title(arguments.flag(name), **TITLE)
         if isinstance(search.distribution, CategoricalDistribution):
             choices = search.distribution.choices
             axes.set_xticks(range(len(choices)), choices)
@@ -498,7 +500,9 @@ def main(argv):
     parser = program.build_parser()
     _, given = parser.parse_given(flags)
     if naming := sorted(given & set(NAMING)):
-        raise UserError(f"{commands.flag(naming[0])} is not for a search, which names and starts runs itself")
+        raise UserError(
+            f"{arguments.flag(naming[0])} is not for a search, which names and starts runs itself"
+        )
     args = program.parse_arguments(flags)
     if not args.num_val and not has_validation_images(args):
         raise UserError("a search chooses on validation images, never on the test images: give --num-val N")
@@ -507,7 +511,7 @@ def main(argv):
         raise UserError("a flag is searched twice: give each --search once")
     check_effect(parser, args, space)
     name = own.study or f"{args.name}-search"
-    commands.check_name(f"{name}-trial-0000")
+    identity.check_name(f"{name}-trial-0000")
     folder = Path(args.results_path, name)
     if (folder / "args.json").exists():
         raise UserError(f"{folder} holds the record of a run: give another --study")

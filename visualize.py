@@ -38,9 +38,10 @@ import torch
 
 import data
 from augmentation import TABLE, Draws, ImageViews, PointViews
+from engine.checkpoint import load_state, predictor_state
 from engine.evaluation import measure_accuracy, predictions
 from engine.loader import batches
-from engine.runtime import Runtime, UserError
+from engine.runtime import Runtime
 from methods import network_name
 from models import build_model, head_of
 from pictures import report
@@ -62,16 +63,9 @@ from pictures.drawing import (
     series,
     things_of,
 )
-from run.commands import INCIDENTAL, PATHS
-from utils import (
-    Parser,
-    between,
-    load_state,
-    predictor_state,
-    read_confusion,
-    read_run,
-    read_summary,
-)
+from run.arguments import INCIDENTAL, PATHS, Parser, between
+from run.record import read_confusion, read_run, read_summary
+from utils import UserError
 
 # ------------------------------------------------------------------------------------------ reading a run
 

@@ -10,10 +10,10 @@ import os
 import torch
 import torch.nn.functional as F
 
+from engine.files import read_content, write_atomically
 from engine.loader import batches, part_of
-from engine.runtime import UserError, read_content, write_atomically
 from models import mean_prediction
-from utils import tell
+from utils import UserError, tell
 
 EVALUATION_BATCH = 256  # fixed, so that an accuracy does not depend on the command that asks for it
 

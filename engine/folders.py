@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from engine.images import IMAGE_SUFFIXES, ImageSet, reason
-from engine.runtime import UserError
+from utils import UserError
 
 # ------------------------------------------------------------------------------------- the parts of a folder
 

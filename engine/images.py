@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from engine.runtime import UserError
+from utils import UserError
 
 SMALL = 64  # pixels: a folder of images up to this size is held in memory
 ORIENTATION = 0x0112  # the EXIF tag

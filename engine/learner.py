@@ -6,9 +6,10 @@ import torch
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from engine.runtime import UserError, full_precision
+from engine.checkpoint import load_state
+from engine.norms import full_precision
 from models import ModelEMA, head_of
-from utils import load_state
+from utils import UserError
 
 
 class Learner:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from engine.images import DECODING_ERRORS, REPAIR, ImageSet, cannot_read, read_image
-from engine.runtime import UserError
+from utils import UserError
 
 CHUNK = 32  # images that a worker decodes at a time: large batches are spread over the workers
 

@@ -6,26 +6,22 @@ program reads as if there were one device. ``Runtime`` is made once, in ``main.p
 
 import contextlib
 import ctypes
-import gc
 import importlib.util
 import os
-import pickle
 import platform
 import shutil
 import sys
-import zipfile
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map_only
 
-
-class UserError(Exception):
-    """Something the user can put right: shown as one sentence, without a traceback, exit status 2."""
+from engine.cuda_graph import StepGraph
+from engine.files import read_content, write_atomically
+from engine.norms import SumBatchNorm, SyncBatchNorm, XLABatchNorm, with_norms
+from utils import UserError
 
 
 def keep_freed_memory():
@@ -40,65 +36,6 @@ def keep_freed_memory():
         trim_threshold, mmap_max = -1, -4
         mallopt(trim_threshold, -1)  # never shrink the heap
         mallopt(mmap_max, 0)  # take all from the heap
-
-
-def write_atomically(path, write):
-    """``write(file)`` to a binary file; a crash at any moment leaves the old file or the new one whole.
-
-    Temporary file beside it, flush to disk, rename, flush of the folder.
-
-    Raises:
-        UserError: the file cannot be written; the old one is as it was.
-    """
-    temporary = f"{path}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the second when a write fails
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        reason = getattr(error, "strerror", None) or "the disk may be full"
-        raise UserError(f"cannot write {path}: {reason}") from error
-
-
-def read_content(path, mmap=False):
-    """What ``Runtime.save`` wrote, on the CPU. Never runs code from the file (``weights_only``).
-
-    With ``mmap`` the tensors stay in the file, and are read where they are needed.
-
-    Raises:
-        UserError: no such file, or not a readable checkpoint.
-    """
-    if not os.path.isfile(path):
-        folder = "; this is a folder: give a file such as checkpoint/NAME_best.pth.tar" * os.path.isdir(path)
-        raise UserError(f"there is no checkpoint {path}{folder}")
-    if str(path).endswith((".pt2", ".onnx")):
-        raise UserError(f"{path} is an exported network: give the checkpoint that it was exported from")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load would not notice a wrong byte in a tensor
-            if archive.testzip() is not None:
-                raise zipfile.BadZipFile
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        zipfile.BadZipFile,
-        ValueError,
-        KeyError,
-    ) as error:
-        raise UserError(
-            f"{path} is damaged or was not written by this program: nothing could be loaded from it; "
-            "take another checkpoint of the run"
-        ) from error
 
 
 def other_accelerator():
@@ -618,219 +555,4 @@ class Runtime:
 # ---------------------------------------------------------------- a step as a CUDA graph
 
 
-class StepGraph:
-    """A training step that a CUDA device repeats by itself, launched at once instead of kernel by kernel.
-
-    The first steps are taken as they are: compilers, cuDNN's search and the optimisers' state begin there.
-    The next one is captured, which computes nothing, and from then on a step is a replay: the same kernels on
-    the same memory, with another batch, other random numbers and other values of ``Runtime.number``.
-
-    Args:
-        runtime: on CUDA, the only process.
-        function: (batch, step) → {name: () tensor}; batch is a named tuple of tensors or None. It may not
-            wait for the device, and what it takes from Python is what it was when it was captured.
-        generators: those that it draws from, on the device, beside the default one; seeded before each step.
-    """
-
-    WARM_UP = 3
-    NUMBERS = 16  # more than a step has
-
-    def __init__(self, runtime, function, generators):
-        self.runtime, self.function, self.generators = runtime, function, generators
-        self.warm_up = self.WARM_UP
-        self.graph = None
-
-    def __call__(self, batch, step):
-        """The scalars of the step, which the next one overwrites."""
-        if self.warm_up:
-            self.warm_up -= 1
-            return self.function(batch, step)
-        if self.graph is None:
-            self._capture(batch, step)
-        for tensor, new in zip(self.batch, batch, strict=True):
-            if tensor is not None:
-                tensor.copy_(new)
-        for tensor, function in zip(self.numbers, self.functions, strict=False):  # some are not used
-            tensor.fill_(function(step))
-        self.graph.replay()
-        return self.scalars
-
-    def number(self, function):
-        """The () tensor that stands for a number in the step; before each replay it becomes
-        ``function(step)``."""
-        self.functions.append(function)
-        return self.numbers[len(self.functions) - 1]
-
-    def _capture(self, batch, step):
-        # what comes from outside lies in memory of its own: the graph's, which is given out while it is
-        # captured, is given out more than once, so that a replay would overwrite it before it is read
-        self.batch = type(batch)(*(None if tensor is None else tensor.clone() for tensor in batch))
-        self.numbers = torch.zeros(self.NUMBERS, device=self.runtime.device).unbind()
-        self.functions = []
-        gc.collect()  # what is left of earlier steps' gradients would bind this one to their stream
-        self.runtime.capturing = self
-        try:
-            self.graph, capturing = self._new_graph()
-            with capturing:
-                self.scalars = self.function(self.batch, step)
-        except torch.OutOfMemoryError:
-            print(
-                "a CUDA graph of the step does not fit: it has memory of its own, beside that of steps "
-                "that are not replayed; use --no-cuda-graph, or a smaller --batch-size or --mu",
-                file=sys.stderr,
-            )
-            raise
-        except RuntimeError:
-            print(
-                "the step cannot become a CUDA graph; the traceback says where: does it wait for the device "
-                "there, as .item() and a branch on a tensor do? --no-cuda-graph takes it as it is",
-                file=sys.stderr,
-            )
-            raise
-        finally:
-            self.runtime.capturing = None
-
-    def _new_graph(self):
-        """A graph without contents, and the context in which it gets them."""
-        graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            graph.register_generator_state(generator)
-        # other threads, such as those that pin images from disk, go on meanwhile
-        return graph, torch.cuda.graph(graph, capture_error_mode="thread_local")
-
-
 # ---------------------------------------------------------------- batch norm on XLA and over processes
-
-
-def full_precision(values):
-    """Losses and statistics are computed in float32, or in float64 where the network is."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def normalized(images, mean, var, norm):
-    """(N, C, …) normalised by mean and var (C,), then the weight and bias of a batch norm; the same dtype."""
-    values = full_precision(images)
-    shape = [1, -1, *[1] * (images.ndim - 2)]
-    scale = norm.weight * torch.rsqrt(var + norm.eps)
-    return (values * scale.view(shape) + (norm.bias - mean * scale).view(shape)).to(images.dtype)
-
-
-class _AnyBatchNorm(_BatchNorm):
-    """Batch norm of images and of vectors; what one of timm contains, an activation, comes after it."""
-
-    def _check_input_dim(self, images):
-        pass
-
-    def forward(self, images):
-        """(N, C, …) → the same."""
-        images = self._normalize(images)
-        for module in self.children():
-            images = module(images)
-        return images
-
-    def _track(self, mean, var, count):
-        """Let the running statistics follow those of a batch with this many values in each channel."""
-        if self.track_running_stats:
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.detach(), self.momentum)
-                self.running_var.lerp_(var.detach() * count / max(1, count - 1), self.momentum)
-                self.num_batches_tracked.add_(1)
-
-
-class XLABatchNorm(_AnyBatchNorm):
-    """Batch norm that has a gradient in evaluation mode on XLA, where torch_xla 2.9 refuses it."""
-
-    def _normalize(self, images):
-        if self.training:
-            return _BatchNorm.forward(self, images)
-        return normalized(images, self.running_mean, self.running_var, self)
-
-
-class SumBatchNorm(_AnyBatchNorm):
-    """Batch norm whose statistics are sums where it is compiled for a CPU.
-
-    What ``torch.compile`` makes of PyTorch's there is Welford's algorithm, in which every value waits for the
-    one before it.
-    """
-
-    @staticmethod
-    def fits(norm):
-        """Whether a batch norm is one of PyTorch's own, with all that they have unless told otherwise."""
-        whole = norm.affine and norm.track_running_stats and norm.momentum is not None
-        return whole and type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-    def _normalize(self, images):
-        if not (self.training and torch.compiler.is_compiling()):
-            return _BatchNorm.forward(self, images)
-        values = full_precision(images)
-        dims, count = [0, *range(2, images.ndim)], images.numel() // images.shape[1]
-        # measured from one value of the batch, so that subtracting squares cancels little
-        one = values.detach()[(slice(1), slice(None), *[slice(1)] * (images.ndim - 2))]
-        offset = values - one
-        mean, square = offset.sum(dims) / count, offset.square().sum(dims) / count
-        var = square - mean.square()
-        self._track(one.flatten() + mean, var, count)
-        return normalized(offset, mean, var, self).to(images.dtype)
-
-
-class _MeanOverProcesses(torch.autograd.Function):
-    """The mean of a tensor over all processes. Linear and symmetric: both of its derivatives are itself."""
-
-    @staticmethod
-    def forward(tensor):
-        mean = tensor.clone()
-        dist.all_reduce(mean)
-        return mean / dist.get_world_size()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return _MeanOverProcesses.apply(gradient)
-
-    @staticmethod
-    def jvp(ctx, tangent):
-        return _MeanOverProcesses.apply(tangent)
-
-
-class SyncBatchNorm(_AnyBatchNorm):
-    """Batch norm with statistics over the batches of all processes, which are of one size.
-
-    ``torch.nn.SyncBatchNorm`` runs on CUDA alone and has no forward derivative, which the exact feedback
-    takes. One reduction of 2 · C numbers forward and one backward; float32 statistics whatever the precision
-    of the images.
-    """
-
-    def _normalize(self, images):
-        if not self.training:
-            return _BatchNorm.forward(self, images)
-        values = full_precision(images)
-        dims = [0, *range(2, images.ndim)]
-        var, mean = torch.var_mean(values, dims, correction=0)
-        # measured from the running mean, so that subtracting squares cancels little
-        shift = self.running_mean.clone()
-        offset = mean - shift
-        moments = _MeanOverProcesses.apply(torch.stack((offset, var + offset.square())))
-        offset = moments[0]
-        mean, var = shift + offset, moments[1] - offset.square()
-        self._track(mean, var, values.numel() // values.shape[1] * dist.get_world_size())
-        return normalized(images, mean, var, self)
-
-
-def with_norms(network, kind, fits=lambda norm: True):
-    """The network with its batch norms, those that fit, replaced by ones of this class; parameters and names
-    stay."""
-    for name, module in network.named_children():
-        if isinstance(module, _BatchNorm) and fits(module):
-            other = kind(module.num_features, module.eps, module.momentum)
-            other.weight, other.bias = module.weight, module.bias
-            other.running_mean, other.running_var = module.running_mean, module.running_var
-            other.num_batches_tracked = module.num_batches_tracked
-            for inner in module.named_children():
-                other.add_module(*inner)
-            setattr(network, name, other.train(module.training))
-        else:
-            with_norms(module, kind, fits)
-    return network

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from engine.folders import Found, image_tree, listed, relative
 from engine.images import IMAGE_SUFFIXES, ImageSet, reason
-from engine.runtime import UserError
+from utils import UserError
 
 # names of columns, in lower case
 FILE_COLUMNS = ("filename", "file", "file_name", "image", "image_name", "img", "data", "path", "filepath")

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import jvp
 
-from engine.runtime import UserError
+from utils import UserError
 
 
 @dataclass

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from augmentation import Views, mixup, mixup_shares, neighbours
+from engine.checkpoint import load_state, predictor_state
 from engine.learner import Learner, RMSProp, parameter_groups, sgd
-from engine.runtime import UserError
 from models import build_model
-from utils import learning_rate, load_state, predictor_state, ramp_up, tell
+from utils import UserError, learning_rate, ramp_up, tell
 
 # ---------------------------------------------------------------- micro-batches
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.runtime import UserError, write_atomically
-from utils import writing
+from engine.files import write_atomically, writing
+from utils import UserError
 
 WIDTH = 9.0  # inches; at 100 pixels per inch what a README shows
 PIXELS_PER_INCH = 150

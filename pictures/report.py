@@ -18,11 +18,11 @@ from PIL import Image
 from torch.nn import functional as F
 
 from engine.evaluation import predictions
+from engine.files import read_checked, write_atomically
 from engine.images import image_size
 from engine.loader import batches
-from engine.runtime import write_atomically
 from pictures.drawing import STUDENT, TEACHER, encoded, method_of, things_of
-from utils import read_checked, read_confusion
+from run.record import read_confusion
 
 # --------------------------------------------------------------------------------------------- measurements
 

@@ -27,8 +27,7 @@ def run(name, main, argv):
         The exit status: 0, 2 after a ``UserError``, 3 where a loss was not finite, 130 after Ctrl-C, 141
         where nobody reads on.
     """
-    from engine.runtime import UserError
-    from utils import NonFiniteError
+    from utils import NonFiniteError, UserError
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

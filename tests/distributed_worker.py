@@ -12,10 +12,10 @@ from augmentation import ImageViews, PointViews, Views
 from data import Dataset
 from engine.evaluation import gathered, measure_accuracy, predictions, score
 from engine.images import ImageSet
-from engine.runtime import Runtime, UserError
+from engine.runtime import Runtime
 from methods import METHODS
 from models import build_model
-from utils import Meters
+from utils import Meters, UserError
 
 STEPS, BATCH, MU, UNLABELED = 5, 8, 2, 37
 STEPS_OF_IMAGES = 3  # two processes wait for each other in every batch norm

@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.runtime import StepGraph
+from engine.cuda_graph import StepGraph
 
 
 def fuse(optimizer):

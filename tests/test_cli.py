@@ -22,8 +22,8 @@ import visualize
 from augmentation import ImageViews
 from data import load_dataset
 from engine.evaluation import measure_accuracy
-from engine.runtime import UserError
-from utils import read_run
+from run.record import read_run
+from utils import UserError
 
 ROOT = Path(main.__file__).parent
 TINY = (

@@ -17,7 +17,8 @@ from test_methods import (
 
 import main
 from augmentation import Views
-from engine.runtime import Runtime, UserError
+from engine.runtime import Runtime
+from utils import UserError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 STEPS = {

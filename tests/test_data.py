@@ -25,7 +25,7 @@ import data
 from data import load_dataset, split_labels, write_labeled
 from engine.folders import image_tree, place_of, relative
 from engine.images import channel_statistics
-from engine.runtime import UserError
+from utils import UserError
 
 
 def picture(width, height, seed=0):

@@ -32,8 +32,9 @@ import main
 import methods
 from engine import evaluation, loader
 from engine.loader import TrainLoader
-from engine.runtime import Runtime, UserError
+from engine.runtime import Runtime
 from run.script import execute, run
+from utils import UserError
 
 ROOT = Path(main.__file__).parent
 TINY = (

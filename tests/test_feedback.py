@@ -14,10 +14,11 @@ from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.ops import StochasticDepth
 
 from engine.learner import Learner, sgd
-from engine.runtime import Runtime, UserError
+from engine.runtime import Runtime
 from methods import feedback
 from methods.feedback import ESTIMATORS, StudentStep, feedback_term
 from models import build_model
+from utils import UserError
 
 
 class Small(nn.Module):

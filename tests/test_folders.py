@@ -20,7 +20,7 @@ import visualize
 from data import Dataset, load_dataset, split_labels, write_labeled
 from engine import images
 from engine.folders import image_tree, place_of
-from utils import read_run
+from run.record import read_run
 
 CLASSES = {"cat": 4, "dog": 4}
 

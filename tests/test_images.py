@@ -35,7 +35,7 @@ from engine.images import (
 )
 from engine.loader import TrainLoader, batches
 from engine.runtime import Runtime
-from utils import read_run
+from run.record import read_run
 from visualize import load as load_run
 
 ROOT = Path(main.__file__).parent

@@ -14,8 +14,9 @@ from data import Dataset, load_dataset
 from engine.evaluation import EVALUATION_BATCH, predictions, stored_predictions
 from engine.images import ORIENTATION, ImageSet, random_crop_box, read_crop, read_image, upright_rgb
 from engine.loader import TrainLoader, batches
-from engine.runtime import Runtime, UserError
+from engine.runtime import Runtime
 from models import build_model
+from utils import UserError
 
 
 def process(rank=0, world_size=1):

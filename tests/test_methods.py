@@ -14,13 +14,14 @@ from torchvision.ops import StochasticDepth
 import main
 from augmentation import Views
 from engine.learner import Learner, sgd
-from engine.runtime import Runtime, UserError
+from engine.runtime import Runtime
 from methods import METHODS, feedback
 from methods.feedback import ESTIMATORS
 from methods.method import MicroBatch, pseudo_label_accuracy, pseudo_labels, soft_cross_entropy
 from methods.uda import Consistency, DistributionAlignment, Logits, teacher_logits
 from models import LinearHead, build_model, leaky_relu
-from run.commands import flag, without_effect
+from run.arguments import flag, without_effect
+from utils import UserError
 
 FLAGS = (
     "--dataset digits --model wrn-10-1 --batch-size 4 --mu 2 --nesterov --teacher-lr 0.1 --student-lr 0.1 "

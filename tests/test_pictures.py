@@ -15,7 +15,7 @@ import main
 import visualize
 from pictures import drawing, report
 from pictures.drawing import STUDENT, TEACHER
-from utils import Run, read_run
+from run.record import Run, read_run
 
 ENSEMBLE = {"name": "run", "method": "mpl", "dataset": "digits", "ensemble": True}
 

@@ -23,10 +23,10 @@ from test_run_state import photographs
 import main
 import predict
 from augmentation import ImageViews
+from engine.files import write_csv
 from engine.images import ORIENTATION
 from engine.runtime import Runtime
 from engine.tables import find_table
-from utils import write_csv
 
 ROOT = Path(main.__file__).parent
 COLUMNS = ["image", "class", "probability", "class_2", "probability_2"]

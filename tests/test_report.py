@@ -22,7 +22,7 @@ from augmentation import ImageViews
 from engine.runtime import Runtime
 from pictures import drawing, report
 from pictures.drawing import STUDENT, TEACHER
-from utils import read_run
+from run.record import read_run
 
 CLASSES = ["\"quoted\" & 'single'", "<img src=x onerror=alert(1)>", "قطة", "$x_1$ $\\bad{"]
 STEPS = "--model wrn-10-1 --resize 8 --num-labeled 8 --batch-size 4 --mu 1 --total-steps 4 --eval-step 2"

@@ -24,12 +24,14 @@ import utils
 import visualize
 from data import load_dataset
 from engine.evaluation import measure_accuracy, predictions
-from engine.runtime import Runtime, UserError
+from engine.runtime import Runtime
 from methods import METHODS as METHOD_CLASSES
 from methods.method import build_network, saved_members
 from models import mean_prediction
 from pictures import drawing
-from run import commands
+from run import arguments, identity
+from run.record import SUMMARY, measured, read_run, result_lines
+from utils import UserError
 
 DIGITS = (
     "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --device cpu --workers 0 "
@@ -595,10 +597,10 @@ def test_the_checkpoints_of_a_name(here):
     for name in (*(f"a.b_{kind}" for kind in own), *others):
         Path(f"{name}.pth.tar").write_text("")
     args = argparse.Namespace(save_path=".", name="a.b", keep=1)
-    found = commands.checkpoints_of(args)
+    found = identity.checkpoints_of(args)
     assert found == {f"./a.b_{kind}.pth.tar": int(kind[4:]) if "step" in kind else None for kind in own}
-    assert not commands.checkpoints_of(argparse.Namespace(save_path=".", name="c"))  # ends as a.b.c does
-    commands.drop_checkpoints(args, 4)
+    assert not identity.checkpoints_of(argparse.Namespace(save_path=".", name="c"))  # ends as a.b.c does
+    identity.drop_checkpoints(args, 4)
     kept = {path.name for path in here.glob("a.b_step*")}
     assert kept == {"a.b_step00000004.pth.tar", "a.b_step8.pth.tar"}
 
@@ -618,7 +620,7 @@ def test_images_of_another_size_are_seen_in_that_of_the_run(here, capsys):
     args.evaluate = True
     assert main.read_data(args, state["data"], labels_given=False).test.images.shape == (12, 3, 12, 12)
     assert "evaluating at" not in capsys.readouterr().err
-    drawn = visualize.load(utils.read_run("results/mine_last"))[1]
+    drawn = visualize.load(read_run("results/mine_last"))[1]
     assert drawn.test.images.shape == (12, 3, 12, 12)
 
 
@@ -1007,7 +1009,7 @@ def test_one_labelled_image_more_is_not_unequal(here, capsys):
     unequal_labels(2)
     dataset = load_dataset("digits", num_labeled=10, labeled_indices="labels.txt")
     args = main.parse_arguments([*DIGITS, "--method", "uda", "--align", "0.2"])
-    shares = commands.class_shares(args, Runtime("cpu"), dataset)
+    shares = identity.class_shares(args, Runtime("cpu"), dataset)
     assert shares == pytest.approx([2 / 11] + [1 / 11] * 9)
     assert not capsys.readouterr().err
 
@@ -1124,7 +1126,7 @@ def test_lines_between_evaluations(here):
     events = EventAccumulator("results/run")
     events.Reload()
     assert [event.step for event in events.Scalars("student_loss")] == [2, 4, 5, 6, 8, 10]
-    run_read = utils.read_run("results/run")
+    run_read = read_run("results/run")
     assert drawing.series(run_read, "labeled_loss")[0] == [2, 4, 5, 6, 8, 10]
     assert drawing.series(run_read, "top1")[0] == [5, 10]
 
@@ -1233,11 +1235,11 @@ def test_what_is_measured():
     assert confusion.tolist() == counts
     assert figures["top1"] == pytest.approx(100 * (truth == expected).double().mean().item(), rel=1e-12)
     assert figures["mean_class_top1"] == pytest.approx(100 * 4 / 10)
-    said = utils.measured(figures, confusion, dataset.classes)
+    said = measured(figures, confusion, dataset.classes)
     assert said["never_predicted"] == ["3", "4", "6", "7", "8", "9"]
     assert said["largest_class_top1"] == pytest.approx(100 * truth.bincount().max().item() / 500)
-    summary = dict.fromkeys(utils.SUMMARY) | said | {"dataset": "digits", "num_labeled": 10, "method": "uda"}
-    lines = utils.result_lines(summary | {"seed": 0, "selection": "last"})
+    summary = dict.fromkeys(SUMMARY) | said | {"dataset": "digits", "num_labeled": 10, "method": "uda"}
+    lines = result_lines(summary | {"seed": 0, "selection": "last"})
     assert "mean over classes 40.00 %" in lines[-1] and "top-5" in lines[-1]
     assert "never predicted: 3, 4, 6" in lines[0] and "always naming the largest class" in lines[0]
     assert lines[0].startswith("500 test images; ")
@@ -1371,10 +1373,10 @@ def test_checkpoints_that_are_no_ensemble(folder_run, here, capsys):
 def test_an_ensemble_has_one_truth():
     """Also where images have no fingerprints: the classes of the test images must be the same."""
     one, other = (load_dataset("digits", num_labeled=10, resize=size) for size in (8, 12))
-    commands.check_same_test(one, other, "a", "b")
+    identity.check_same_test(one, other, "a", "b")
     other.test.targets = other.test.targets.flip(0)
     with pytest.raises(UserError, match="b has other test images than a"):
-        commands.check_same_test(one, other, "a", "b")
+        identity.check_same_test(one, other, "a", "b")
 
 
 def test_no_top5_with_five_classes_or_fewer(here, capsys):
@@ -1501,8 +1503,8 @@ def test_the_device_is_the_checkpoints(copied, resume):
     ):
         torch.save(state | {"args": state["args"] | {"device": device}}, "checkpoint/run_last.pth.tar")
         parser = main.build_parser()
-        assert commands.device_of(*parser.parse_given(argv)) == expected
-        assert commands.device_of(*parser.parse_given([*argv, "--device", "xla"])) == "xla"
+        assert arguments.device_of(*parser.parse_given(argv)) == expected
+        assert arguments.device_of(*parser.parse_given([*argv, "--device", "xla"])) == "xla"
 
 
 @pytest.mark.parametrize("labels", ["0.03", "all"])

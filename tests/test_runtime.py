@@ -14,8 +14,10 @@ from conftest import needs_compiler
 from recorded import RecordedStep, fuse
 
 import main
+from engine.files import read_content
 from engine.learner import sgd
-from engine.runtime import Runtime, UserError, read_content
+from engine.runtime import Runtime
+from utils import UserError
 
 
 class Payload:

@@ -11,8 +11,8 @@ from test_run_state import FOLDER, command, load, photographs, refused
 
 import main
 from data import load_dataset
-from engine.runtime import UserError
 from engine.tables import find_table
+from utils import UserError
 
 
 def files(root, *names):

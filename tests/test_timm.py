@@ -14,10 +14,12 @@ from torch import nn
 
 import main
 from augmentation import Views
-from engine.runtime import Runtime, SyncBatchNorm, UserError, with_norms
+from engine.norms import SyncBatchNorm, with_norms
+from engine.runtime import Runtime
 from methods import METHODS
 from models import build_model, disable_dropout, head_of
-from run import commands
+from run import arguments
+from utils import UserError
 
 timm = pytest.importorskip("timm")
 from safetensors.torch import save_file  # noqa: E402 (comes with timm)
@@ -178,7 +180,7 @@ def test_what_cannot_be_had_is_said_in_one_sentence(hub):
 
 def expected(*flags):
     args = main.parse_arguments(["--dataset", "folder", *flags])
-    return commands.expected_statistics(args)
+    return arguments.expected_statistics(args)
 
 
 def test_images_are_normalised_as_timm_says(tmp_path):

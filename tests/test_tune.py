@@ -18,7 +18,7 @@ from test_run_state import everything
 
 import main
 import tune
-from engine.runtime import UserError
+from utils import UserError
 
 FLAGS = (
     "--dataset twomoons --num-labeled 6 --num-val 100 --batch-size 6 --mu 4 --device cpu --workers 0 "

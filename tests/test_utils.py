@@ -12,8 +12,11 @@ import torch
 
 import main
 import utils
-from engine.runtime import Runtime, UserError
-from utils import Meters, NonFiniteError, RunLog, count_or_fraction, learning_rate, ramp_up, read_confusion
+from engine.runtime import Runtime
+from run import record
+from run.arguments import count_or_fraction
+from run.record import RunLog, read_confusion
+from utils import Meters, NonFiniteError, UserError, learning_rate, ramp_up
 
 
 def test_counts_and_fractions():
@@ -83,16 +86,16 @@ def test_meters_name_the_first_step_and_term_that_was_not_finite(tmp_path):
 def test_the_last_line_is_the_result():
     """Each figure is behind its own words."""
     names = ("top1", "mean_class_top1", "top5", "best_top1", "finetune_top1", "student_top1", "teacher_top1")
-    summary = dict.fromkeys(utils.SUMMARY) | {name: 10.25 + k for k, name in enumerate(names)}
+    summary = dict.fromkeys(record.SUMMARY) | {name: 10.25 + k for k, name in enumerate(names)}
     summary |= {"dataset": "digits", "num_labeled": 40, "method": "mpl", "seed": 3, "selection": "val"}
     summary |= {"oracle_top1": 99.0, "ensemble_top1": 10.25}
     about = "(digits, 40 labels, mpl, seed 3)"
-    assert utils.result_lines(summary) == [
+    assert record.result_lines(summary) == [
         "top-1 10.25 % (ensemble)  mean over classes 11.25 %  top-5 12.25 %  chosen by validation 13.25 %  "
         f"finetuned 14.25 %  student 15.25 %  teacher 16.25 %  {about}"
     ]
     without = summary | dict.fromkeys((*names[1:3], *names[4:], "ensemble_top1")) | {"selection": "last"}
-    assert utils.result_lines(without) == [f"top-1 10.25 %  {about}"]
+    assert record.result_lines(without) == [f"top-1 10.25 %  {about}"]
 
 
 def test_the_speed_counts_training_alone(monkeypatch):

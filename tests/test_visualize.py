@@ -23,10 +23,11 @@ import main
 import visualize
 from augmentation import OPERATIONS, ImageViews
 from data import load_dataset
-from engine.runtime import Runtime, UserError
+from engine.runtime import Runtime
 from models import build_model, head_of
 from pictures import drawing
-from utils import read_run
+from run.record import read_run
+from utils import UserError
 
 PIXELS = round(drawing.WIDTH * drawing.PIXELS_PER_INCH)
 PROGRAM = Path(visualize.__file__)

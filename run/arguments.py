@@ -1,0 +1,459 @@
+"""A command line, parsed once: flags with their properties, what a checkpoint adds, what is refused."""
+
+import argparse
+import copy
+import difflib
+import math
+import os
+import sys
+
+from data import STATISTICS
+from engine.checkpoint import peek, well_formed
+from engine.runtime import Runtime
+from methods import METHODS, network_name
+from methods.feedback import ESTIMATORS
+from models import TIMM, timm_statistics
+from run.identity import candidates, check_name, default_name
+from utils import UserError, first_process, say, tell
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help of a flag, where there is one to add."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or "(default:" in action.help:
+            return action.help
+        return super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action):
+        kind = getattr(action.type, "__name__", None)
+        return {"int": "N", "float": "F"}.get(kind) or super()._get_default_metavar_for_optional(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one sentence instead of the whole usage, and the defaults in the help."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        if not first_process():  # which has the same command line, and says it
+            sys.exit(2)
+        hint = "--help lists all flags"
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+        if unknown != message.split()[0]:
+            near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1)
+            hint = f"did you mean {near[0]}?" if near else hint
+        raise UserError(f"{message} ({hint})")
+
+    def parse_given(self, argv):
+        """The arguments of ``argv``, and the names of those that stand there."""
+        unset = object()
+        names = {action.dest for action in self._actions if action.dest != "help"}
+        args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+        given = {name for name in names if getattr(args, name) is not unset}
+        for name in names - given:
+            setattr(args, name, copy.copy(self.get_default(name)))
+        return args, given
+
+
+def between(kind, least, largest=math.inf):
+    """The type of a flag: a number of a kind, int or float, from ``least`` to ``largest``."""
+
+    def number(text):
+        value = kind(text)
+        if not least <= value <= largest:
+            limits = f"{least} or more" if largest == math.inf else f"{least} to {largest}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {limits}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse: invalid int value
+    return number
+
+
+def count_or_fraction(text):
+    """A count, a fraction below 1, or ``all``, the fraction 1.0."""
+    if text == "all":
+        return 1.0
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf or (value >= 1 and value != int(value)):
+        raise argparse.ArgumentTypeError(f"{text} is neither a count nor a fraction such as 0.05, nor all")
+    return int(value) if value >= 1 else value
+
+
+# flags that belong to one command and are not taken from a checkpoint
+OF_COMMAND = ("evaluate", "finetune", "resume", "overwrite", "local_rank", "start_step", "help")
+
+
+PATHS = ("data_path", "save_path", "results_path", "unlabeled_path", "labeled_indices", "weights")
+PATHS = (*PATHS, "labels", "teacher_checkpoint", "resume")
+
+
+# flags that say what a run is about: it cannot go on with others
+IDENTITY = (
+    *("dataset", "num_labeled", "num_val", "seed", "resize", "test_fraction", "method", "model"),
+    *("student_model", "optimizer", "weak_pass", "freeze_body", "body_lr_scale", "switch_every"),
+    *("svhn_extra", "keep_test_copies", "value_range"),
+)
+
+
+# flags whose change is not worth a line
+INCIDENTAL = (*OF_COMMAND, "name", "device", "workers", "keep", "pictures", "log_step", "expand_labels")
+INCIDENTAL = (*INCIDENTAL, "max_megapixels")
+
+
+# the default network of a data set, where it is not WRN-28-2
+MODELS = {"twomoons": "mlp-2-8-8-2", "cifar100": "wrn-28-8", "stl10": "wrn-37-2", "imagenet": "resnet50"}
+
+
+def flag(name, value=None):
+    """An argument as it stands on the command line."""
+    values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return " ".join(["--" + name.replace("_", "-"), *map(str, values)])
+
+
+def each_checkpoint(argv):
+    """The command line once for each of its ``--resume``; UserError for several without ``--evaluate``."""
+    parser = Parser(add_help=False)
+    parser.add_argument("--resume", action="append", default=[])
+    parser.add_argument("--evaluate", action="store_true")
+    args, rest = parser.parse_known_args(argv)
+    if len(args.resume) < 2:
+        return [argv]
+    if not args.evaluate:
+        raise UserError(
+            "--resume is given more than once: only --evaluate takes several checkpoints, as an ensemble"
+        )
+    return [[*rest, "--evaluate", "--resume", path] for path in args.resume]
+
+
+def arguments(parser, argv, saved=None, path=None):
+    """The command line, checked; what it does not say is as in the checkpoint ``saved`` of ``path``."""
+    args, given = parser.parse_given(argv)
+
+    # what the checkpoint remembers
+    if args.resume == "auto":
+        if args.overwrite:
+            parser.error("--resume auto continues and --overwrite replaces: give one of them")
+        given -= {"name"} if args.evaluate else set()
+        args.resume = path
+    before = remembered(saved, parser, args.resume)
+    for name in before.keys() - given:
+        setattr(args, name, before[name])
+    if saved:
+        take_places(args, given, before)
+        args.finetune |= "finetune_step" in saved and not args.evaluate
+        args.start_step = 0 if args.evaluate or args.finetune else saved["step"]
+        take_table(args, given, before)
+    elif args.labels and "dataset" not in given:
+        args.dataset = "folder"
+
+    # flags without effect
+    unused = without_effect(args)
+    if named := sorted(unused & given):
+        method, how = METHODS[args.method], [flag("method", args.method)]
+        if method.uses_feedback:
+            how.append(flag("feedback", args.feedback))
+        if args.optimizer != "sgd":
+            how.append(flag("optimizer", args.optimizer))
+        if "threshold" in named and "threshold" in method.flags:
+            how.append("--confidence soft")
+        flags = ", ".join(map(flag, named))
+        say(f"{' '.join(how)} on {args.dataset}: {flags} without effect")
+
+    # what has no effect excludes nothing
+    defaults = {name: parser.get_default(name) for name in unused}
+    check_arguments(argparse.Namespace(**vars(args) | defaults), parser, before)
+
+    # defaults that depend on other flags
+    own = bool(args.pretrained or args.weights)  # batch norm as the weights have it
+    if before.keys() & {"bn_momentum", "bn_eps"} != {"bn_momentum", "bn_eps"}:
+        earlier = bool(before)  # earlier versions left the epsilon to the network and set the momentum
+        norms = {
+            "bn_momentum": None if own and not earlier else 0.01,
+            "bn_eps": None if own or earlier else 1e-3,
+        }
+        for name in norms.keys() - given:
+            setattr(args, name, norms[name])
+    args.model = args.model or MODELS.get(args.dataset, "wrn-28-2")
+
+    # places and the name
+    for name in PATHS:
+        value = getattr(args, name)
+        if value is not None:
+            setattr(args, name, os.path.abspath(value))
+    name = default_name(args) if args.name is None else args.name
+    args.name = check_name(name, trains=not args.evaluate and name != before.get("name"))
+    if args.evaluate:
+        args.compile = args.cuda_graph = False  # nothing is trained
+    elif saved:
+        check_continuation(args, saved, given - unused, before)
+    return args
+
+
+def without_effect(args):
+    """The names of the flags that the chosen method, feedback, optimiser and data set do not use."""
+    method = METHODS[args.method]
+    used = set(method.flags)
+    if method.uses_feedback and args.feedback in ESTIMATORS:
+        used |= set(ESTIMATORS[args.feedback].flags)
+    unused = {name for each in (*METHODS.values(), *ESTIMATORS.values()) for name in each.flags} - used
+    unused |= {"threshold"} if args.confidence == "soft" else set()
+    if "pseudo_label_view" not in used:  # there is no other view to push
+        unused |= {"feedback_view"}
+    unused |= {"jitter"} if args.dataset != "twomoons" else {"randaug", "resize", "labeled_view"}
+    unused |= {"randaug"} if not method.uses_strong_view and args.labeled_view == "weak" else set()
+    unused |= {"milestones"} if args.schedule != "milestones" else set()
+    unused |= {"test_fraction"} if args.dataset != "folder" else set()
+    unused |= {"label_columns"} if not args.labels else set()
+    if args.dataset not in ("folder", "imagenet") and not args.unlabeled_path:  # no image files are decoded
+        unused |= {"value_range", "max_megapixels"}
+    unused |= {"sgd": set(), "rmsprop": {"nesterov"}, "adamw": {"nesterov", "momentum"}}[args.optimizer]
+    unused |= {"body_lr_scale"} if args.freeze_body else set()
+    return unused | ({"svhn_extra"} if args.dataset != "svhn" else set())
+
+
+def check_arguments(args, parser, before):
+    """Flags that exclude each other or need another one; UserError for the first that does not fit."""
+    if (args.evaluate or args.finetune) and not args.resume:
+        parser.error("--evaluate and --finetune need --resume CKPT")
+    if args.finetune and not args.finetune_epochs:
+        parser.error("--finetune with --finetune-epochs 0 has nothing to do: give --finetune-epochs N")
+    if args.evaluate and args.finetune:
+        parser.error("--evaluate and --finetune are two commands: give one of them")
+    if args.cuda_graph and (obstacle := no_graph(args)):
+        parser.error(
+            f"--cuda-graph repeats a step as it was captured and does not go with {obstacle}: leave out one "
+            "of them (--no-cuda-graph)"
+        )
+    method = METHODS[args.method]
+    if method.uses_teacher_checkpoint and not args.teacher_checkpoint:
+        parser.error(f"--method {args.method} needs --teacher-checkpoint FILE")
+    if args.method == "reduced-mpl" and args.feedback == "none":
+        parser.error(
+            "--feedback none leaves --method reduced-mpl nothing that trains its perceptron: give another "
+            "--feedback, or --method pseudo-label"
+        )
+    if args.value_range and not args.value_range[0] < args.value_range[1]:
+        parser.error(f"{flag('value_range', args.value_range)}: the first value must be below the second")
+    if args.unlabeled_mode == "only" and not args.unlabeled_path and args.dataset != "folder":
+        parser.error("--unlabeled-mode only needs --unlabeled-path DIR")
+    if args.freeze_body and not (args.pretrained or args.weights or args.resume):
+        parser.error(
+            "--freeze-body leaves all but the last layer as it starts, and here it starts at random: add "
+            "--pretrained or --weights FILE, or give --no-freeze-body"
+        )
+    if args.align_to == "labeled" and not args.align:
+        parser.error("--align-to labeled needs --align RATE, such as 0.2")
+    if args.switch_every and args.student_model:
+        parser.error("--switch-every exchanges two networks of one kind: leave out --student-model")
+    if args.batch_size % args.accumulate:
+        parser.error(
+            f"--batch-size {args.batch_size} cannot be taken in --accumulate {args.accumulate} parts"
+        )
+    if args.mixup_alpha and args.method != "semimeta" and args.batch_size // args.accumulate % 2:
+        parser.error(
+            "--mixup-alpha mixes labelled images in pairs: give a --batch-size of pairs in each part"
+        )
+    pushed = args.feedback_view if args.feedback_view == "strong" else args.pseudo_label_view
+    if args.method == "mpl" and args.weak_pass != "joint" and args.feedback != "none" and pushed == "weak":
+        parser.error(
+            f"--weak-pass {args.weak_pass} leaves the weak view no gradient, and --feedback needs one there: "
+            "add --pseudo-label-view strong, --feedback none or, for taylor and dot, --feedback-view strong"
+        )
+    if before and args.start_step > args.total_steps:
+        parser.error(f"{args.resume} is of step {args.start_step}: give a larger --total-steps")
+    if not before and not 0 <= args.start_step < args.total_steps:
+        parser.error(f"--start-step {args.start_step} is not below --total-steps {args.total_steps}")
+    for name in ("student_wait_steps", "teacher_warmup_steps"):
+        if args.method == "mpl" and getattr(args, name) >= args.total_steps:
+            parser.error(
+                f"the student would never learn: {flag(name, getattr(args, name))} is not below "
+                f"--total-steps {args.total_steps}"
+            )
+    training = not (args.evaluate or args.finetune)
+    late = {
+        "warmup_steps": "the learning rate does not reach its peak",
+        "switch_every": "teacher and student never change places",
+    }
+    for name, outcome in late.items() if training else ():
+        if getattr(args, name) >= args.total_steps:
+            told = f"{flag(name, getattr(args, name))} is not below --total-steps {args.total_steps}"
+            say(f"{told}: {outcome}")
+    trained = method.uses_feedback and training
+    scalar = args.feedback in ESTIMATORS and not ESTIMATORS[args.feedback].per_class
+    if trained and args.pseudo_label == "soft" and scalar:
+        say(
+            f"--pseudo-label soft gives --feedback {args.feedback} no gradient, as in the published code: "
+            "--feedback exact has one"
+        )
+
+
+def no_graph(args):
+    """The flag that makes a step more than kernels repeated on the device (``StepGraph``), or None."""
+    exact = METHODS[args.method].uses_feedback and args.feedback == "exact"
+    sampled = "pseudo_label" in METHODS[args.method].flags and args.pseudo_label == "sample"
+    obstacles = {
+        "--feedback exact and --student-dropout": exact and args.student_dropout,  # drawn twice
+        "--accumulate and dropout": args.accumulate > 1 and (args.teacher_dropout or args.student_dropout),
+        "--accumulate and --pseudo-label sample": args.accumulate > 1 and sampled,  # drawn between two passes
+        "--method reduced-mpl": args.method == "reduced-mpl",  # looks labels up on the host
+        "--mixup-alpha": args.mixup_alpha,  # drawn on the host
+        "--switch-every": args.switch_every,
+        f"--optimizer {args.optimizer}": args.optimizer != "sgd",
+        "--amp-dtype fp16": args.amp and args.amp_dtype == "fp16",
+    }
+    return next((obstacle for obstacle, present in obstacles.items() if present), None)
+
+
+def remembered(saved, parser, path):
+    """The arguments that a checkpoint takes along for the commands after it, ``{}`` if it has none.
+
+    Raises:
+        UserError: they are not arguments of this program.
+    """
+    arguments = saved.get("args") if isinstance(saved, dict) else None
+    kept = {}
+    for action in parser._actions if isinstance(arguments, dict) else ():
+        if action.dest in OF_COMMAND or action.dest not in arguments:
+            continue
+        value, default = arguments[action.dest], action.default
+        # --num-labeled is a count or a fraction; what a number must be else, its type says below
+        kinds = (str, float) if default is None else (float,) if type(default) is int else (type(default),)
+        known = isinstance(value, (*kinds, int, type(None)))
+        if action.nargs == 2:
+            known = value is None or (isinstance(value, list) and len(value) == 2)
+        if action.dest == "label_columns" and value is not None:
+            known = known and all(isinstance(each, str) for each in value)
+        known = known and (not action.choices or value in action.choices)
+        for number in value if isinstance(value, list) else [value]:
+            if known and action.type and number is not None:
+                try:
+                    action.type(str(number))
+                except (ValueError, argparse.ArgumentTypeError):
+                    known = False
+        if not known:
+            raise UserError(f"{path} remembers {flag(action.dest, value)}, which this program does not know")
+        kept[action.dest] = value
+    return kept
+
+
+def take_places(args, given, before):
+    """Where a command with a checkpoint writes: where its run did, if the checkpoint still lies there.
+
+    One that was moved or copied starts new folders in the place where the command is given, as ever.
+    """
+    if args.evaluate and ("name" not in given or args.name == before.get("name")):
+        args.name = None  # a recipe names its run, not this evaluation of it
+    here = os.path.dirname(os.path.abspath(args.resume))
+    if here != os.path.abspath(before.get("save_path", "checkpoint")):
+        for name, default in (("save_path", "checkpoint"), ("results_path", "results")):
+            if name not in given:
+                setattr(args, name, default)
+
+
+def take_table(args, given, before):
+    """A table of labels belongs to its folder of images: an evaluation on others does not take it along."""
+    place = os.path.abspath(args.data_path)
+    same = (args.dataset, place) == (before.get("dataset"), before.get("data_path"))
+    if args.evaluate and "labels" not in given and not same:
+        args.labels = args.label_columns = None
+
+
+def check_continuation(args, saved, given, before):
+    """UserError where the command line makes another run of a checkpoint's; says what else it changes."""
+    begins = args.finetune and "finetune_step" not in saved  # finetuning has an optimiser of its own
+    own = ("method", "optimizer", "weak_pass", "freeze_body", "body_lr_scale", "switch_every")
+    exempt = own if begins else ()
+    data = saved["data"] if isinstance(saved.get("data"), dict) else {}
+    before = {"value_range": None} | before  # a flag that came later
+    changed = []
+    for name in sorted(given & before.keys()):
+        was, now = before[name], getattr(args, name)
+        if was is None and name in ("resize", "value_range"):  # what the data set itself said
+            was = data.get({"resize": "size"}.get(name, name))
+        if name in PATHS and name not in ("data_path", "unlabeled_path", "labels"):
+            continue
+        if was == now or (name in PATHS and was and now and os.path.abspath(was) == now):
+            continue
+        if name in IDENTITY and name not in exempt:
+            trained = f"without {flag(name)}" if was is None else f"with {flag(name, was)}"
+            raise UserError(f"{args.resume} was trained {trained}: it cannot go on with {flag(name, now)}")
+        if name not in INCIDENTAL and not args.finetune:
+            changed.append(f"{flag(name)} {was} → {now}")
+    if changed:
+        say(f"changed since {args.resume}: {', '.join(changed)}")
+
+
+def expected_statistics(args):
+    """(mean, std) that the weights expect which a run starts from; None for the data set's own.
+
+    Raises:
+        UserError: teacher and student, who see the same images, start from weights that differ in this.
+    """
+    if args.normalize == "dataset" or (args.normalize == "auto" and not (args.pretrained or args.weights)):
+        return None
+    if args.weights and args.normalize == "auto":
+        saved = peek(args.weights)
+        if "data" in saved:
+            return saved["data"]["mean"], saved["data"]["std"]
+    if args.normalize == "imagenet":
+        return STATISTICS["imagenet"]
+    names = {network_name(vars(args), role) for role in ("teacher", "student")}
+    try:
+        expected = {
+            timm_statistics(name) if name.startswith(TIMM) else STATISTICS["imagenet"] for name in names
+        }
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if len(expected) > 1:
+        raise UserError(
+            f"the weights of {' and '.join(sorted(names))} expect images normalised differently: choose with "
+            "--normalize imagenet or dataset, or take another --student-model"
+        )
+    return expected.pop()
+
+
+def device_of(args, given):
+    """The device of the command, else that of the checkpoint where this machine has it, else ``auto``."""
+    path = next(filter(os.path.isfile, candidates(args)), None)
+    if "device" in given or path is None:
+        return args.device
+    device = str(peek(path).get("args", {}).get("device", args.device))
+    return device if Runtime.available(device) else "auto"
+
+
+def read_checkpoint(args, runtime, starts):
+    """The path of ``--resume`` and what is there; (None, None) without one.
+
+    Args:
+        starts: whether the command says enough to start a run where ``--resume auto`` finds none.
+
+    Raises:
+        UserError: no such file, a damaged one, or none of this program.
+    """
+    if not args.resume:
+        return None, None
+    path = args.resume
+    if path == "auto":
+        paths = candidates(args)
+        path = runtime.on_main(lambda: next(filter(os.path.isfile, paths), None))
+        if path is None:
+            if args.evaluate or args.finetune:
+                raise UserError(
+                    f"there is no checkpoint {paths[0]} to evaluate or finetune: give its run's --name"
+                )
+            if not starts:
+                raise UserError(
+                    f"there is no checkpoint {paths[0]} to go on from, and no --dataset to start a run with"
+                )
+            name = os.path.basename(paths[0]).removesuffix("_last.pth.tar")
+            tell(runtime, f"no checkpoint of {name}: starting at step 0")
+            return None, None
+    saved = runtime.load(path)
+    if not well_formed(saved):
+        raise UserError(f"{path} is not a checkpoint of this program: to start from weights use --weights")
+    return path, saved

@@ -1,0 +1,295 @@
+"""Which run a name means: its files, its lock, what is refused so that no run is mistaken for another."""
+
+import argparse
+import errno
+import os
+import re
+
+import torch
+
+from engine.checkpoint import peek
+from engine.files import writing
+from methods import METHODS, network_name
+from models import count_flops, count_parameters
+from utils import UserError, say, tell
+
+
+def default_name(args):
+    """The name of the data set; of a folder, the folder's own; of an evaluation, its checkpoint's."""
+    if args.evaluate and args.resume:
+        return os.path.basename(args.resume).removesuffix(".pth.tar")
+    if args.dataset == "folder":
+        return os.path.basename(os.path.abspath(args.data_path)).lstrip(".") or "folder"
+    return args.dataset
+
+
+def check_name(name, trains=False):
+    """Returns the name of a run, which is also that of its files; UserError if it cannot be one.
+
+    ``trains``: not the record of an evaluation. Then its checkpoints must not be taken for another run's.
+    """
+    if trains and (match := re.search(r"_(last|best|finetune|step\d+)$", name)):
+        raise UserError(
+            f"'{name}' ends in {match[0]}, as the checkpoints of a run named '{name[: match.start()]}' do: "
+            "choose another --name"
+        )
+    if not name or name.startswith(".") or len(os.fsencode(name)) > 200 or set(name) & set("/\\\0\n"):
+        raise UserError(
+            f"{name!r} cannot be the name of a run: use 1 to 200 letters without path separators, the first "
+            "of them no dot"
+        )
+    return name
+
+
+def checkpoint_path(args, kind):
+    """``checkpoint/NAME_KIND.pth.tar``."""
+    return os.path.join(args.save_path, f"{args.name}_{kind}.pth.tar")
+
+
+def checkpoints_of(args):
+    """All checkpoints of the run's name that there are: {path: step in the name, None without one}."""
+    pattern = re.compile(
+        re.escape(args.name) + r"_(?:last|best|finetune_last|finetune_best|step(\d{8,}))\.pth\.tar"
+    )
+    names = os.listdir(args.save_path) if os.path.isdir(args.save_path) else []
+    found = filter(None, map(pattern.fullmatch, names))
+    return {os.path.join(args.save_path, match[0]): match[1] and int(match[1]) for match in found}
+
+
+def drop_checkpoints(args, step):
+    """Of the checkpoints that are named after their step, keep the last ``--keep`` up to this one.
+
+    Those of later steps predate this run.
+    """
+    numbered = {number: path for path, number in checkpoints_of(args).items() if number is not None}
+    kept = sorted(number for number in numbered if number <= step)[-args.keep :]
+    for number in numbered.keys() - set(kept):
+        os.remove(numbered[number])
+
+
+def make_folder(path):
+    """Make a folder, and see that it can be written to; UserError if not."""
+    with writing(path):
+        os.makedirs(path, exist_ok=True)
+        probe = os.path.join(path, f".probe-{os.getpid()}")
+        with open(probe, "w"):
+            pass
+        os.remove(probe)
+
+
+HELD = []  # open files whose locks last as long as this process
+
+
+def lock(args, make=True):
+    """Only one process trains a run of a name: the system lifts the lock when it ends, however it ends.
+
+    Args:
+        make: make the file that is locked, ``checkpoint/.NAME.lock``, if it is not there; it stays.
+
+    Raises:
+        UserError: another process holds the lock, or the file cannot be written.
+    """
+    path = os.path.join(args.save_path, f".{args.name}.lock")
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        return
+    if not make and not os.path.exists(path):
+        return
+    with writing(path):
+        HELD.append(open(path, "a"))  # noqa: SIM115 (open until the process ends)
+    try:
+        fcntl.lockf(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)  # decoding workers do not inherit it
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"{args.name} is being trained by another process: wait for its end, or give another --name"
+            ) from error
+        # else a file system without locks: nothing can be known
+
+
+def save(args, runtime, log, content, kinds):
+    """Write a checkpoint of each kind, in this order; with the first, a run that is replaced goes."""
+    paths = [checkpoint_path(args, kind) for kind in kinds]
+    runtime.save(content, *paths)
+    if runtime.is_main and log.replacing:
+        for path in checkpoints_of(args).keys() - set(paths):
+            os.remove(path)
+        log.settle()
+
+
+def candidates(args):
+    """The files that ``--resume`` may mean, the first that is there; for ``auto`` those of the run's name.
+
+    The best is written before the last: a run that was killed between its first two files has the best alone.
+    Beside it may be files of the run that it was about to replace: those of the newest file's run count.
+    """
+    if args.resume != "auto":
+        return [args.resume] if args.resume else []
+    name = args.name or default_name(argparse.Namespace(**vars(args) | {"resume": None}))
+    kinds = ("last", "finetune_last", "best", "finetune_best")
+    paths = [os.path.join(args.save_path, f"{check_name(name)}_{kind}.pth.tar") for kind in kinds]
+    left = of_other_runs(paths)
+    return [path for path in paths if path not in left]
+
+
+def of_other_runs(paths):
+    """Those of a name's checkpoints that are not of the run of the newest file.
+
+    There are some where a run was killed while it replaced another one: behind its first file. Damaged files
+    and those of earlier versions do not say which run they are of.
+    """
+    runs = {path: run for path in paths if (run := peek(path).get("run"))}
+    newest = max(runs, key=os.path.getmtime, default=None)
+    return {path for path, run in runs.items() if run != runs[newest]}
+
+
+def check_same_test(one, other, path, other_path):
+    """UserError unless two checkpoints, evaluated as an ensemble, have the same classes and test images.
+
+    Args:
+        one, other: the ``Dataset`` of each.
+        path, other_path: of the checkpoints.
+    """
+    if one.classes != other.classes:
+        raise UserError(f"{other_path} has other classes than {path}: evaluate each by itself")
+    tests, prints = (one.test.targets, other.test.targets), (one.test.fingerprints, other.test.fingerprints)
+    if (
+        one.name != other.name
+        or not torch.equal(*tests)
+        or (prints[0] is not None and not torch.equal(*prints))
+    ):
+        raise UserError(
+            f"{other_path} has other test images than {path}: give --data-path, or evaluate each by itself"
+        )
+
+
+def is_own(args, saved):
+    """Whether the checkpoint is one of the run that this command goes on with, not of one that it leaves."""
+    same_place = bool(args.resume) and os.path.dirname(args.resume) == args.save_path
+    return same_place and args.name == saved.get("args", {}).get("name")
+
+
+def claim(args, saved):
+    """Take the run's name: its folders can be written, no other process has it, and it is still free."""
+    make_folder(args.results_path)
+    make_folder(args.save_path)
+    lock(args)
+    replacing = replaces(args, saved)
+    if is_own(args, saved) and (left := of_other_runs(checkpoints_of(args))):
+        for path in left:
+            os.remove(path)
+        say(f"removed {len(left)} checkpoints of the run that {args.name} replaces")
+    return replacing
+
+
+def replaces(args, saved):
+    """Whether the run replaces another one of its name; UserError without ``--overwrite``."""
+    lock(args, make=False)
+    last, folder = checkpoint_path(args, "last"), os.path.join(args.results_path, args.name)
+    ways = "--overwrite replaces it, another --name leaves it untouched"
+    checkpoints = checkpoints_of(args)
+    if is_own(args, saved):
+        of_others = of_other_runs(checkpoints)
+        if args.resume in of_others:
+            raise UserError(
+                f"{args.resume} is of a run that another one was replacing when it was killed: --resume auto "
+                "goes on with that one, another --name with this one"
+            )
+        if not args.overwrite and not args.finetune and args.resume != last and os.path.isfile(last):
+            step = peek(last).get("step", 0)
+            if step > saved["step"] and last not in of_others:
+                raise UserError(
+                    f"{args.name} has come to step {step}, and {args.resume} is of step {saved['step']}: "
+                    f"--resume auto continues the former, {ways}"
+                )
+        return False
+    if not args.overwrite and checkpoints:  # without any, a run that was killed early may start again
+        raise UserError(f"{args.name} was trained before: --resume auto continues it, {ways}")
+    if not args.overwrite and os.path.exists(os.path.join(folder, "summary.json")):
+        raise UserError(f"there is a record of {args.name} in {folder} already: {ways}")
+    if saved and not args.finetune and saved["step"] == args.total_steps:
+        raise UserError(
+            f"{args.resume} is trained to its end, step {saved['step']}: nothing is left for {args.name} to "
+            "train; give a larger --total-steps, or --finetune"
+        )
+    return bool(checkpoints) or os.path.exists(os.path.join(folder, "args.json"))
+
+
+def finetuned_before(args, runtime, saved, run, base):
+    """What an earlier process has saved of the same finetuning, ``{}`` if nothing.
+
+    Raises:
+        UserError: the run was finetuned otherwise before.
+    """
+    if "finetune_step" in saved:
+        return saved
+    path = checkpoint_path(args, "finetune_last")
+    if not is_own(args, saved) or saved["step"] != base:
+        return {}
+    if not runtime.on_main(lambda: os.path.isfile(path)):
+        return {}
+    found = runtime.load(path)
+    names = ["freeze_body", "body_lr_scale", *(name for name in vars(args) if name.startswith("finetune_"))]
+    theirs = {"freeze_body": False, "body_lr_scale": 1.0} | found["args"]  # flags that came later
+    same = all(theirs.get(name) == getattr(args, name) for name in names)
+    if found.get("run") == run and found["step"] == base and same and "loader" in found:
+        return found
+    if args.finetune and not args.overwrite:
+        raise UserError(
+            f"{args.name} was finetuned before, with other flags or from another checkpoint: --overwrite "
+            "replaces that, another --name leaves it untouched"
+        )
+    return {}
+
+
+def free_folder(path, name):
+    """``path/name``, or with the first number behind it that is not taken: no record is ever replaced."""
+    number, folder = 1, os.path.join(path, name)
+    while os.path.exists(folder):
+        number += 1
+        folder = os.path.join(path, f"{name}-{number}")
+    return folder
+
+
+def describe_run(args, runtime, dataset, method, folder, step):
+    """What is about to be trained on what, in a few lines; ``method`` is None before finetuning alone."""
+    shape = (3, dataset.size, dataset.size) if dataset.size else (2,)
+    things = f"images, {dataset.size} pixels" if dataset.size else "points"
+    lines = [
+        f"{args.dataset}: {len(dataset.labeled):,} labelled, {len(dataset.unlabeled):,} unlabelled, "
+        f"{len(dataset.test):,} test {things}; {args.method} on {runtime.describe()}",
+        *dataset.notes,
+    ]
+    for role, learner in method.learners.items() if method else ():
+        if role == "perceptron":
+            name, inputs = "five layers on class distributions", (dataset.num_classes,)
+        else:
+            name, inputs = network_name(vars(args), role), shape
+        learning = sum(p.numel() for p in learner.parameters.values())
+        total, operations = count_parameters(learner.network), count_flops(learner.network, inputs)
+        frozen = f" ({learning:,} learn)" if learning < total else ""
+        lines.append(f"{role}: {name}, {total:,} parameters{frozen}, {operations:,} multiply-adds an image")
+    lines.append(f"results go to {folder}, checkpoints to {args.save_path}")
+    if args.resume:
+        doing = "finetuning" if args.finetune else "continuing"
+        lines.append(f"{doing} (as {args.name}) from step {step} of {args.resume}")
+        if not args.finetune and step == args.total_steps:
+            lines.append(f"--total-steps {step} is reached: nothing is left to train")
+    tell(runtime, *lines)
+
+
+def class_shares(args, runtime, dataset):
+    """Share of each class among the labelled images, K floats; warns where --align assumes other ones."""
+    counts = torch.bincount(dataset.labeled.targets, minlength=dataset.num_classes).tolist()
+    most, least = max(counts), min(counts)
+    # a fraction of labels is rounded in each class, so that one image more says nothing
+    aligned = args.align and "align" in METHODS[args.method].flags
+    if aligned and args.align_to == "uniform" and most > max(1.5 * least, least + 1):
+        classes = [dataset.classes[counts.index(count)] for count in (most, least)]
+        tell(
+            runtime,
+            f"--align assumes equal classes, but {most} labelled images are of class '{classes[0]}' and "
+            f"{least} of '{classes[1]}': if the unlabelled images are as unequal, add --align-to labeled",
+        )
+    return [count / len(dataset.labeled) for count in counts]
