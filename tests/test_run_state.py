@@ -380,6 +380,20 @@ def test_a_checkpoint_of_an_earlier_version(here, capsys):
     assert len(load("checkpoint/old_last.pth.tar")["data"]["labeled"]) == 6
 
 
+def test_a_student_of_another_model_than_its_teacher(here):
+    words = [*MPL, *"--student-model wrn-10-2 --total-steps 1 --eval-step 1 --finetune-epochs 0".split()]
+    assert command(*words) == 0
+    state = load("checkpoint/run_last.pth.tar")
+    for key, model in (("teacher", "wrn-10-1"), ("student", "wrn-10-2"), ("avg", "wrn-10-2")):
+        expected = build_network(main.parse_arguments([*DIGITS, "--model", model]), 10, 8, "student")
+        found = state[f"{key}_state_dict"]
+        assert {name: value.shape for name, value in found.items()} == {
+            name: value.shape for name, value in expected.state_dict().items()
+        }
+    assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar") == 0
+    assert summary("run_last")["top1"] == summary("run")["top1"]
+
+
 def test_a_device_that_is_not_here_is_left(copied, monkeypatch):
     state = load("checkpoint/run_last.pth.tar")
     state["args"] |= {"device": "mps"}

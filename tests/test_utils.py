@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import sys
 from argparse import ArgumentTypeError, Namespace
 
 import pytest
@@ -81,6 +82,16 @@ def test_meters_name_the_first_step_and_term_that_was_not_finite(tmp_path):
         meters.update({"good": torch.tensor(float("inf")), "bad": torch.tensor(float("nan"))}, step)
     with pytest.raises(NonFiniteError, match=r"^step 3: bad is not finite; "):
         meters.read()
+
+
+def test_the_record_names_each_command(tmp_path, monkeypatch):
+    """The one that began the run, and those that went on with it, in their order."""
+    words = [["main.py", "--name", "run"], ["main.py", "--resume", "auto"], ["main.py", "--resume", "x"]]
+    for each in words:
+        monkeypatch.setattr(sys, "argv", each)
+        RunLog(tmp_path, Namespace(seed=0), run_id="one", tensorboard=False)
+    args = json.loads((tmp_path / "args.json").read_text())
+    assert args["command"] == words[0] and args["continued"] == words[1:]
 
 
 def test_the_last_line_is_the_result():
