@@ -6,6 +6,7 @@
 Two moons: 2,000 points in the plane, two classes, 6 labels. A teacher T labels the points, a student S learns
 from these labels alone, and the teacher learns from three things: the 6 labels, its own consistency under
 noise (UDA, Xie et al. 2020), and the feedback, how the student's step changed its loss on the 6 labels.
+Nearly all of the gain over the labels alone is UDA's: FEEDBACK_WEIGHT = 0 ends at about the same accuracy.
 
 To use it elsewhere, copy ``step`` and bring your own networks and views. As it stands, it is for networks
 without batch norm and dropout. Batch norm must not update its running statistics while the feedback is
