@@ -53,6 +53,8 @@ def test_it_does_not_matter_when_processes_agree(runs, name):
     """With batch norm of their own, on running statistics: at every evaluation, wherever these are."""
     for each in runs[1]:
         assert distance(each[f"{name} seldom"]["networks"], each[f"{name} often"]["networks"]) < 1e-12
+    first, second = (each[f"{name} seldom"]["networks"] for each in runs[1])
+    assert distance(first, second) < 1e-12  # then they have the same
 
 
 @pytest.mark.parametrize("case", [f"mlp mpl {name}" for name in MPL if not name.startswith("none")])
