@@ -38,6 +38,16 @@ from methods.feedback import ESTIMATORS
 from methods.uda import UDA_LOSSES
 from models import disable_dropout, head_of
 from run import arguments, identity
+from run.arguments import (
+    between,
+    count_or_fraction,
+    decodes_files,
+    has_feedback,
+    has_scalar_feedback,
+    of,
+    on,
+    on_images,
+)
 from run.record import (
     FRESH,
     POSITION,
@@ -57,23 +67,23 @@ from utils import UserError
 # fmt: off
 def build_parser():
     parser = arguments.Parser(description="Meta Pseudo Labels in PyTorch. The recipes in run_*.sh are complete command lines.")
-    steps, count, small = arguments.between(int, 1), arguments.between(int, 0), arguments.between(float, 0, 0.999999)
-    rate, weight, share = arguments.between(float, 0, 1e3), arguments.between(float, 0, 1e6), arguments.between(float, 0, 1)
+    steps, count, small = between(int, 1), between(int, 0), between(float, 0, 0.999999)
+    rate, weight, share = between(float, 0, 1e3), between(float, 0, 1e6), between(float, 0, 1)
     yes_or_no = argparse.BooleanOptionalAction
 
-    add = parser.add_argument_group("run").add_argument
-    add("--name", help="name of the run and of its files (default: the data set's, or its folder's)")
-    add("--save-path", default="checkpoint", help="folder of the checkpoints")
-    add("--results-path", default="results", help="folder of metrics, summary and pictures")
-    add("--seed", type=arguments.between(int, 0, 2**63 - 1), default=0, help="of labels, initial weights, batches, augmentation")
-    add("--resume", metavar="CKPT", help="checkpoint to continue, finetune or evaluate; flags that are not given are taken from it. auto: the last of this --name, if there is one")
-    add("--keep", type=count, default=0, metavar="N", help="also keep the checkpoints of the last N evaluations")
-    add("--pictures", action=yes_or_no, default=True, help="draw the run's curves and confusion when it ends, which takes about a second; visualize.py draws them at any time")
-    add("--overwrite", action="store_true", help="replace a run of the same --name, once the first checkpoint of this one is written")
-    add("--evaluate", action="store_true", help="only evaluate the checkpoint of --resume, or the mean of the probabilities of several: --resume A --resume B; the record goes to results/CKPT or results/NAME")
-    add("--finetune", action="store_true", help="only finetune the checkpoint of --resume")
-    add("--device", default="auto", choices=Runtime.KINDS, help="where to run")
-    add("--local-rank", "--local_rank", help="accepted from older launchers and ignored: it is read from the environment")
+    add = parser.group("run")
+    add("--name", help="name of the run and of its files (default: the data set's, or its folder's)", quiet=True)
+    add("--save-path", default="checkpoint", help="folder of the checkpoints", path=True)
+    add("--results-path", default="results", help="folder of metrics, summary and pictures", path=True)
+    add("--seed", type=between(int, 0, 2**63 - 1), default=0, help="of labels, initial weights, batches, augmentation")
+    add("--resume", action="append", metavar="CKPT", help="checkpoint to continue, finetune or evaluate; flags that are not given are taken from it. auto: the last of this --name, if there is one", command=True)
+    add("--keep", type=count, default=0, metavar="N", help="also keep the checkpoints of the last N evaluations", quiet=True)
+    add("--pictures", action=yes_or_no, default=True, help="draw the run's curves and confusion when it ends, which takes about a second; visualize.py draws them at any time", quiet=True)
+    add("--overwrite", action="store_true", help="replace a run of the same --name, once the first checkpoint of this one is written", command=True)
+    add("--evaluate", action="store_true", help="only evaluate the checkpoint of --resume, or the mean of the probabilities of several: --resume A --resume B; the record goes to results/CKPT or results/NAME", command=True)
+    add("--finetune", action="store_true", help="only finetune the checkpoint of --resume", command=True)
+    add("--device", default="auto", choices=Runtime.KINDS, help="where to run", quiet=True)
+    add("--local-rank", "--local_rank", help="accepted from older launchers and ignored: it is read from the environment", command=True)
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", default="bf16", choices=("bf16", "fp16"), help="fp16 needs CUDA")
     add("--channels-last", action="store_true", help="memory order in which convolutions are faster (recipes for images)")
@@ -81,98 +91,98 @@ def build_parser():
     add("--cuda-graph", action=yes_or_no, default=False, help="CUDA, one process, SGD: capture a training step once and replay it, so that the GPU does not wait for the processor that launches its kernels; best with --compile, for networks of many short kernels, such as WideResNets; new, and not yet trained with to the end on a GPU")
     add("--sync-bn", action="store_true", help="batch statistics over the batches of all processes")
 
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", default="cifar10", choices=NAMES, help="twomoons and digits need no download; folder: your own")
-    add("--svhn-extra", action="store_true", help="SVHN: its 531,131 extra images are unlabelled ones too (the paper's SVHN-1K)")
-    add("--data-path", default="data", help="folder of the data set")
-    add("--labels", metavar="FILE", help="table of the classes of your own images (CSV with a header such as image,label), in the place of class folders: --dataset folder")
-    add("--label-columns", nargs=2, metavar=("FILE", "LABEL"), help="with --labels: its columns of file names and of labels (default: found by the usual names)")
-    add("--num-labeled", type=arguments.count_or_fraction, default=4000, metavar="N", help="labelled images, drawn per class with --seed; below 1: a fraction of the training images; all: every one")
-    add("--labeled-indices", metavar="FILE", help="take these labelled images: labeled_indices.txt of a run, labeled.txt of one on a folder")
-    add("--num-val", type=count, default=0, metavar="N", help="training images with labels held out to choose the best checkpoint; 0: the last is taken, unless the folder has a validation set (val/ beside train/ and test/)")
-    add("--test-fraction", type=small, default=0.2, metavar="F", help="folder without test/ or val/: part of every class that is set aside for testing")
-    add("--unlabeled-path", metavar="DIR", help="any tree of images without classes, for the unlabelled set (default: unlabeled/ in the folder of --dataset folder, if there is one)")
+    add = parser.group("data")
+    add("--dataset", default="cifar10", choices=NAMES, help="twomoons and digits need no download; folder: your own", identity=True)
+    add("--svhn-extra", action="store_true", help="SVHN: its 531,131 extra images are unlabelled ones too (the paper's SVHN-1K)", identity=True, only=on("svhn"))
+    add("--data-path", default="data", help="folder of the data set", path=True)
+    add("--labels", metavar="FILE", help="table of the classes of your own images (CSV with a header such as image,label), in the place of class folders: --dataset folder", path=True)
+    add("--label-columns", nargs=2, metavar=("FILE", "LABEL"), help="with --labels: its columns of file names and of labels (default: found by the usual names)", only=lambda args: args.labels)
+    add("--num-labeled", type=count_or_fraction, default=4000, metavar="N", help="labelled images, drawn per class with --seed; below 1: a fraction of the training images; all: every one", identity=True)
+    add("--labeled-indices", metavar="FILE", help="take these labelled images: labeled_indices.txt of a run, labeled.txt of one on a folder", path=True)
+    add("--num-val", type=count, default=0, metavar="N", help="training images with labels held out to choose the best checkpoint; 0: the last is taken, unless the folder has a validation set (val/ beside train/ and test/)", identity=True)
+    add("--test-fraction", type=small, default=0.2, metavar="F", help="folder without test/ or val/: part of every class that is set aside for testing", identity=True, only=on("folder"))
+    add("--unlabeled-path", metavar="DIR", help="any tree of images without classes, for the unlabelled set (default: unlabeled/ in the folder of --dataset folder, if there is one)", path=True)
     add("--unlabeled-mode", default="add", choices=("add", "only"), help="in addition to the training images, or instead of them")
-    add("--keep-test-copies", action="store_true", help="also learn from images that are copies of test or validation images, as published results on STL-10 do")
+    add("--keep-test-copies", action="store_true", help="also learn from images that are copies of test or validation images, as published results on STL-10 do", identity=True)
     add("--skip-unreadable", action="store_true", help="name and leave out images that cannot be read, instead of stopping")
-    add("--value-range", type=arguments.between(float, -1e30, 1e30), nargs=2, metavar=("LOW", "HIGH"), help="values of deep images (16 bits, 32 bits, floats) that become black and white (default: 0 and the largest value of the training images, rounded up to 1, 255, 1023, 4095, 16383, 65535, …)")
-    add("--max-megapixels", type=arguments.between(float, 0.001, 1e6), default=500.0, metavar="N", help="larger images count as unreadable; a JPEG is reduced while it is decoded")
+    add("--value-range", type=between(float, -1e30, 1e30), nargs=2, metavar=("LOW", "HIGH"), help="values of deep images (16 bits, 32 bits, floats) that become black and white (default: 0 and the largest value of the training images, rounded up to 1, 255, 1023, 4095, 16383, 65535, …)", identity=True, only=decodes_files)
+    add("--max-megapixels", type=between(float, 0.001, 1e6), default=500.0, metavar="N", help="larger images count as unreadable; a JPEG is reduced while it is decoded", only=decodes_files)
     add("--num-classes", type=steps, metavar="K", help="checked against the data set")
-    add("--resize", type=arguments.between(int, 1, 2**12), metavar="PIXELS", help="side of the images (default: digits 16, cifar10, cifar100 and svhn 32, stl10 96, imagenet 224; a folder: the one size of its images up to 64, else 224)")
-    add("--workers", type=count, default=2, help="threads or processes that read images")
-    add("--expand-labels", action="store_true", help="accepted for published commands: labelled images are always repeated endlessly here")
+    add("--resize", type=between(int, 1, 2**12), metavar="PIXELS", help="side of the images (default: digits 16, cifar10, cifar100 and svhn 32, stl10 96, imagenet 224; a folder: the one size of its images up to 64, else 224)", identity=True, only=on_images)
+    add("--workers", type=count, default=2, help="threads or processes that read images", quiet=True)
+    add("--expand-labels", action="store_true", help="accepted for published commands: labelled images are always repeated endlessly here", quiet=True)
 
-    add = parser.add_argument_group("augmentation").add_argument
-    add("--randaug", type=arguments.between(int, 0, 100), nargs=2, default=[2, 16], metavar=("LAYERS", "MAGNITUDE"), help="RandAugment of the strong view: operations per image, and their strength on a scale where 10 is an operation's full range; larger goes beyond (CIFAR-10 recipe: 2 16)")
-    add("--labeled-view", default="weak", choices=("weak", "strong"), help="augmentation of the labelled images (strong: RandAugment, as in the paper's Table 10)")
-    add("--mixup-alpha", type=rate, default=0.0, metavar="F", help="supervised, uda, fixmatch, mpl, semimeta: mixup of the labelled images in the loss of the teacher (of the only network), shares drawn from Beta(F, F): with each other, with semimeta with unlabelled ones; 0: none (semimeta recipe: 1)")
-    add("--jitter", type=rate, nargs=2, default=[0.0, 0.3], metavar=("WEAK", "STRONG"), help="two moons: standard deviation of the noise of each view")
+    add = parser.group("augmentation")
+    add("--randaug", type=between(int, 0, 100), nargs=2, default=[2, 16], metavar=("LAYERS", "MAGNITUDE"), help="RandAugment of the strong view: operations per image, and their strength on a scale where 10 is an operation's full range; larger goes beyond (CIFAR-10 recipe: 2 16)", only=lambda args: on_images(args) and (METHODS[args.method].uses_strong_view or args.labeled_view == "strong"))
+    add("--labeled-view", default="weak", choices=("weak", "strong"), help="augmentation of the labelled images (strong: RandAugment, as in the paper's Table 10)", only=on_images)
+    add("--mixup-alpha", type=rate, default=0.0, metavar="F", help="supervised, uda, fixmatch, mpl, semimeta: mixup of the labelled images in the loss of the teacher (of the only network), shares drawn from Beta(F, F): with each other, with semimeta with unlabelled ones; 0: none (semimeta recipe: 1)", only=of("supervised uda fixmatch mpl semimeta"))
+    add("--jitter", type=rate, nargs=2, default=[0.0, 0.3], metavar=("WEAK", "STRONG"), help="two moons: standard deviation of the noise of each view", only=on("twomoons"))
 
-    add = parser.add_argument_group("networks").add_argument
-    add("--model", help="wrn-DEPTH-WIDTH, mlp-2-8-8-2, convlarge, efficientnet-b0 to -l2, any classifier of torchvision such as resnet50, or, with requirements-timm.txt installed, of timm such as timm/convnext_tiny (default: wrn-28-2; two moons mlp-2-8-8-2, cifar100 wrn-28-8, stl10 wrn-37-2, imagenet resnet50)")
-    add("--student-model", metavar="MODEL", help="mpl, pseudo-label, reduced-mpl: another for the student")
+    add = parser.group("networks")
+    add("--model", help="wrn-DEPTH-WIDTH, mlp-2-8-8-2, convlarge, efficientnet-b0 to -l2, any classifier of torchvision such as resnet50, or, with requirements-timm.txt installed, of timm such as timm/convnext_tiny (default: wrn-28-2; two moons mlp-2-8-8-2, cifar100 wrn-28-8, stl10 wrn-37-2, imagenet resnet50)", identity=True)
+    add("--student-model", metavar="MODEL", help="mpl, pseudo-label, reduced-mpl: another for the student", identity=True, only=of("pseudo-label mpl reduced-mpl"))
     add("--pretrained", action=yes_or_no, default=False, help="start from the weights that torchvision (ImageNet's) or timm publish, downloaded on first use")
-    add("--weights", metavar="FILE", help="start from the weights in this file instead")
+    add("--weights", metavar="FILE", help="start from the weights in this file instead", path=True)
     add("--normalize", default="auto", choices=("auto", "imagenet", "dataset"), help="mean and standard deviation of images: auto takes what --pretrained (ImageNet's, for timm/NAME its own) or --weights expects, else the data set's")
     add("--bn-momentum", type=share, metavar="F", help="share of a batch in batch norm's running statistics (default: 0.01, as published; with --pretrained or --weights that of the network)")
-    add("--bn-eps", type=arguments.between(float, 1e-12, 1), metavar="F", help="added to batch norm's variance (default: 1e-3, as published; with --pretrained or --weights that of the network)")
-    add("--freeze-body", action=yes_or_no, default=False, help="train only the last layer, the rest stays as --pretrained or --weights start it")
-    add("--body-lr-scale", type=arguments.between(float, 1e-6, 1e3), default=1.0, metavar="F", help="learning rate of all layers but the last, as a multiple of the last one's; finetuning too (transfer: 0.1 or less)")
-    add("--teacher-dropout", type=small, default=0.0, help="before the classifier (CIFAR-10 recipe: 0.2)")
+    add("--bn-eps", type=between(float, 1e-12, 1), metavar="F", help="added to batch norm's variance (default: 1e-3, as published; with --pretrained or --weights that of the network)")
+    add("--freeze-body", action=yes_or_no, default=False, help="train only the last layer, the rest stays as --pretrained or --weights start it", identity=True)
+    add("--body-lr-scale", type=between(float, 1e-6, 1e3), default=1.0, metavar="F", help="learning rate of all layers but the last, as a multiple of the last one's; finetuning too (transfer: 0.1 or less)", identity=True, only=lambda args: not args.freeze_body)
+    add("--teacher-dropout", type=small, default=0.0, help="before the classifier (CIFAR-10 recipe: 0.2)", only=of("mpl"))
     add("--student-dropout", type=small, default=0.0, help="before the classifier (CIFAR-10 recipe: 0.2)")
     add("--stochastic-depth", type=small, metavar="F", help="probability that a network's last block is left out in training, evenly less towards the first: EfficientNet, ConvNeXt, Swin, MaxViT (default: the network's own, 0.2 for EfficientNet)")
     add("--ema", type=share, default=0.995, help="decay of the moving averages of weights")
 
-    add = parser.add_argument_group("optimisation").add_argument
+    add = parser.group("optimisation")
     add("--total-steps", type=steps, default=300_000, help="steps of training; the cosine ends here")
     add("--eval-step", type=steps, default=1000, help="steps between evaluations, with a checkpoint each")
-    add("--log-step", type=steps, default=50, help="steps between lines of metrics.jsonl (losses, rates, images per second), each of which waits for the device")
-    add("--start-step", type=count, default=0, help="first step (set by --resume)")
-    add("--batch-size", type=arguments.between(int, 1, 2**20), default=64, help="labelled images per step and process")
-    add("--mu", type=arguments.between(int, 1, 2**10), default=7, help="unlabelled images per labelled image")
-    add("--teacher-lr", "--teacher_lr", type=rate, default=0.05, help="mpl: peak learning rate (with --switch-every: of the network that begins as the teacher); reduced-mpl: that of the perceptron")
+    add("--log-step", type=steps, default=50, help="steps between lines of metrics.jsonl (losses, rates, images per second), each of which waits for the device", quiet=True)
+    add("--start-step", type=count, default=0, help="first step (set by --resume)", command=True)
+    add("--batch-size", type=between(int, 1, 2**20), default=64, help="labelled images per step and process")
+    add("--mu", type=between(int, 1, 2**10), default=7, help="unlabelled images per labelled image", only=of("pseudo-label uda fixmatch mpl reduced-mpl semimeta"))
+    add("--teacher-lr", "--teacher_lr", type=rate, default=0.05, help="mpl: peak learning rate (with --switch-every: of the network that begins as the teacher); reduced-mpl: that of the perceptron", only=of("mpl reduced-mpl"))
     add("--student-lr", "--student_lr", type=rate, default=0.05, help="peak learning rate (with --switch-every: of the network that begins as the student); of the only network, too, where there is no teacher")
     add("--accumulate", type=steps, default=1, metavar="N", help="take a step's batch in N micro-batches, one after the other, for less memory; batch norm sees one of them at a time")
-    add("--optimizer", default="sgd", choices=("sgd", "adamw", "rmsprop"), help="SGD; AdamW, as in the transfer recipe; TensorFlow's RMSProp, as EfficientNet was published (decay 0.9, epsilon 1e-3)")
+    add("--optimizer", default="sgd", choices=("sgd", "adamw", "rmsprop"), help="SGD; AdamW, as in the transfer recipe; TensorFlow's RMSProp, as EfficientNet was published (decay 0.9, epsilon 1e-3)", identity=True)
     add("--schedule", default="cosine", choices=("cosine", "one-cycle", "constant", "milestones"), help="of the learning rate, after the warm-up; milestones: divided by 10 at each of --milestones; transfer recipe: one-cycle")
-    add("--milestones", type=count, nargs="+", default=[300_000, 350_000], metavar="STEP", help="with --schedule milestones: steps at which the rate is divided by 10 (semimeta recipe: 300000 350000)")
-    add("--momentum", type=small, default=0.9, help="of SGD and RMSProp (published: 0.9)")
-    add("--nesterov", action="store_true", help="Nesterov momentum of SGD (recipes with SGD)")
+    add("--milestones", type=count, nargs="+", default=[300_000, 350_000], metavar="STEP", help="with --schedule milestones: steps at which the rate is divided by 10 (semimeta recipe: 300000 350000)", only=lambda args: args.schedule == "milestones")
+    add("--momentum", type=small, default=0.9, help="of SGD and RMSProp (published: 0.9)", only=lambda args: args.optimizer != "adamw")
+    add("--nesterov", action="store_true", help="Nesterov momentum of SGD (recipes with SGD)", only=lambda args: args.optimizer == "sgd")
     add("--weight-decay", type=rate, default=5e-4, help="weight decay, not applied to batch norm")
     add("--warmup-steps", type=count, default=0, help="steps of linear warm-up, before the cosine")
     add("--grad-clip", type=weight, default=0.0, help="bound of the gradient's norm; 0: none")
     add("--label-smoothing", type=small, default=0.0, help="share of a target that is spread evenly over all classes: of labels and, for the student, of pseudo labels (CIFAR-10 recipe: 0.15)")
 
-    add = parser.add_argument_group("method").add_argument
-    add("--method", default="mpl", choices=sorted(METHODS), help="how the student is trained")
-    add("--student-wait-steps", type=count, default=0, help="mpl: steps before the student's warm-up begins; until then its rate is 0 and only the teacher learns (CIFAR-10 recipe: 3000)")
-    add("--switch-every", type=count, default=0, metavar="N", help="mpl: role-playing: teacher and student change places every N steps after --student-wait-steps, each with its optimiser, learning rate, dropout and moving average; 0: never (TransferMPL: every epoch)")
-    add("--ensemble", action=yes_or_no, default=False, help="mpl: evaluate the mean of the student's and the teacher's probabilities, of their moving averages where there are (transfer recipe)")
-    add("--teacher-warmup-steps", type=count, default=0, metavar="N", help="mpl: steps in which the teacher learns from the labels alone, before its other losses begin; the student waits as long, or --student-wait-steps where that is more")
-    add("--student-labeled-weight", type=weight, default=0.0, metavar="F", help="mpl: weight of the labelled images in the student's loss, beside its pseudo labels; 0, as published: none")
-    add("--temperature", type=arguments.between(float, 1e-3, 1e3), default=0.7, help="uda, mpl: below 1 sharpens the prediction on the weak view")
-    add("--confidence", default="threshold", choices=("threshold", "relative", "soft"), help="uda, fixmatch, mpl: which unlabelled images count: those that reach --threshold; those that reach --threshold times the mean confidence on the labelled images (AdaMatch); or all, each by a weight that falls with its distance below the mean confidence of recent steps (SoftMatch)")
-    add("--threshold", type=share, default=0.6, help="uda, fixmatch, mpl: least probability from which on an image counts, after sharpening (fixmatch, published 0.95: without); with --confidence relative a factor of the mean confidence on the labelled images, neither of them sharpened (published: 0.9)")
-    add("--uda-loss", default="ce", choices=(*UDA_LOSSES,), help="uda, mpl: between the sharpened prediction on the weak view and the one on the strong view: cross-entropy, or negative cosine similarity as in TransferMPL")
-    add("--lambda-u", type=weight, default=8.0, help="uda, fixmatch, mpl: weight of the UDA loss (fixmatch, published: 1); semimeta: of the squared distance to the pseudo labels (recipe: 1); 0: none")
-    add("--uda-steps", type=count, default=5000, help="uda, fixmatch, mpl, semimeta: steps over which that weight grows (fixmatch, published: 0)")
-    add("--align", type=share, default=0.0, metavar="RATE", help="uda, fixmatch, mpl: distribution alignment: rate at which a bias per class brings the mean prediction on unlabelled images to --align-to; for few labels and about ten unlabelled images per class in a batch: 0.2; off, as published: 0")
-    add("--align-to", default="uniform", choices=("uniform", "labeled"), help="uda, fixmatch, mpl: the distribution that --align aims at: all classes equally often, or as often as among the labelled images")
-    add("--weak-pass", default="joint", choices=("joint", "apart", "ema"), help="uda, fixmatch, mpl: joint: weak views pass with the other images, as published; apart: by themselves and without gradient, faster; ema: likewise, through the moving average of the weights (--ema), whose labels are better in a long run, worse in its first few hundred steps. Without a gradient, feedback needs --pseudo-label-view strong, or for taylor and dot --feedback-view strong")
-    add("--pseudo-label", default="argmax", choices=("argmax", "sample", "soft"), help="pseudo-label, mpl, reduced-mpl: most probable class, a class drawn, or the distribution")
-    add("--pseudo-label-view", default="weak", choices=("weak", "strong"), help="pseudo-label, mpl: the view that the teacher labels")
-    add("--feedback", default="taylor", choices=("none", *ESTIMATORS), help="mpl, reduced-mpl: how the student's labelled loss reaches the teacher (reduced-mpl: the perceptron): not at all, by the change of the loss, by the product of two gradients, or by the exact gradient with respect to the pseudo labels")
-    add("--feedback-weight", type=arguments.between(float, -1e6, 1e6), default=1.0, help="mpl, reduced-mpl: factor of the feedback term")
-    add("--feedback-reduction", default="mean", choices=("mean", "sum"), help="mpl, reduced-mpl: of the scalar feedbacks (taylor, dot) over the unlabelled images; sum is unbiased, mean is what the published code does")
-    add("--feedback-view", default="same", choices=("same", "strong"), help="mpl: the view whose labels taylor and dot push: the one that was labelled, or the strong one with labels of its own, as MPL-pytorch does")
-    add("--feedback-momentum", type=small, default=0.0, help="mpl, reduced-mpl: decay of the moving average that is subtracted from a scalar feedback (published: 0.99)")
-    add("--flip-feedback", action="store_true", help="mpl, reduced-mpl: new minus old loss, the sign of published code")
-    add("--feedback-jvp", default="auto", choices=("auto", "forward", "difference"), help="mpl, reduced-mpl, semimeta: how exact and the pseudo labels of semimeta are differentiated: forward mode, central difference (semimeta's published form), or forward mode where the network allows it")
-    add("--teacher-checkpoint", metavar="FILE", help="pseudo-label, reduced-mpl: the fixed teacher")
+    add = parser.group("method")
+    add("--method", default="mpl", choices=sorted(METHODS), help="how the student is trained", identity=True)
+    add("--student-wait-steps", type=count, default=0, help="mpl: steps before the student's warm-up begins; until then its rate is 0 and only the teacher learns (CIFAR-10 recipe: 3000)", only=of("mpl"))
+    add("--switch-every", type=count, default=0, metavar="N", help="mpl: role-playing: teacher and student change places every N steps after --student-wait-steps, each with its optimiser, learning rate, dropout and moving average; 0: never (TransferMPL: every epoch)", identity=True, only=of("mpl"))
+    add("--ensemble", action=yes_or_no, default=False, help="mpl: evaluate the mean of the student's and the teacher's probabilities, of their moving averages where there are (transfer recipe)", only=of("mpl"))
+    add("--teacher-warmup-steps", type=count, default=0, metavar="N", help="mpl: steps in which the teacher learns from the labels alone, before its other losses begin; the student waits as long, or --student-wait-steps where that is more", only=of("mpl"))
+    add("--student-labeled-weight", type=weight, default=0.0, metavar="F", help="mpl: weight of the labelled images in the student's loss, beside its pseudo labels; 0, as published: none", only=of("mpl"))
+    add("--temperature", type=between(float, 1e-3, 1e3), default=0.7, help="uda, mpl: below 1 sharpens the prediction on the weak view", only=of("uda mpl"))
+    add("--confidence", default="threshold", choices=("threshold", "relative", "soft"), help="uda, fixmatch, mpl: which unlabelled images count: those that reach --threshold; those that reach --threshold times the mean confidence on the labelled images (AdaMatch); or all, each by a weight that falls with its distance below the mean confidence of recent steps (SoftMatch)", only=of("uda fixmatch mpl"))
+    add("--threshold", type=share, default=0.6, help="uda, fixmatch, mpl: least probability from which on an image counts, after sharpening (fixmatch, published 0.95: without); with --confidence relative a factor of the mean confidence on the labelled images, neither of them sharpened (published: 0.9)", only=lambda args: of("uda fixmatch mpl")(args) and args.confidence != "soft")
+    add("--uda-loss", default="ce", choices=(*UDA_LOSSES,), help="uda, mpl: between the sharpened prediction on the weak view and the one on the strong view: cross-entropy, or negative cosine similarity as in TransferMPL", only=of("uda mpl"))
+    add("--lambda-u", type=weight, default=8.0, help="uda, fixmatch, mpl: weight of the UDA loss (fixmatch, published: 1); semimeta: of the squared distance to the pseudo labels (recipe: 1); 0: none", only=of("uda fixmatch mpl semimeta"))
+    add("--uda-steps", type=count, default=5000, help="uda, fixmatch, mpl, semimeta: steps over which that weight grows (fixmatch, published: 0)", only=of("uda fixmatch mpl semimeta"))
+    add("--align", type=share, default=0.0, metavar="RATE", help="uda, fixmatch, mpl: distribution alignment: rate at which a bias per class brings the mean prediction on unlabelled images to --align-to; for few labels and about ten unlabelled images per class in a batch: 0.2; off, as published: 0", only=of("uda fixmatch mpl"))
+    add("--align-to", default="uniform", choices=("uniform", "labeled"), help="uda, fixmatch, mpl: the distribution that --align aims at: all classes equally often, or as often as among the labelled images", only=of("uda fixmatch mpl"))
+    add("--weak-pass", default="joint", choices=("joint", "apart", "ema"), help="uda, fixmatch, mpl: joint: weak views pass with the other images, as published; apart: by themselves and without gradient, faster; ema: likewise, through the moving average of the weights (--ema), whose labels are better in a long run, worse in its first few hundred steps. Without a gradient, feedback needs --pseudo-label-view strong, or for taylor and dot --feedback-view strong", identity=True, only=of("uda fixmatch mpl"))
+    add("--pseudo-label", default="argmax", choices=("argmax", "sample", "soft"), help="pseudo-label, mpl, reduced-mpl: most probable class, a class drawn, or the distribution", only=of("pseudo-label mpl reduced-mpl"))
+    add("--pseudo-label-view", default="weak", choices=("weak", "strong"), help="pseudo-label, mpl: the view that the teacher labels", only=of("pseudo-label mpl"))
+    add("--feedback", default="taylor", choices=("none", *ESTIMATORS), help="mpl, reduced-mpl: how the student's labelled loss reaches the teacher (reduced-mpl: the perceptron): not at all, by the change of the loss, by the product of two gradients, or by the exact gradient with respect to the pseudo labels", only=of("mpl reduced-mpl"))
+    add("--feedback-weight", type=between(float, -1e6, 1e6), default=1.0, help="mpl, reduced-mpl: factor of the feedback term", only=has_feedback)
+    add("--feedback-reduction", default="mean", choices=("mean", "sum"), help="mpl, reduced-mpl: of the scalar feedbacks (taylor, dot) over the unlabelled images; sum is unbiased, mean is what the published code does", only=has_scalar_feedback)
+    add("--feedback-view", default="same", choices=("same", "strong"), help="mpl: the view whose labels taylor and dot push: the one that was labelled, or the strong one with labels of its own, as MPL-pytorch does", only=lambda args: of("mpl")(args) and has_scalar_feedback(args))
+    add("--feedback-momentum", type=small, default=0.0, help="mpl, reduced-mpl: decay of the moving average that is subtracted from a scalar feedback (published: 0.99)", only=has_scalar_feedback)
+    add("--flip-feedback", action="store_true", help="mpl, reduced-mpl: new minus old loss, the sign of published code", only=has_feedback)
+    add("--feedback-jvp", default="auto", choices=("auto", "forward", "difference"), help="mpl, reduced-mpl, semimeta: how exact and the pseudo labels of semimeta are differentiated: forward mode, central difference (semimeta's published form), or forward mode where the network allows it", only=lambda args: of("semimeta")(args) or (has_feedback(args) and args.feedback == "exact"))
+    add("--teacher-checkpoint", metavar="FILE", help="pseudo-label, reduced-mpl: the fixed teacher", path=True, only=of("pseudo-label reduced-mpl"))
 
-    add = parser.add_argument_group("finetuning on the labelled images, after training").add_argument
+    add = parser.group("finetuning on the labelled images, after training")
     add("--finetune-epochs", type=count, default=625, help="0: none")
-    add("--finetune-batch-size", type=arguments.between(int, 1, 2**20), default=512, help="at most all labelled images")
+    add("--finetune-batch-size", type=between(int, 1, 2**20), default=512, help="at most all labelled images")
     add("--finetune-lr", type=rate, default=3e-5, help="constant learning rate")
     add("--finetune-weight-decay", type=weight, default=0.0, help="weight decay, not applied to batch norm")
     add("--finetune-momentum", type=small, default=0.9, help="of SGD, with Nesterov")
@@ -182,7 +192,8 @@ def build_parser():
 
 def parse_arguments(argv, saved=None, path=None):
     """The command line, checked; what it does not say is as in the checkpoint ``saved`` at ``path``, if any."""
-    return arguments.arguments(build_parser(), argv, saved, path)
+    parser = build_parser()
+    return arguments.resolve(parser, *parser.parse_given(argv), saved, path)
 
 
 # ---------------------------------------------------------------- set-up
@@ -190,11 +201,17 @@ def parse_arguments(argv, saved=None, path=None):
 
 def main(argv):
     """From a command line to a trained, finetuned or evaluated network; UserError for invalid input."""
-    argv, *more = arguments.each_checkpoint(argv)
-    args, given = build_parser().parse_given(argv)
-    checked = None if args.resume else parse_arguments(argv)  # before a device is started
+    parser = build_parser()
+    args, given = parser.parse_given(argv)
+    runs = []  # the arguments of a run and its checkpoint; several to be evaluated together
+    if not args.resume:
+        runs.append((arguments.resolve(parser, args, given), None))  # checked before a device is started
     runtime = Runtime(arguments.device_of(args, given))
-    args, saved = (checked, None) if checked else read_command(argv, runtime)
+    for resume in args.resume or ():
+        starts = bool(given & {"dataset", "labels"})
+        path, saved = arguments.read_checkpoint(args, resume, runtime, starts)
+        runs.append((arguments.resolve(parser, args, given, saved, path), saved))
+    args, saved = runs[0]
     if args.evaluate and args.amp and args.amp_dtype == "fp16" and runtime.kind != "cuda":
         utils.tell(runtime, f"fp16 needs CUDA: evaluating in float32 on {runtime.kind}")
         args.amp = False
@@ -202,17 +219,10 @@ def main(argv):
         args.amp, args.amp_dtype, args.channels_last, args.sync_bn, args.compile, args.cuda_graph
     )
     if args.evaluate:
-        evaluate(runtime, [(args, saved), *(read_command(each, runtime) for each in more)])
+        evaluate(runtime, runs)
     else:
         train(args, runtime, saved or {}, "labeled_indices" in given)
     runtime.close()
-
-
-def read_command(argv, runtime):
-    """The arguments of a command, and the checkpoint of its ``--resume``, None without one."""
-    args, given = build_parser().parse_given(argv)
-    path, saved = arguments.read_checkpoint(args, runtime, bool(given & {"dataset", "labels"}))
-    return parse_arguments(argv, saved, path), saved
 
 
 def train(args, runtime, saved, labels_given):

@@ -93,7 +93,7 @@ def read_search(parser, text):
             f"--search {text!r}: {flag} does not say how a run learns: choose among the flags of "
             f"{', '.join(SEARCHED[:-1])} and {SEARCHED[-1]} in main.py --help"
         )
-    action = next(action for action in parser._actions if action.dest == name)
+    action = parser.flags[name]
     return name, Search(values, action, read_values(parser, action, text, values))
 
 
@@ -149,7 +149,7 @@ def check_effect(parser, args, space):
     for chosen in itertools.product(*lists):
         chosen, given = parser.parse_given([*itertools.chain(*chosen)])
         values = {name: getattr(chosen, name) for name in given}
-        idle &= arguments.without_effect(argparse.Namespace(**vars(args) | values))
+        idle &= parser.without_effect(argparse.Namespace(**vars(args) | values))
         if not idle:
             return
     name = arguments.flag(min(idle))
@@ -229,7 +229,8 @@ def open_study(name, folder, flags, space, args, given):
         UserError: the study, or runs of its name, are of another search; its file is damaged.
     """
     identity.make_folder(folder)
-    settings = {arguments.flag(key): getattr(args, key) for key in given - set(arguments.INCIDENTAL)}
+    flags = program.build_parser().flags
+    settings = {arguments.flag(key): getattr(args, key) for key in given if not flags[key].quiet}
     settings |= {f"--search of {arguments.flag(key)}": search.text for key, search in space.items()}
     path = folder / "study.db"
     url = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()

@@ -42,6 +42,7 @@ from engine.checkpoint import load_state, predictor_state
 from engine.evaluation import measure_accuracy, predictions
 from engine.loader import batches
 from engine.runtime import Runtime
+from main import build_parser as build_main_parser
 from methods import network_name
 from models import build_model, head_of
 from pictures import report
@@ -63,7 +64,7 @@ from pictures.drawing import (
     series,
     things_of,
 )
-from run.arguments import INCIDENTAL, PATHS, Parser, between
+from run.arguments import Parser, between
 from run.record import read_confusion, read_run, read_summary
 from utils import UserError
 
@@ -462,9 +463,10 @@ def augmentation_of(name, data_path, randaug=(2, 16), seed=0, resize=None, skip_
 # ------------------------------------------------------------------------------------------------- tables
 
 COLUMNS = ("top-1 (%)", "chosen by validation (%)", "finetuned (%)")
+FLAGS = build_main_parser().flags
 # arguments in which the runs of one row may differ; an evaluation of a run is another row than the run
-APART = {"seed", "save_path", "results_path", "run", "versions", "command", "continued", *INCIDENTAL}
-APART -= {"evaluate", "finetune"}
+APART = {"seed", "save_path", "results_path", "run", "versions", "command", "continued"}
+APART |= {name for name, action in FLAGS.items() if action.quiet} - {"evaluate", "finetune"}
 
 
 def accuracies_of(summary):
@@ -485,7 +487,7 @@ def configuration(run, seed):
     Of a path only the last part counts, without the seed: runs with a teacher for each seed are one row.
     """
     kept = {name: value for name, value in run.args.items() if name not in APART}
-    for name in kept.keys() & set(PATHS):
+    for name in [name for name in kept if name in FLAGS and FLAGS[name].path]:
         kept[name] = kept[name] and without_seed(os.path.basename(kept[name]), seed)
     return json.dumps(kept, sort_keys=True)
 

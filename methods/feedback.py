@@ -130,9 +130,6 @@ def directional_derivative(function, at, direction, student, *, how="auto", epsi
 # One object for each step of the student: ``before(step)`` is called when its gradients are there and its
 # weights are not updated yet, ``after(step)`` returns the value.
 
-COMMON = ("feedback_weight", "flip_feedback")
-SCALAR = (*COMMON, "feedback_reduction", "feedback_view", "feedback_momentum")
-
 
 class Taylor:
     """h = L_old − L_new: how much the student's step lowered its labelled loss, ().
@@ -145,7 +142,6 @@ class Taylor:
     gradient is zero on average, and ``--feedback-momentum`` subtracts it.
     """
 
-    flags = SCALAR  # of main.py, without effect for some estimators but not for this one
     per_class = False  # the value is a scalar
 
     @torch.no_grad()
@@ -167,7 +163,6 @@ class Dot:
     Cost: one forward and backward pass on x_l.
     """
 
-    flags = SCALAR
     per_class = False
 
     def before(self, step):
@@ -204,7 +199,6 @@ class Exact:
         UserError: ``forward``, and an operation of the network has no forward derivative.
     """
 
-    flags = (*COMMON, "feedback_jvp")
     per_class = True  # the value has an entry for each image and class
 
     def before(self, step):

@@ -97,11 +97,11 @@ class Method:
 
     uses_unlabeled = True  # unlabelled images, --mu for each labelled one
     uses_strong_view = True  # the strong view of the unlabelled images
+    uses_consistency = False  # the teacher, or the only network, agrees with itself on both views: --align
     uses_feedback = False  # the student's labelled loss trains what labels for it: --feedback
     uses_teacher_checkpoint = False  # a fixed teacher, from --teacher-checkpoint
     uses_student_model = False  # the student may be another network: --student-model
     trains_teacher = False  # a teacher learns beside the student: --ensemble, --student-wait-steps
-    flags = ()  # of main.py, without effect for some methods but not for this one: named in messages alone
 
     teacher_network = None  # where there is one, to be evaluated beside the student
 

@@ -16,7 +16,7 @@ from methods.method import (
     pseudo_labels,
     soft_cross_entropy,
 )
-from methods.uda import CONSISTENCY_FLAGS, Consistency, TeacherPass, supervised_and_uda_loss, teacher_logits
+from methods.uda import Consistency, TeacherPass, supervised_and_uda_loss, teacher_logits
 
 
 class MPL(Method):
@@ -31,12 +31,7 @@ class MPL(Method):
     too: those of the last step.
     """
 
-    uses_feedback = uses_student_model = trains_teacher = True
-    flags = (
-        *(*CONSISTENCY_FLAGS, "temperature", "uda_loss", "pseudo_label", "pseudo_label_view", "feedback"),
-        *("student_model", "student_wait_steps", "student_labeled_weight", "switch_every", "ensemble"),
-        *("teacher_lr", "teacher_dropout", "teacher_warmup_steps"),
-    )
+    uses_consistency = uses_feedback = uses_student_model = trains_teacher = True
 
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
         super().__init__(args, num_classes, image_size, runtime)

@@ -17,7 +17,6 @@ class PseudoLabel(Method):
     """A fixed teacher, from ``--teacher-checkpoint``, labels; the student learns from these labels alone."""
 
     uses_teacher_checkpoint = uses_student_model = True
-    flags = ("mu", "pseudo_label", "pseudo_label_view", "student_model", "teacher_checkpoint")
 
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
         super().__init__(args, num_classes, image_size, runtime)

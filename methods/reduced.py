@@ -23,8 +23,7 @@ class ReducedMPL(MPL):
     """
 
     uses_teacher_checkpoint = True
-    trains_teacher = False  # the perceptron is no network for images
-    flags = ("mu", "pseudo_label", "student_model", "teacher_checkpoint", "teacher_lr", "feedback")
+    uses_consistency = trains_teacher = False  # the perceptron is no network for images
 
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
         # without the losses of MPL's teacher, its views and its role-playing

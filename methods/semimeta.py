@@ -18,7 +18,6 @@ class SemiMeta(Method):
     """
 
     uses_strong_view = False
-    flags = ("mu", "lambda_u", "uda_steps", "mixup_alpha", "feedback_jvp")
     EPSILON = 0.01  # of the central difference (published code)
 
     def step(self, views, step, truth=None, diagnose=False):

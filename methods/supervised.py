@@ -9,7 +9,6 @@ class Supervised(Method):
     """Cross-entropy on the labelled images alone, mixed in pairs with ``--mixup-alpha``."""
 
     uses_unlabeled = uses_strong_view = False
-    flags = ("mixup_alpha",)
 
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args

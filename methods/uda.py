@@ -12,9 +12,6 @@ import torch.nn.functional as F
 
 from methods.method import Method, known_accuracy, micro_batches, pseudo_labels, soft_cross_entropy
 
-CONSISTENCY_FLAGS = ("mu", "mixup_alpha", "confidence", "threshold", "lambda_u", "uda_steps")
-CONSISTENCY_FLAGS += ("align", "align_to", "weak_pass")
-
 # ---------------------------------------------------------------- the loss
 
 
@@ -259,7 +256,7 @@ class TeacherPass:
 class UDA(Method):
     """Unsupervised Data Augmentation (Xie et al. 2020): one network, consistent under augmentation."""
 
-    flags = (*CONSISTENCY_FLAGS, "temperature", "uda_loss")
+    uses_consistency = True
     hard_targets = False
 
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
@@ -301,5 +298,4 @@ class FixMatch(UDA):
     """FixMatch (Sohn et al., NeurIPS 2020): UDA whose target is the most probable class of the weak view,
     where its probability, not sharpened, reaches the threshold."""
 
-    flags = CONSISTENCY_FLAGS
     hard_targets = True

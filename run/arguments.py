@@ -46,13 +46,42 @@ class Parser(argparse.ArgumentParser):
             hint = f"did you mean {near[0]}?" if near else hint
         raise UserError(f"{message} ({hint})")
 
+    def group(self, title):
+        """The function that adds a flag to a group of the help: ``add_argument`` with the flag's properties.
+
+        identity: a run cannot go on with another value of it.
+        quiet: its change is not worth a line.
+        command: it belongs to one command and is not taken from a checkpoint.
+        path: a place on disk, which is made absolute.
+        only: a function of the arguments: whether the flag has an effect there. None: always.
+        """
+        group = self.add_argument_group(title)
+
+        def add(*names, identity=False, quiet=False, command=False, path=False, only=None, **options):
+            action = group.add_argument(*names, **options)
+            action.identity, action.quiet, action.command = identity, quiet or command, command
+            action.path, action.only = path, only
+            action.many = options.get("action") == "append"
+
+        return add
+
+    @property
+    def flags(self):
+        """{name: action} of all flags but --help."""
+        return {action.dest: action for action in self._actions if action.dest != "help"}
+
+    def without_effect(self, args):
+        """The names of the flags that the chosen method, feedback, optimiser and data set do not use."""
+        return {name for name, action in self.flags.items() if action.only and not action.only(args)}
+
     def parse_given(self, argv):
         """The arguments of ``argv``, and the names of those that stand there."""
         unset = object()
-        names = {action.dest for action in self._actions if action.dest != "help"}
-        args = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
-        given = {name for name in names if getattr(args, name) is not unset}
-        for name in names - given:
+        # a flag that may be given several times adds to a list, which begins as None
+        names = {name: None if action.many else unset for name, action in self.flags.items()}
+        args = self.parse_args(argv, argparse.Namespace(**names))
+        given = {name for name, before in names.items() if getattr(args, name) is not before}
+        for name in names.keys() - given:
             setattr(args, name, copy.copy(self.get_default(name)))
         return args, given
 
@@ -84,26 +113,37 @@ def count_or_fraction(text):
     return int(value) if value >= 1 else value
 
 
-# flags that belong to one command and are not taken from a checkpoint
-OF_COMMAND = ("evaluate", "finetune", "resume", "overwrite", "local_rank", "start_step", "help")
+# ---------------------------------------------------------------- where a flag has an effect
+
+METHODS_OF_FLAGS = "supervised uda fixmatch pseudo-label mpl reduced-mpl semimeta".split()
 
 
-PATHS = ("data_path", "save_path", "results_path", "unlabeled_path", "labeled_indices", "weights")
-PATHS = (*PATHS, "labels", "teacher_checkpoint", "resume")
+def of(methods):
+    """Whether one of these methods is chosen, or one that no flag knows: a new one may use any."""
+    return lambda args: args.method in methods.split() or args.method not in METHODS_OF_FLAGS
 
 
-# flags that say what a run is about: it cannot go on with others
-IDENTITY = (
-    *("dataset", "num_labeled", "num_val", "seed", "resize", "test_fraction", "method", "model"),
-    *("student_model", "optimizer", "weak_pass", "freeze_body", "body_lr_scale", "switch_every"),
-    *("svhn_extra", "keep_test_copies", "value_range"),
-)
+def on(dataset):
+    return lambda args: args.dataset == dataset
 
 
-# flags whose change is not worth a line
-INCIDENTAL = (*OF_COMMAND, "name", "device", "workers", "keep", "pictures", "log_step", "expand_labels")
-INCIDENTAL = (*INCIDENTAL, "max_megapixels")
+def on_images(args):
+    return args.dataset != "twomoons"
 
+
+def decodes_files(args):
+    return args.dataset in ("folder", "imagenet") or bool(args.unlabeled_path)
+
+
+def has_feedback(args):
+    return of("mpl reduced-mpl")(args) and args.feedback != "none"
+
+
+def has_scalar_feedback(args):
+    return has_feedback(args) and not ESTIMATORS[args.feedback].per_class
+
+
+# ---------------------------------------------------------------- from a command line to arguments
 
 # the default network of a data set, where it is not WRN-28-2
 MODELS = {"twomoons": "mlp-2-8-8-2", "cifar100": "wrn-28-8", "stl10": "wrn-37-2", "imagenet": "resnet50"}
@@ -115,31 +155,26 @@ def flag(name, value=None):
     return " ".join(["--" + name.replace("_", "-"), *map(str, values)])
 
 
-def each_checkpoint(argv):
-    """The command line once for each of its ``--resume``; UserError for several without ``--evaluate``."""
-    parser = Parser(add_help=False)
-    parser.add_argument("--resume", action="append", default=[])
-    parser.add_argument("--evaluate", action="store_true")
-    args, rest = parser.parse_known_args(argv)
-    if len(args.resume) < 2:
-        return [argv]
-    if not args.evaluate:
-        raise UserError(
-            "--resume is given more than once: only --evaluate takes several checkpoints, as an ensemble"
-        )
-    return [[*rest, "--evaluate", "--resume", path] for path in args.resume]
+def resolve(parser, args, given, saved=None, path=None):
+    """The arguments of one run, checked: what the command line does not say is as in its checkpoint.
 
+    Args:
+        args, given: of ``Parser.parse_given``; ``args.resume`` is a list of checkpoints or None.
+        saved, path: one of these checkpoints, and its content; None to start a run.
 
-def arguments(parser, argv, saved=None, path=None):
-    """The command line, checked; what it does not say is as in the checkpoint ``saved`` of ``path``."""
-    args, given = parser.parse_given(argv)
+    Raises:
+        UserError: the arguments exclude each other, or make another run of the checkpoint's.
+    """
+    args, given = argparse.Namespace(**vars(args)), set(given)
 
     # what the checkpoint remembers
-    if args.resume == "auto":
+    if args.resume == ["auto"]:
         if args.overwrite:
             parser.error("--resume auto continues and --overwrite replaces: give one of them")
         given -= {"name"} if args.evaluate else set()
         args.resume = path
+    elif args.resume:
+        args.resume = path or args.resume[0]
     before = remembered(saved, parser, args.resume)
     for name in before.keys() - given:
         setattr(args, name, before[name])
@@ -151,20 +186,18 @@ def arguments(parser, argv, saved=None, path=None):
     elif args.labels and "dataset" not in given:
         args.dataset = "folder"
 
-    # flags without effect
-    unused = without_effect(args)
+    # flags without effect, which exclude nothing
+    unused = parser.without_effect(args)
     if named := sorted(unused & given):
-        method, how = METHODS[args.method], [flag("method", args.method)]
-        if method.uses_feedback:
+        how = [flag("method", args.method)]
+        if METHODS[args.method].uses_feedback:
             how.append(flag("feedback", args.feedback))
         if args.optimizer != "sgd":
             how.append(flag("optimizer", args.optimizer))
-        if "threshold" in named and "threshold" in method.flags:
+        if "threshold" in named and "confidence" not in unused:
             how.append("--confidence soft")
         flags = ", ".join(map(flag, named))
         say(f"{' '.join(how)} on {args.dataset}: {flags} without effect")
-
-    # what has no effect excludes nothing
     defaults = {name: parser.get_default(name) for name in unused}
     check_arguments(argparse.Namespace(**vars(args) | defaults), parser, before)
 
@@ -181,39 +214,51 @@ def arguments(parser, argv, saved=None, path=None):
     args.model = args.model or MODELS.get(args.dataset, "wrn-28-2")
 
     # places and the name
-    for name in PATHS:
-        value = getattr(args, name)
-        if value is not None:
-            setattr(args, name, os.path.abspath(value))
+    for name, action in parser.flags.items():
+        if action.path and getattr(args, name) is not None:
+            setattr(args, name, os.path.abspath(getattr(args, name)))
     name = default_name(args) if args.name is None else args.name
     args.name = check_name(name, trains=not args.evaluate and name != before.get("name"))
     if args.evaluate:
         args.compile = args.cuda_graph = False  # nothing is trained
     elif saved:
-        check_continuation(args, saved, given - unused, before)
+        check_continuation(args, saved, given - unused, before, parser)
     return args
 
 
-def without_effect(args):
-    """The names of the flags that the chosen method, feedback, optimiser and data set do not use."""
-    method = METHODS[args.method]
-    used = set(method.flags)
-    if method.uses_feedback and args.feedback in ESTIMATORS:
-        used |= set(ESTIMATORS[args.feedback].flags)
-    unused = {name for each in (*METHODS.values(), *ESTIMATORS.values()) for name in each.flags} - used
-    unused |= {"threshold"} if args.confidence == "soft" else set()
-    if "pseudo_label_view" not in used:  # there is no other view to push
-        unused |= {"feedback_view"}
-    unused |= {"jitter"} if args.dataset != "twomoons" else {"randaug", "resize", "labeled_view"}
-    unused |= {"randaug"} if not method.uses_strong_view and args.labeled_view == "weak" else set()
-    unused |= {"milestones"} if args.schedule != "milestones" else set()
-    unused |= {"test_fraction"} if args.dataset != "folder" else set()
-    unused |= {"label_columns"} if not args.labels else set()
-    if args.dataset not in ("folder", "imagenet") and not args.unlabeled_path:  # no image files are decoded
-        unused |= {"value_range", "max_megapixels"}
-    unused |= {"sgd": set(), "rmsprop": {"nesterov"}, "adamw": {"nesterov", "momentum"}}[args.optimizer]
-    unused |= {"body_lr_scale"} if args.freeze_body else set()
-    return unused | ({"svhn_extra"} if args.dataset != "svhn" else set())
+def remembered(saved, parser, path):
+    """The arguments that a checkpoint takes along for the commands after it, ``{}`` if it has none.
+
+    Raises:
+        UserError: a value is none that this program's command line could have given.
+    """
+    recorded = saved.get("args") if isinstance(saved, dict) else None
+    kept = {}
+    for name, action in parser.flags.items() if isinstance(recorded, dict) else ():
+        if action.command or name not in recorded:
+            continue
+        value = recorded[name]
+        try:
+            kept[name] = getattr(parser.parse_args(as_words(action, value)), name)
+        except UserError:
+            kept[name] = None
+        if kept[name] != value:
+            raise UserError(f"{path} remembers {flag(name, value)}, which this program does not know")
+    return kept
+
+
+def as_words(action, value):
+    """A flag with this value as it stands on a command line; nothing where it was not given."""
+    name = action.option_strings[0]
+    if value is None or value is action.default:
+        return []
+    if action.nargs == 0:  # a switch
+        return [name] if value is True else [f"--no-{name[2:]}"]
+    if isinstance(value, (list, tuple)):
+        return [name, *map(str, value)]
+    if value == 1.0 and isinstance(value, float) and action.type is count_or_fraction:
+        return [name, "all"]
+    return [f"{name}={value}"]
 
 
 def check_arguments(args, parser, before):
@@ -294,8 +339,7 @@ def check_arguments(args, parser, before):
 
 def no_graph(args):
     """The flag that makes a step more than kernels repeated on the device (``StepGraph``), or None."""
-    exact = METHODS[args.method].uses_feedback and args.feedback == "exact"
-    sampled = "pseudo_label" in METHODS[args.method].flags and args.pseudo_label == "sample"
+    exact, sampled = args.feedback == "exact", args.pseudo_label == "sample"
     obstacles = {
         "--feedback exact and --student-dropout": exact and args.student_dropout,  # drawn twice
         "--accumulate and dropout": args.accumulate > 1 and (args.teacher_dropout or args.student_dropout),
@@ -307,38 +351,6 @@ def no_graph(args):
         "--amp-dtype fp16": args.amp and args.amp_dtype == "fp16",
     }
     return next((obstacle for obstacle, present in obstacles.items() if present), None)
-
-
-def remembered(saved, parser, path):
-    """The arguments that a checkpoint takes along for the commands after it, ``{}`` if it has none.
-
-    Raises:
-        UserError: they are not arguments of this program.
-    """
-    arguments = saved.get("args") if isinstance(saved, dict) else None
-    kept = {}
-    for action in parser._actions if isinstance(arguments, dict) else ():
-        if action.dest in OF_COMMAND or action.dest not in arguments:
-            continue
-        value, default = arguments[action.dest], action.default
-        # --num-labeled is a count or a fraction; what a number must be else, its type says below
-        kinds = (str, float) if default is None else (float,) if type(default) is int else (type(default),)
-        known = isinstance(value, (*kinds, int, type(None)))
-        if action.nargs == 2:
-            known = value is None or (isinstance(value, list) and len(value) == 2)
-        if action.dest == "label_columns" and value is not None:
-            known = known and all(isinstance(each, str) for each in value)
-        known = known and (not action.choices or value in action.choices)
-        for number in value if isinstance(value, list) else [value]:
-            if known and action.type and number is not None:
-                try:
-                    action.type(str(number))
-                except (ValueError, argparse.ArgumentTypeError):
-                    known = False
-        if not known:
-            raise UserError(f"{path} remembers {flag(action.dest, value)}, which this program does not know")
-        kept[action.dest] = value
-    return kept
 
 
 def take_places(args, given, before):
@@ -363,11 +375,11 @@ def take_table(args, given, before):
         args.labels = args.label_columns = None
 
 
-def check_continuation(args, saved, given, before):
+def check_continuation(args, saved, given, before, parser):
     """UserError where the command line makes another run of a checkpoint's; says what else it changes."""
     begins = args.finetune and "finetune_step" not in saved  # finetuning has an optimiser of its own
     own = ("method", "optimizer", "weak_pass", "freeze_body", "body_lr_scale", "switch_every")
-    exempt = own if begins else ()
+    exempt, flags = own if begins else (), parser.flags
     data = saved["data"] if isinstance(saved.get("data"), dict) else {}
     before = {"value_range": None} | before  # a flag that came later
     changed = []
@@ -375,14 +387,15 @@ def check_continuation(args, saved, given, before):
         was, now = before[name], getattr(args, name)
         if was is None and name in ("resize", "value_range"):  # what the data set itself said
             was = data.get({"resize": "size"}.get(name, name))
-        if name in PATHS and name not in ("data_path", "unlabeled_path", "labels"):
+        path = flags[name].path
+        if path and name not in ("data_path", "unlabeled_path", "labels"):
             continue
-        if was == now or (name in PATHS and was and now and os.path.abspath(was) == now):
+        if was == now or (path and was and now and os.path.abspath(was) == now):
             continue
-        if name in IDENTITY and name not in exempt:
+        if flags[name].identity and name not in exempt:
             trained = f"without {flag(name)}" if was is None else f"with {flag(name, was)}"
             raise UserError(f"{args.resume} was trained {trained}: it cannot go on with {flag(name, now)}")
-        if name not in INCIDENTAL and not args.finetune:
+        if not flags[name].quiet and not args.finetune:
             changed.append(f"{flag(name)} {was} → {now}")
     if changed:
         say(f"changed since {args.resume}: {', '.join(changed)}")
@@ -417,29 +430,38 @@ def expected_statistics(args):
     return expected.pop()
 
 
+def resumed(args):
+    """The checkpoints of ``--resume``, [None] for none; UserError for several without ``--evaluate``."""
+    if len(args.resume or []) > 1 and not args.evaluate:
+        raise UserError(
+            "--resume is given more than once: only --evaluate takes several checkpoints, as an ensemble"
+        )
+    return args.resume or [None]
+
+
 def device_of(args, given):
-    """The device of the command, else that of the checkpoint where this machine has it, else ``auto``."""
-    path = next(filter(os.path.isfile, candidates(args)), None)
+    """The device of the command, else the one of its checkpoint where this machine has it, else ``auto``."""
+    path = next(filter(os.path.isfile, candidates(args, resumed(args)[0])), None)
     if "device" in given or path is None:
         return args.device
     device = str(peek(path).get("args", {}).get("device", args.device))
     return device if Runtime.available(device) else "auto"
 
 
-def read_checkpoint(args, runtime, starts):
-    """The path of ``--resume`` and what is there; (None, None) without one.
+def read_checkpoint(args, path, runtime, starts):
+    """The path of a checkpoint and its content; (None, None) without one.
 
     Args:
+        path: as ``--resume`` names it; ``auto``: the last of the run's name.
         starts: whether the command says enough to start a run where ``--resume auto`` finds none.
 
     Raises:
         UserError: no such file, a damaged one, or none of this program.
     """
-    if not args.resume:
+    if path is None:
         return None, None
-    path = args.resume
     if path == "auto":
-        paths = candidates(args)
+        paths = candidates(args, path)
         path = runtime.on_main(lambda: next(filter(os.path.isfile, paths), None))
         if path is None:
             if args.evaluate or args.finetune:

@@ -118,14 +118,14 @@ def save(args, runtime, log, content, kinds):
         log.settle()
 
 
-def candidates(args):
-    """The files that ``--resume`` may mean, the first that is there; for ``auto`` those of the run's name.
+def candidates(args, resume):
+    """Candidates for ``--resume``, in order of preference; for ``auto`` the files of the run's name.
 
     The best is written before the last: a run that was killed between its first two files has the best alone.
     Beside it may be files of the run that it was about to replace: those of the newest file's run count.
     """
-    if args.resume != "auto":
-        return [args.resume] if args.resume else []
+    if resume != "auto":
+        return [resume] if resume else []
     name = args.name or default_name(argparse.Namespace(**vars(args) | {"resume": None}))
     kinds = ("last", "finetune_last", "best", "finetune_best")
     paths = [os.path.join(args.save_path, f"{check_name(name)}_{kind}.pth.tar") for kind in kinds]
@@ -284,7 +284,7 @@ def class_shares(args, runtime, dataset):
     counts = torch.bincount(dataset.labeled.targets, minlength=dataset.num_classes).tolist()
     most, least = max(counts), min(counts)
     # a fraction of labels is rounded in each class, so that one image more says nothing
-    aligned = args.align and "align" in METHODS[args.method].flags
+    aligned = args.align and METHODS[args.method].uses_consistency
     if aligned and args.align_to == "uniform" and most > max(1.5 * least, least + 1):
         classes = [dataset.classes[counts.index(count)] for count in (most, least)]
         tell(

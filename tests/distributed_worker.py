@@ -125,7 +125,7 @@ def run(folder):
         runtime = Runtime("cpu", sync_bn=args.sync_bn)
         torch.manual_seed(0)
         method = METHODS[args.method](args, 3, 8 if "wrn" in flags else 0, runtime)
-        if "confidence" in method.flags:  # as if after many steps: some images count less than others
+        if method.uses_consistency:  # as if after many steps: some images count less than others
             method.consistency.moments = torch.tensor([0.7, 0.02])
         if args.method == "reduced-mpl":
             prepare(method, name.split()[0], f"{folder}/{runtime.world_size}/{name}")
@@ -139,7 +139,7 @@ def run(folder):
         method.sync_statistics()
         networks = {role: learner.network.state_dict() for role, learner in method.learners.items()}
         networks["average"] = method.predictor.state_dict()
-        if "confidence" in method.flags:
+        if method.uses_consistency:
             networks["consistency"] = method.consistency.state_dict()
         if args.method == "reduced-mpl":
             networks["predictions"] = {"all": method.predictions.clone()}

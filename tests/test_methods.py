@@ -20,7 +20,7 @@ from methods.feedback import ESTIMATORS
 from methods.method import MicroBatch, pseudo_label_accuracy, pseudo_labels, soft_cross_entropy
 from methods.uda import Consistency, DistributionAlignment, Logits, teacher_logits
 from models import LinearHead, build_model, leaky_relu
-from run.arguments import flag, without_effect
+from run.arguments import flag
 from utils import UserError
 
 FLAGS = (
@@ -356,7 +356,7 @@ OTHER_VALUES = {
 )
 def test_flags_without_effect_have_none(method, flags):
     plain = build(*flags, method=method)
-    unused = without_effect(plain.args) & OTHER_VALUES.keys()
+    unused = main.build_parser().without_effect(plain.args) & OTHER_VALUES.keys()
     words = [flag(name, OTHER_VALUES[name]).split() for name in unused]
     odd = build(*(word for each in words for word in each), *flags, method=method)
     assert unused
@@ -1294,7 +1294,7 @@ def test_a_batch_in_parts_is_the_whole_batch(flags):
         args = main.parse_arguments([*words.split(), *flags])
         torch.manual_seed(0)
         learner = with_predictions(METHODS[method](args, 3, 0, Runtime("cpu")), 16)
-        if "confidence" in learner.flags:  # as if after many steps: some images count less than others
+        if learner.uses_consistency:  # as if after many steps: some images count less than others
             learner.consistency.moments = torch.tensor([0.6, 0.02])
         generator = torch.Generator().manual_seed(5)
         for step in range(3):
@@ -1302,7 +1302,7 @@ def test_a_batch_in_parts_is_the_whole_batch(flags):
             views = Views(points, torch.arange(8) % 3, weak, weak + 0.3 * noise, torch.arange(16))
             scalars = learner.step(views, step, torch.arange(16) % 3)
         networks = [weights(each.network) for each in learner.learners.values()]
-        moments = learner.consistency.moments if "confidence" in learner.flags else torch.zeros(2)
+        moments = learner.consistency.moments if learner.uses_consistency else torch.zeros(2)
         results.append((torch.cat([*networks, moments]), scalars))
     torch.set_default_dtype(torch.float32)
     for networks, scalars in results[1:]:
