@@ -16,7 +16,10 @@ from methods.method import soft_cross_entropy
 
 
 class DoubleBackward(Exact):
-    """What ``Exact`` computes, by differentiating through the step with a graph of its gradient."""
+    """What ``Exact`` computes, by differentiating through the step with a graph of its gradient.
+
+    For labels of equal probabilities, since a ``StudentStep`` does not have the labels; the cost is the same.
+    """
 
     def after(self, step):
         parameters = {name: before.clone().requires_grad_() for name, before in self.parameters.items()}
