@@ -171,7 +171,7 @@ def test_profile(capsys):
     phases = {line.split()[0]: float(line.split()[1]) for line in lines[4 : 4 + len(PHASES)]}
     assert list(phases) == list(PHASES) and min(phases.values()) >= 0
     under_the_profiler = float(lines[1].split()[4])
-    assert sum(phases.values()) == pytest.approx(under_the_profiler, rel=0.1)
+    assert under_the_profiler / 2 < sum(phases.values()) < 1.01 * under_the_profiler  # no phase counts twice
     *rows, last = (line.split() for line in lines[4 + len(PHASES) + 2 :])
     assert len(rows) == 20 and "aten::convolution_backward" in {row[-1] for row in rows}
     milliseconds = [float(row[0]) for row in rows]
