@@ -1,28 +1,26 @@
 #!/usr/bin/env bash
-# What wants a CUDA device, in calls of at most ten minutes each that leave their files in $OUT (default: gpu):
-#   bash benchmarks/gpu.sh start [FLAGS]   finds the fastest form of a step that works here and how long it takes, fits
-#                                         the schedule to TRAIN (540) seconds, and goes on as train
-#   bash benchmarks/gpu.sh train [FLAGS]   CIFAR-10 with 4,000 labels and the full recipe; each call goes on where the
-#                                         last one was stopped. ROOM (540) are the seconds of a call, DATA a folder of
-#                                         images, or its archive .tar.xz; STEPS, the length of the schedule, and FORM,
-#                                         how steps are taken, are what start has found unless given
-# All take DEVICE (cuda); on a cpu, start and train with small FLAGS show that the script runs.
-#   bash benchmarks/gpu.sh check           the tests of CUDA, then a step taken apart: as it is, compiled, as a CUDA graph
-#   bash benchmarks/gpu.sh step            every feedback, a plain step beside it, and how the cost grows
+# What needs a GPU, in calls of at most ten minutes that leave their files in $OUT (gpu):
+#   bash benchmarks/gpu.sh start [FLAGS]   finds the fastest form of a step that works, fits the schedule to TRAIN (540)
+#                                         seconds, and goes on as train
+#   bash benchmarks/gpu.sh train [FLAGS]   run_cifar10.sh for ROOM (540) seconds; each call goes on where the last one was
+#                                         stopped. DATA: a folder of images, or its archive .tar.xz. STEPS, the length of
+#                                         the schedule, and FORM, the form of a step, are what start found unless given
+#   bash benchmarks/gpu.sh check           the tests of CUDA, then profiles of a step
+#   bash benchmarks/gpu.sh step            views, every feedback, and a whole step, beside what they are compared with
+# With DEVICE=cpu and small FLAGS, start and train show that the script itself runs.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 OUT=${OUT:-gpu} TRAIN=${TRAIN:-540} ROOM=${ROOM:-540} DATA=${DATA:-data/cifar10-jpg} DEVICE=${DEVICE:-cuda}
 mkdir -p "$OUT" checkpoint
 found=checkpoint/gpu-form # what start has found
-recipe="--device $DEVICE --model wrn-28-2 --batch-size 128 --mu 7 --amp --channels-last"
-photographs="--device $DEVICE --model resnet50 --size 224 --batch-size 32 --mu 7 --amp --channels-last"
+wrn="--device $DEVICE --model wrn-28-2 --batch-size 128 --mu 7 --amp --channels-last"
+resnet="--device $DEVICE --model resnet50 --resize 224 --batch-size 32 --mu 7 --amp --channels-last"
 ema="--weak-pass ema --feedback-view strong"
 training=(bash "$root/run_cifar10.sh" --device "$DEVICE" --dataset folder --data-path "$DATA" --no-pictures)
 nvidia-smi --query-gpu=name,memory.used,utilization.gpu --format=csv | tee "$OUT/gpu.csv" || true
 
-profile() { # NAME FLAGS
-    timeout 120 python "$root/benchmark.py" profile "${@:2}" --repeats 5 --json "$OUT/$1.json" | tee "$OUT/$1.txt" ||
-        echo "the profile $1 ended early"
+benchmark() { # FILE COMMAND FLAGS
+    PYTHONPATH=$root timeout 200 python -m "benchmarks.$2" "${@:3}" | tee "$OUT/$1.txt" || echo "$1 ended early"
 }
 
 unpack() {
@@ -91,18 +89,16 @@ train)
     ;;
 check)
     python -m pytest "$root"/tests/test_{cuda,runtime}.py 2>&1 | tail -20 | tee "$OUT/tests.txt"
-    profile eager $recipe
-    profile compiled $recipe --compile
-    profile graph $recipe --compile --cuda-graph
-    profile graph-ema $recipe --compile --cuda-graph $ema
-    profile photographs $photographs --compile --cuda-graph
+    benchmark eager profile $wrn
+    benchmark compiled profile $wrn --compile
+    benchmark graph profile $wrn --compile --cuda-graph
+    benchmark graph-ema profile $wrn --compile --cuda-graph $ema
+    benchmark photographs profile $resnet --compile --cuda-graph
     ;;
 step)
-    python "$root/benchmark.py" augment --device "$DEVICE" --static | tee "$OUT/augment.txt"
-    python "$root/benchmark.py" step $recipe --repeats 20 | tee "$OUT/step.txt"
-    python "$root/benchmark.py" step --plain $recipe --compile --cuda-graph $ema --repeats 5 --steps 20 | tee "$OUT/plain.txt"
-    python "$root/benchmark.py" cost $recipe --repeats 10 --batches 32 64 128 256 --json "$OUT/cost.json" \
-        --picture "$OUT/cost.png" | tee "$OUT/cost.txt"
+    benchmark augment augment --device "$DEVICE" --static
+    benchmark feedback feedback $wrn --repeats 20
+    benchmark step step $wrn --compile --cuda-graph $ema --steps 20
     ;;
 *)
     echo "benchmarks/gpu.sh: start, train, check or step, not '$1'" >&2

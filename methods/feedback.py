@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import jvp
 
+from engine.learner import phase
 from utils import UserError
 
 
@@ -52,12 +53,14 @@ def copies(tensors):
 # ---------------------------------------------------------------- measuring
 
 
+@phase("feedback")
 def labeled_loss(step):
     """CE(y_l, S(x_l)), (), of this process's labelled images and the student as it is now."""
     logits = [step.student.measure(part) for part in step.images_l.chunk(step.micro_batches)]
     return F.cross_entropy(torch.cat(logits), step.targets)
 
 
+@phase("feedback")
 def labeled_gradient(student, forward, images, targets, parts=1):
     """v = s ∇ CE(y_l, S(x_l)) by parameter name, averaged over all processes; s is each parameter's scale of
     the learning rate, so that a plain step moves the loss by −η ⟨v, its gradient⟩.
@@ -83,6 +86,7 @@ def gradient_after(step):
     return labeled_gradient(student, student.measure, step.images_l, step.targets, step.micro_batches)
 
 
+@phase("feedback")
 def directional_derivative(function, at, direction, student, *, how="auto", epsilon=None):
     """d/dt function(``at`` + t · ``direction``) at t = 0, of the shape of the function's value.
 

@@ -7,6 +7,7 @@ feedback are in ``feedback.py``, the teacher's passes and its consistency loss i
 import torch
 import torch.nn.functional as F
 
+from engine.learner import phase
 from methods.feedback import ESTIMATORS, StudentStep, feedback_term
 from methods.method import (
     Method,
@@ -135,6 +136,7 @@ class MPL(Method):
 
     # 3. the feedback
 
+    @phase("feedback")
     def take_feedback(self, value, batches):
         """Give each micro-batch its ``feedback``: the estimator's value, with baseline and sign.
 
