@@ -71,6 +71,7 @@ def prepared(folder, *words, searches, values):
     distributions = {name: search.distribution for name, search in space.items()}
     for value in values:
         trial = tuning.study.ask(distributions)
+        trial.report(value, 100)  # in the first quarter of 2,000 steps, where it counts for nothing
         trial.report(value, 500)
         tuning.study.tell(trial, value)
     return tuning
@@ -243,6 +244,23 @@ def test_a_bad_trial_is_pruned_and_a_refused_one_fails(here, capsys):
     assert "trial 5: pruned after step 500" in said
     assert failed.state == TrialState.FAIL
     assert "trial 6: failed with status 2: main.py: --batch-size 9 cannot be taken" in said
+
+
+def test_the_first_trial_is_never_pruned(here):
+    """It is taken up again after better ones have ended: the search has its value to compare."""
+    words = "--total-steps 500 --eval-step 100".split()
+    tuning = prepared(here, *words, searches=["batch-size=6,8"], values=[])
+    distributions = {name: search.distribution for name, search in tuning.space.items()}
+    tuning.study.ask(distributions)  # by a process that is lost
+    for _ in range(5):
+        better = tuning.study.ask(distributions)
+        better.report(101.0, 200)
+        tuning.study.tell(better, 101.0)
+    command = ["--search", "batch-size=6,8", "--study", "study", *FLAGS, *words]
+    assert tune.run(["--trials", "6", *command]) == 0
+    first = trials_of(here)[0]
+    assert first.state == TrialState.COMPLETE
+    assert list(first.intermediate_values) == [100, 200, 300, 400, 500]
 
 
 def test_a_finished_trial_is_not_pruned(here):
