@@ -75,7 +75,7 @@ def build_parser():
     add("--name", help="name of the run and of its files (default: the data set's, or its folder's)", quiet=True)
     add("--save-path", default="checkpoint", help="folder of the checkpoints", path=True)
     add("--results-path", default="results", help="folder of metrics, summary and pictures", path=True)
-    add("--seed", type=between(int, 0, 2**63 - 1), default=0, help="of labels, initial weights, batches, augmentation")
+    add("--seed", type=between(int, 0, 2**63 - 1), default=0, help="of labels, initial weights, batches, augmentation", identity=True)
     add("--resume", action="append", metavar="CKPT", help="checkpoint to continue, finetune or evaluate; flags that are not given are taken from it. auto: the last of this --name, if there is one", command=True, path=True)
     add("--keep", type=count, default=0, metavar="N", help="also keep the checkpoints of the last N evaluations", quiet=True)
     add("--pictures", action=yes_or_no, default=True, help="draw the run's curves and confusion when it ends, which takes about a second; visualize.py draws them at any time", quiet=True)

@@ -620,10 +620,12 @@ def test_the_checkpoints_of_a_name(here):
 
 
 def test_images_of_another_size_are_seen_in_that_of_the_run(here, capsys):
-    for root, size in (("mine/train", 12), ("mine/test", 12), ("new/test", 20)):
+    for first, (root, size) in enumerate((("mine/train", 12), ("mine/test", 12), ("new/test", 20))):
         for number, name in enumerate(("cat", "dog", "owl") * 4):
             (here / root / name).mkdir(parents=True, exist_ok=True)
-            pixels = np.random.RandomState(number + size).randint(0, 256, (size, size, 3), dtype=np.uint8)
+            pixels = np.random.RandomState(number + 100 * first).randint(
+                0, 256, (size, size, 3), dtype=np.uint8
+            )
             Image.fromarray(pixels).save(here / root / name / f"{number}.png")
     words = [*FOLDER, "--data-path", "mine"]
     del words[words.index("--resize") : words.index("--resize") + 2]
