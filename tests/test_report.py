@@ -244,16 +244,18 @@ def test_the_table_of_the_result():
 
 def test_what_stands_below_an_image():
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    guesses = {"teacher": ("cat", 0.75, 0.75), "student": ("dog", 0.6, 0.25)}
+    guesses = {"teacher": ("owl", 0.75, 0.2), "student": ("dog", 0.6, 0.25)}
     item = report.thumbnail(report.Example(image, "a.png", "cat", guesses, 0.125))
     lines = [re.sub("<.*?>", "", line) for line in re.findall("<span.*?>.*?</span>", item)]
     assert [line.replace("\xa0", " ") for line in lines] == [
         "true: cat",
-        "teacher: cat 75.0 %",
+        "teacher: owl 75.0 %, true class 20.0 %",
         "student: dog 60.0 %, true class 25.0 %",
         "distance 0.125",
     ]
     assert "Test image a.png: cat, which the student takes for dog" in item
+    right = report.thumbnail(report.Example(image, "a.png", "cat", {"student": ("cat", 0.6, 0.6)}, None))
+    assert ">student: <bdi>cat</bdi> 60.0\xa0%</span>" in right and "distance" not in right
 
 
 def test_the_page_of_a_run(here, monkeypatch, capsys):

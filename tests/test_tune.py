@@ -481,6 +481,9 @@ def test_the_picture_shows_every_trial(shared, here):
     assert finished.get_xdata().tolist() == [trial.params["temperature"] for trial in tuning.trials()[:6]]
     assert (weight.get_xscale(), temperature.get_xscale()) == ("log", "linear")
     assert [text.get_text() for text in label.get_xticklabels()] == ["argmax", "sample"]
+    labels = [("argmax", "sample").index(trial.params["pseudo_label"]) for trial in tuning.trials()[:6]]
+    finished = {line.get_label(): line for line in label.get_lines()}["finished"]
+    assert finished.get_xdata().tolist() == labels
     assert nesterov.get_title(loc="left") == "--nesterov"
     figure.savefig(io.BytesIO(), format="svg")
     for kind, start_of in (("png", b"\x89PNG"), ("svg", b"<?xml")):
