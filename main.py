@@ -28,12 +28,12 @@ import torch.nn.functional as F
 import utils
 from augmentation import ImageViews, PointViews
 from data import NAMES, OPTIONS, load_dataset, write_labeled
-from engine.checkpoint import load_state, predictor_state
+from engine.checkpoint import Checkpoint, load_state
 from engine.evaluation import gathered, measure_accuracy, measure_splits, predictions, score
 from engine.learner import Learner, sgd
 from engine.loader import TrainLoader
 from engine.runtime import Runtime
-from methods import METHODS, saved_members
+from methods import METHODS, network_name, saved_members
 from methods.feedback import ESTIMATORS
 from methods.uda import UDA_LOSSES
 from models import disable_dropout, head_of
@@ -416,7 +416,7 @@ def selected(args, runtime, dataset, network):
     if dataset.val is None:
         return network
     network, best = copy.deepcopy(network), identity.checkpoint_path(args, "best")
-    load_state(network, predictor_state(runtime.load(best), best), best)
+    load_state(network, Checkpoint.read(best, runtime).weights(), best)
     return network
 
 
@@ -472,6 +472,8 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
 
     def checkpoint(step, *kinds):
         content = {
+            "networks": {"student": network_name(vars(args), "student")},
+            "predicting": ["student"],
             "avg_state_dict": network.state_dict(),
             "optimizer": learner.optimizer.state_dict(),
             "scaler": learner.scaler.state_dict(),

@@ -38,14 +38,13 @@ from typing import NamedTuple
 import torch
 
 from augmentation import ImageViews, normalization
-from engine.checkpoint import load_state, predictor_state, well_formed
+from engine.checkpoint import Checkpoint, well_formed
 from engine.evaluation import EVALUATION_BATCH, predictions, ranked
 from engine.files import csv_text, write_atomically, write_csv, writing
 from engine.folders import image_tree, listed, relative
 from engine.images import IMAGE_SUFFIXES, SMALL, ImageSet, Reading, constant_lines, value_range_line
 from engine.runtime import Runtime
-from methods import METHODS, network_name, predicting_roles
-from models import Ensemble, build_model
+from models import Ensemble
 from run.arguments import Parser, between
 from utils import Progress, UserError, tell
 
@@ -112,12 +111,13 @@ def read_classifier(args, runtime):
         UserError: no such file, a damaged or foreign one, or a network of points.
     """
     path = args.checkpoint
-    saved = runtime.load(path)
-    if not well_formed(saved) or not {"args", "data"} <= saved.keys():
+    content = runtime.load(path)
+    if not well_formed(content) or not {"args", "data"} <= content.keys():
         raise UserError(
             f"{path} does not say which network it holds and for which images: give a checkpoint that main.py "
             "has written"
         )
+    saved = Checkpoint(content, path)
     known, images = saved["args"], saved["data"]
     if images["size"] == 0:
         raise UserError(f"{path} was trained on points: predict.py needs a network for images")
@@ -127,9 +127,7 @@ def read_classifier(args, runtime):
     if isinstance(value_range, list):
         statistics += value_range
     if not (
-        isinstance(known.get("model"), str)
-        and known.get("method") in METHODS
-        and isinstance(known.get("student_model"), (str, type(None)))
+        saved["networks"].keys() >= set(saved["predicting"])
         and isinstance(known.get("bn_eps"), (float, type(None)))
         and crop in ("pad", "none")
         and 0 < images["size"] <= 2**12
@@ -145,17 +143,7 @@ def read_classifier(args, runtime):
     ):
         raise UserError(f"{path} describes no network for images: give a checkpoint that main.py has written")
     classes = [name.encode("utf-8", "backslashreplace").decode() for name in images["classes"]]
-    roles = ("student",) if "finetune_step" in saved else predicting_roles(known)
-    members = []
-    for role in roles:
-        options = {"image_size": images["size"], "bn_eps": known.get("bn_eps")}
-        try:
-            member = build_model(network_name(known, role), len(classes), **options)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
-        weights = predictor_state(saved, path, role)
-        load_state(member, weights, path, "give a checkpoint that main.py has written")
-        members.append(member)
+    members = list(saved.members(len(classes), images["size"]).values())
 
     def chosen(name):
         given = getattr(args, name)

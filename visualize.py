@@ -38,13 +38,12 @@ import torch
 
 import data
 from augmentation import TABLE, Draws, ImageViews, PointViews
-from engine.checkpoint import load_state, predictor_state
+from engine.checkpoint import Checkpoint
 from engine.evaluation import measure_accuracy, predictions
 from engine.loader import batches
 from engine.runtime import Runtime
 from main import build_parser as build_main_parser
-from methods import network_name
-from models import build_model, head_of
+from models import head_of
 from pictures import report
 from pictures.drawing import (
     STUDENT,
@@ -125,12 +124,10 @@ def load(run, data_path=None, save_path=None, dataset=None, only_test=True):
     if not isinstance(state, dict) or "avg_state_dict" not in state:
         raise UserError(f"{path} holds no student: it is not a checkpoint of this program")
     dataset = dataset or read_dataset(run, state.get("data"), data_path, only_test)
-    options = {"image_size": dataset.size, "bn_eps": run.args.get("bn_eps")}
-    networks = {}
+    saved, networks = Checkpoint(state, path), {}
     for title, role in ((TEACHER, "teacher"), (STUDENT, "student")):
         if role == "student" or "teacher_state_dict" in state:
-            network = build_model(network_name(run.args, role), dataset.num_classes, **options)
-            load_state(network, predictor_state(state, path, role), path)
+            network = saved.network(role, dataset.num_classes, dataset.size)
             networks[title] = runtime.place(network).eval()
     points = dataset.size == 0
     views = PointViews(0, 0) if points else ImageViews(dataset.size, dataset.mean, dataset.std)

@@ -1,20 +1,127 @@
-"""What a checkpoint holds."""
+"""What a checkpoint holds: its keys, how it is read, written and brought up to date, the networks in it.
+
+| key | content |
+|---|---|
+| `step` | int, steps of training that were taken |
+| `args` | dict, the arguments of the run |
+| `data` | dict, what the data were: `data.Dataset.record` |
+| `networks` | {role: name for `models.build_model`}, teacher and student |
+| `predicting` | list of roles: the mean of these networks predicts |
+| `ROLE_state_dict` | weights of the student, and of the teacher or the perceptron where one learns |
+| `ROLE_optimizer`, `ROLE_scaler` | what trains it |
+| `avg_state_dict`, `avg_updates` | moving average of the student, and how often it was updated |
+| `teacher_avg_state_dict`, `teacher_avg_updates` | the teacher's, where it has one |
+| `align_bias`, `confidence_moments` | of the consistency loss |
+| `feedback_baseline`, `switched` | of Meta Pseudo Labels |
+| `loader`, `meters` | position in the data, figures since the last line of metrics.jsonl |
+| `run` | str, the run's id |
+| `best_top1`, `best_step`, `best_val_top1`, `oracle_top1` | what the run has reached |
+| `top1`, … (`run.record.MEASURED`), `teacher_top1` | the last evaluation |
+| `train_seconds`, `trained_images` | what the run has cost |
+| `finetune_step`, `finetune_top1`, `optimizer`, `scaler` | of finetuning, whose network is `avg_state_dict` |
+
+Random states are not among them: they follow from the seed and the step.
+"""
 
 import torch
 
+from models import build_model
 from utils import UserError
 
 
-def well_formed(saved):
+class Checkpoint(dict):
+    """The content of a checkpoint, up to date, and where it lies; empty for none."""
+
+    def __init__(self, content=(), path=None):
+        super().__init__(upgrade(dict(content)))
+        self.path = path
+
+    @classmethod
+    def read(cls, path, runtime):
+        """The checkpoint at a path, the same in all processes; UserError for a file that is none."""
+        content = runtime.load(path)
+        if not well_formed(content):
+            raise UserError(
+                f"{path} is not a checkpoint of this program: to start from weights use --weights"
+            )
+        return cls(content, path)
+
+    @classmethod
+    def peek(cls, path):
+        """The same, whose tensors stay in the file; empty for any other file.
+
+        What is wrong with a file is said where all of it is read.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # torch.load raises many kinds for a file that is not one of its own
+            return cls()
+        return cls(content, path) if well_formed(content) else cls()
+
+    def write(self, runtime, *paths):
+        """Write it to each path, one after the other, atomically; all processes return when it is there."""
+        runtime.save(dict(self), *paths)
+
+    def weights(self, role="student"):
+        """The weights that predict: of the student or the teacher, those of its moving average where it has
+        one; UserError without any."""
+        average = "avg_state_dict" if role == "student" else "teacher_avg_state_dict"
+        for name in (average, f"{role}_state_dict"):
+            if isinstance(self.get(name), dict) and self[name]:
+                return self[name]
+        raise UserError(f"{self.path} holds no {role}: it is not a checkpoint of this program and --method")
+
+    def network(self, role, num_classes, image_size, model=None, **options):
+        """The network of a role with the weights that predict, on the CPU.
+
+        Args:
+            num_classes, image_size, options: as for ``models.build_model``; batch norm's ε is the run's.
+            model: its name, where the checkpoint does not say it or is not to be asked.
+
+        Raises:
+            UserError: there is none, or it is another one.
+        """
+        weights, eps = self.weights(role), self.get("args", {}).get("bn_eps")
+        model = model or self.get("networks", {}).get(role)
+        if model is None:
+            raise UserError(f"{self.path} does not say which network it holds")
+        try:
+            network = build_model(model, num_classes, **{"image_size": image_size, "bn_eps": eps} | options)
+        except ValueError as error:
+            raise UserError(f"{self.path}: {error}") from error
+        load_state(network, weights, self.path)
+        return network
+
+    def members(self, num_classes, image_size):
+        """{role: ``network``} of the networks whose mean probabilities are the prediction."""
+        return {role: self.network(role, num_classes, image_size) for role in self["predicting"]}
+
+
+def upgrade(content):
+    """The content of a checkpoint of an earlier version with the keys of today's."""
+    known = content.get("args") if isinstance(content.get("args"), dict) else {}
+    if "networks" not in content:
+        names = {"teacher": known.get("model"), "student": known.get("student_model") or known.get("model")}
+        content["networks"] = {role: name for role, name in names.items() if isinstance(name, str)}
+    if "predicting" not in content:
+        both = known.get("ensemble") and "teacher_state_dict" in content
+        content["predicting"] = ["student", "teacher"] if both else ["student"]
+    return content
+
+
+def well_formed(content):
     """Whether a file's content has the parts that every checkpoint of this program has, as far as is read."""
-    if not isinstance(saved, dict) or not isinstance(saved.get("step"), int):
+    if not isinstance(content, dict) or not isinstance(content.get("step"), int):
         return False
-    data = saved.get("data", {})
+    data = content.get("data", {})
     needed = {"classes": list, "mean": list, "std": list, "size": int}
     described = isinstance(data, dict) and all(
         isinstance(data.get(key), kind) for key, kind in needed.items()
     )
-    return isinstance(saved.get("args", {}), dict) and (described or "data" not in saved)
+    networks = content.get("networks", {})
+    named = isinstance(networks, dict) and all(isinstance(name, str) for name in networks.values())
+    named &= content.get("predicting", ["student"]) in (["student"], ["student", "teacher"])
+    return named and isinstance(content.get("args", {}), dict) and (described or "data" not in content)
 
 
 def load_state(module, state, path, advice="give the --model and --num-classes that it was trained with"):
@@ -27,30 +134,3 @@ def load_state(module, state, path, advice="give the --model and --num-classes t
         module.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the network in {path} is not the one asked for: {advice}") from error
-
-
-def predictor_state(state, path, role="student"):
-    """The weights that predict in a checkpoint: of the student, or of the teacher, the EMA's, else its own.
-
-    Raises:
-        UserError: the checkpoint holds neither.
-    """
-    average = "avg_state_dict" if role == "student" else "teacher_avg_state_dict"
-    names = (average, f"{role}_state_dict")
-    states = [state.get(name) for name in names] if isinstance(state, dict) else []
-    weights = next((each for each in states if isinstance(each, dict) and each), None)
-    if not weights:
-        raise UserError(f"{path} holds no {role}: it is not a checkpoint of this program and --method")
-    return weights
-
-
-def peek(path):
-    """The content of a checkpoint, whose tensors stay in the file; ``{}`` for any other file.
-
-    What is wrong with a file is said where all of it is read.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # torch.load raises many kinds for a file that is not one of its own
-        return {}
-    return content if well_formed(content) else {}

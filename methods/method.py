@@ -5,14 +5,13 @@ A method owns its networks with what trains them (``engine/learner.py``). ``step
 Plain attributes such as ``uses_unlabeled`` say what a method uses.
 """
 
-import argparse
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from augmentation import Views, mixup, mixup_shares, neighbours
-from engine.checkpoint import load_state, predictor_state
+from engine.checkpoint import Checkpoint
 from engine.learner import Learner, RMSProp, parameter_groups, sgd
 from models import build_model
 from utils import UserError, learning_rate, ramp_up, tell
@@ -204,7 +203,8 @@ class Method:
             learner.sync_statistics()
 
     def state_dict(self):
-        state = {}
+        names = {role: network_name(vars(self.args), role) for role in ("teacher", "student")}
+        state = {"networks": names, "predicting": list(self.members)}
         for role, learner in self.learners.items():
             state |= learner.state_dict(role)
         return state
@@ -236,22 +236,21 @@ def predicting_roles(args):
     return ("student",)
 
 
-def build_network(args, num_classes, image_size, role, model=None):
+def build_network(args, num_classes, image_size, role):
     """The network of ``--model``, or of ``--student-model`` for the student; UserError if it does not fit.
 
-    ``model`` names another one, whose weights are in a checkpoint. A run that is resumed gets its weights
-    from the checkpoint: nothing is downloaded.
+    A run that is resumed gets its weights from the checkpoint: nothing is downloaded.
     """
     dropout = args.student_dropout if role == "student" else args.teacher_dropout
     try:
         return build_model(
-            model or network_name(vars(args), role),
+            network_name(vars(args), role),
             num_classes,
             image_size=image_size,
             dropout=dropout,
             stochastic_depth=args.stochastic_depth,
-            pretrained=args.pretrained and not (args.weights or args.resume or model),
-            weights=None if args.resume or model else args.weights,
+            pretrained=args.pretrained and not (args.weights or args.resume),
+            weights=None if args.resume else args.weights,
             freeze_body=args.freeze_body,
             bn_momentum=args.bn_momentum,
             bn_eps=args.bn_eps,
@@ -262,13 +261,22 @@ def build_network(args, num_classes, image_size, role, model=None):
 
 def saved_members(args, runtime, saved, dataset, size):
     """The networks that predict, from a checkpoint, on the device: ``Method.members``, {role: network}."""
-    members, roles = {}, predicting_roles(vars(args))
+    saved, members, roles = Checkpoint(saved, args.resume), {}, predicting_roles(vars(args))
     if "finetune_step" in saved and len(roles) > 1:
         tell(runtime, f"{args.resume} holds the finetuned student alone: it is no ensemble")
         roles = ("student",)
     for role in roles:
-        network = build_network(args, dataset.num_classes, size, role)
-        load_state(network, predictor_state(saved, args.resume, role), args.resume)
+        network = saved.network(
+            role,
+            dataset.num_classes,
+            size,
+            model=network_name(vars(args), role),
+            dropout=args.student_dropout if role == "student" else args.teacher_dropout,
+            stochastic_depth=args.stochastic_depth,
+            freeze_body=args.freeze_body,
+            bn_momentum=args.bn_momentum,
+            bn_eps=args.bn_eps,
+        )
         members[role] = runtime.place(network)
     return members
 
@@ -276,18 +284,15 @@ def saved_members(args, runtime, saved, dataset, size):
 def fixed_teacher(args, num_classes, image_size, runtime):
     """The network that predicts in ``--teacher-checkpoint``, on the CPU, in evaluation mode, not to learn."""
     path = args.teacher_checkpoint
-    state = runtime.load(path)
-    weights = predictor_state(state, path)
-    # the network that is in the file, whatever --model says of the student
-    unsaid = {"bn_eps": None, "stochastic_depth": None}  # by checkpoints of earlier versions
-    theirs = argparse.Namespace(**vars(args) | unsaid | state.get("args", {}))
-    known = state.get("data", {}).get("classes")
+    content = runtime.load(path)
+    saved = Checkpoint(content if isinstance(content, dict) else {}, path)
+    known = saved.get("data", {}).get("classes")
     if known and len(known) != num_classes:
+        theirs = saved.get("args", {}).get("dataset", "other data")
         raise UserError(
-            f"the teacher in {path} was trained on {theirs.dataset} and knows {len(known)} classes, but "
+            f"the teacher in {path} was trained on {theirs} and knows {len(known)} classes, but "
             f"{args.dataset} has {num_classes}: give one that was trained on the same classes"
         )
-    model = network_name(vars(theirs), "student")
-    network = build_network(theirs, num_classes, image_size, "teacher", model)
-    load_state(network, weights, path)
-    return network.eval().requires_grad_(False)
+    # the network that is in the file, whatever --model says of the student
+    model = saved["networks"].get("student") or network_name(vars(args), "student")
+    return saved.network("student", num_classes, image_size, model).eval().requires_grad_(False)

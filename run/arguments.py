@@ -8,7 +8,7 @@ import os
 import sys
 
 from data import STATISTICS
-from engine.checkpoint import peek, well_formed
+from engine.checkpoint import Checkpoint
 from engine.runtime import Runtime
 from methods import METHODS, network_name
 from methods.feedback import ESTIMATORS
@@ -410,7 +410,7 @@ def expected_statistics(args):
     if args.normalize == "dataset" or (args.normalize == "auto" and not (args.pretrained or args.weights)):
         return None
     if args.weights and args.normalize == "auto":
-        saved = peek(args.weights)
+        saved = Checkpoint.peek(args.weights)
         if "data" in saved:
             return saved["data"]["mean"], saved["data"]["std"]
     if args.normalize == "imagenet":
@@ -444,7 +444,7 @@ def device_of(args, given):
     path = next(filter(os.path.isfile, candidates(args, resumed(args)[0])), None)
     if "device" in given or path is None:
         return args.device
-    device = str(peek(path).get("args", {}).get("device", args.device))
+    device = str(Checkpoint.peek(path).get("args", {}).get("device", args.device))
     return device if Runtime.available(device) else "auto"
 
 
@@ -475,7 +475,4 @@ def read_checkpoint(args, path, runtime, starts):
             name = os.path.basename(paths[0]).removesuffix("_last.pth.tar")
             tell(runtime, f"no checkpoint of {name}: starting at step 0")
             return None, None
-    saved = runtime.load(path)
-    if not well_formed(saved):
-        raise UserError(f"{path} is not a checkpoint of this program: to start from weights use --weights")
-    return path, saved
+    return path, Checkpoint.read(path, runtime)

@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from engine.checkpoint import peek
+from engine.checkpoint import Checkpoint
 from engine.files import writing
 from methods import METHODS, network_name
 from models import count_flops, count_parameters
@@ -111,7 +111,7 @@ def lock(args, make=True):
 def save(args, runtime, log, content, kinds):
     """Write a checkpoint of each kind, in this order; with the first, a run that is replaced goes."""
     paths = [checkpoint_path(args, kind) for kind in kinds]
-    runtime.save(content, *paths)
+    Checkpoint(content).write(runtime, *paths)
     if runtime.is_main and log.replacing:
         for path in checkpoints_of(args).keys() - set(paths):
             os.remove(path)
@@ -139,7 +139,7 @@ def of_other_runs(paths):
     There are some where a run was killed while it replaced another one: behind its first file. Damaged files
     and those of earlier versions do not say which run they are of.
     """
-    runs = {path: run for path in paths if (run := peek(path).get("run"))}
+    runs = {path: run for path in paths if (run := Checkpoint.peek(path).get("run"))}
     newest = max(runs, key=os.path.getmtime, default=None)
     return {path for path, run in runs.items() if run != runs[newest]}
 
@@ -197,7 +197,7 @@ def replaces(args, saved):
                 "goes on with that one, another --name with this one"
             )
         if not args.overwrite and not args.finetune and args.resume != last and os.path.isfile(last):
-            step = peek(last).get("step", 0)
+            step = Checkpoint.peek(last).get("step", 0)
             if step > saved["step"] and last not in of_others:
                 raise UserError(
                     f"{args.name} has come to step {step}, and {args.resume} is of step {saved['step']}: "
@@ -229,7 +229,7 @@ def finetuned_before(args, runtime, saved, run, base):
         return {}
     if not runtime.on_main(lambda: os.path.isfile(path)):
         return {}
-    found = runtime.load(path)
+    found = Checkpoint.read(path, runtime)
     names = ["freeze_body", "body_lr_scale", *(name for name in vars(args) if name.startswith("finetune_"))]
     theirs = {"freeze_body": False, "body_lr_scale": 1.0} | found["args"]  # flags that came later
     same = all(theirs.get(name) == getattr(args, name) for name in names)

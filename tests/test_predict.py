@@ -139,12 +139,17 @@ def test_an_ensemble_is_the_one_that_is_evaluated(here, capsys):
     teacher = torch.load(SMALL, weights_only=True)["avg_state_dict"]
     head = [name for name in teacher if teacher[name].shape[:1] == (3,)][-2:]
     teacher |= {name: -2 * teacher[name] for name in head}
-    path = changed(here, {"args": {"ensemble": True, "method": "mpl"}, "teacher_state_dict": teacher})
+    content = {"args": {"ensemble": True, "method": "mpl"}, "teacher_state_dict": teacher}
+    path = changed(here, content | {"predicting": ["student", "teacher"]})
     assert main.run(["--evaluate", "--resume", str(path), "--workers", "0", "--results-path", "results"]) == 0
     evaluated = read((here / "results/changed/predictions.csv").read_text())
     rows, _ = predicted(capsys, path, "mine/test")
     both = {f"test/{row['image']}": (row["class"], row["probability"]) for row in rows}
     assert {name: of for name, (of, _) in both.items()} == {row["image"]: row["class"] for row in evaluated}
+    early = torch.load(path, weights_only=True)  # earlier versions said neither
+    del early["networks"], early["predicting"]
+    torch.save(early, "early.pth.tar")
+    assert predicted(capsys, "early.pth.tar", "mine/test")[0] == rows
     student, _ = predicted(capsys, SMALL, "mine/test")
     assert both != {f"test/{row['image']}": (row["class"], row["probability"]) for row in student}
 
@@ -505,9 +510,10 @@ FOREIGN = {
     "another crop": {"data": {"crop": ["none"]}},
     "data of another kind": {"data": [1]},
     "arguments of another kind": {"args": [1]},
-    "no network": {"args": {"model": None}},
-    "an unknown network": {"args": {"model": "wrn"}},
-    "another network": {"args": {"model": "wrn-16-1"}},
+    "no network": {"networks": {"student": None}},
+    "an unknown network": {"networks": {"student": "wrn"}},
+    "another network": {"networks": {"student": "wrn-16-1"}},
+    "unknown roles": {"predicting": ["referee"]},
     "an epsilon that is no number": {"args": {"bn_eps": "1"}},
     "a tensor for weights": {"avg_state_dict": torch.zeros(3), "student_state_dict": None},
     "other weights": {"avg_state_dict": None, "student_state_dict": {1: 2}},
