@@ -61,7 +61,7 @@ def build_parser():
     add("paths", metavar="PATH", nargs="*", help="image files, and folders that are searched at any depth; unreadable images are named on standard error and left out")
     add("--out", metavar="FILE", help="write the CSV file there, replacing it when all images are done (default: standard output); corrected, it is a table for main.py --labels")
     add("--top", type=count, default=2, metavar="K", help="the K most probable classes of each image, at most all")
-    add("--uncertain", type=count, metavar="N", help="only the N images most worth labelling next: those with the smallest margin between the probabilities of the first class and the runner-up, smallest first")
+    add("--uncertain", type=count, metavar="N", help="only the N images most worth labelling next: smallest margin between first class and runner-up first")
     add("--copy-to", metavar="DIR", help="also copy each listed image into a folder there that is named after the predicted class; no file is replaced")
     add("--export", metavar="FILE", help="instead of predicting, write the network with normalisation and softmax inside: .pt2 for torch.export.load, or .onnx")
     add("--device", default="auto", choices=Runtime.KINDS, help="where to run")
