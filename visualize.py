@@ -42,7 +42,6 @@ from engine.checkpoint import Checkpoint
 from engine.evaluation import measure_accuracy, predictions
 from engine.loader import batches
 from engine.runtime import Runtime
-from main import build_parser as build_main_parser
 from models import head_of
 from pictures import report
 from pictures.drawing import (
@@ -460,10 +459,8 @@ def augmentation_of(name, data_path, randaug=(2, 16), seed=0, resize=None, skip_
 # ------------------------------------------------------------------------------------------------- tables
 
 COLUMNS = ("top-1 (%)", "chosen by validation (%)", "finetuned (%)")
-FLAGS = build_main_parser().flags
-# arguments in which the runs of one row may differ; an evaluation of a run is another row than the run
+# arguments in which the runs of one row may differ, beside main.py's quiet flags
 APART = {"seed", "save_path", "results_path", "run", "versions", "command", "continued"}
-APART |= {name for name, action in FLAGS.items() if action.quiet} - {"evaluate", "finetune"}
 
 
 def accuracies_of(summary):
@@ -483,8 +480,13 @@ def configuration(run, seed):
 
     Of a path only the last part counts, without the seed: runs with a teacher for each seed are one row.
     """
-    kept = {name: value for name, value in run.args.items() if name not in APART}
-    for name in [name for name in kept if name in FLAGS and FLAGS[name].path]:
+    from main import build_parser as build_main_parser  # here: main.py asks this file for its pictures
+
+    flags = build_main_parser().flags
+    # an evaluation of a run is another row than the run
+    quiet = {name for name, action in flags.items() if action.quiet} - {"evaluate", "finetune"}
+    kept = {name: value for name, value in run.args.items() if name not in APART | quiet}
+    for name in [name for name in kept if name in flags and flags[name].path]:
         kept[name] = kept[name] and without_seed(os.path.basename(kept[name]), seed)
     return json.dumps(kept, sort_keys=True)
 

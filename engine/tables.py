@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from engine.folders import Found, image_tree, listed, relative
+from engine.folders import Found, image_tree, listed, part_of, relative
 from engine.images import IMAGE_SUFFIXES, ImageSet, reason
 from utils import UserError
 
@@ -27,14 +27,6 @@ LABEL_COLUMNS = ("label", "labels", "class", "classes", "category", "target", "c
 LABEL_COLUMNS += ("label_name", "true_class", "breed", "species")
 SPLIT_COLUMNS = ("split", "set", "subset")
 
-# values of a split column, in lower case, and the parts that they mean
-PARTS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("test", "testing"), "test"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
-    **dict.fromkeys(("unlabeled", "unlabelled"), "unlabeled"),
-}
-
 
 class Row(NamedTuple):
     """A line of a table."""
@@ -42,7 +34,7 @@ class Row(NamedTuple):
     line: int  # number in the file, from 1
     file: str  # as it is written
     label: str  # "" where there is none
-    part: str  # a value of PARTS
+    part: str  # a key of ``folders.NAMES_OF_PARTS``
 
 
 def find_table(path, root, columns=(), classes=None, only_test=False):
@@ -145,7 +137,7 @@ def _among_test(files, root):
     return "".join(
         f", {count:,} of them in {folder}/"
         for folder, count in folders.items()
-        if PARTS.get(folder.lower()) in ("test", "val")
+        if part_of(folder) in ("test", "val")
     )
 
 
@@ -245,7 +237,7 @@ def _checked(row, path):
         row.label.encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: the label is not in UTF-8: save the table as CSV in UTF-8") from None
-    part = PARTS.get(row.part.lower())
+    part = part_of(row.part)
     if part is None:
         raise UserError(f"{where}: the split is '{row.part}': it must be train, val, test or unlabeled")
     return row._replace(part=part)
@@ -358,7 +350,7 @@ class _Tree:
 
 def _is_test(folders):
     """Whether one of the folders of a path is named after a test or validation set."""
-    return any(PARTS.get(folder.lower()) in ("test", "val") for folder in folders.split("/"))
+    return any(part_of(folder) in ("test", "val") for folder in folders.split("/"))
 
 
 def _spellings(written):

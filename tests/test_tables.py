@@ -272,11 +272,14 @@ def assert_pixels(images, pixels):
         assert np.array_equal(image, pixels[name]), name
 
 
-def test_kaggle_s_flat_folder_with_its_table(tmp_path):
+@pytest.mark.parametrize("test", ["test", "Testing", "seg_test", "test-set"])
+def test_kaggle_s_flat_folder_with_its_table(tmp_path, test):
     """``train.csv`` names images of ``train/`` by their stems; images of ``test/`` have no rows."""
     root = tmp_path / "kaggle"
     label = {f"{k:02d}": ("frog", "truck")[k % 2] for k in range(20)}
-    pixels = layout(root, [*(f"train/{stem}.png" for stem in label), *(f"test/{stem}.png" for stem in label)])
+    pixels = layout(
+        root, [*(f"train/{stem}.png" for stem in label), *(f"{test}/{stem}.png" for stem in label)]
+    )
     path = table(root / "train.csv", "id,label", *(f"{stem},{name}" for stem, name in label.items()))
     table(root / "sample_submission.csv", "id,label", "00,frog")
     dataset = load_dataset("folder", root, labels=path, num_labeled=6)
@@ -290,7 +293,7 @@ def test_kaggle_s_flat_folder_with_its_table(tmp_path):
     assert {*dataset.unlabeled.names} == pixels.keys() - {*dataset.test.names}
     assert dataset.unlabeled.targets.tolist() == [known.get(name, -1) for name in dataset.unlabeled.names]
     assert (
-        "unlabelled images: 0 without a label in the table, 20 without a row, 20 of them in test/"
+        f"unlabelled images: 0 without a label in the table, 20 without a row, 20 of them in {test}/"
         in dataset.notes
     )
 
