@@ -136,7 +136,8 @@ def read_image(path, size, crop, random=None, reading=Reading()):
 @contextlib.contextmanager
 def opened(path, reading):
     """The image of a file, opened but not yet decoded; an error if it has too many pixels."""
-    with Image.open(path) as image:
+    # by a file of ours: of a path Pillow maps an uncompressed TIFF into memory, in the shape that it turns to
+    with open(path, "rb") as file, Image.open(file) as image:
         megapixels = image.width * image.height / 1e6
         if megapixels > reading.max_megapixels:
             raise Image.DecompressionBombError(

@@ -28,6 +28,7 @@ from engine.images import (
     Reading,
     image_size,
     levels,
+    opened,
     read_crop,
     read_image,
     read_whole,
@@ -266,6 +267,25 @@ def test_deep_images_are_read_as_their_8_bit_picture(tmp_path, kind):
         line = f"deep images: values {low} to {high} are scaled to 0 to 255 ("
         assert [sum(line in note for note in each.notes) for each in sets] == [0, 1]
         assert not any("nearly constant" in note for each in sets for note in each.notes)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16"])
+def test_uncompressed_tiffs_are_turned_like_any_other(tmp_path, mode, orientation):
+    """Pillow maps them into memory, of which it once turned the shape before the pixels."""
+    pixels = noise(90, 40)
+    if mode == "I;16":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(pixels).convert(mode)
+    image.save(tmp_path / "raw.tif", tiffinfo={ORIENTATION: orientation})
+    image.save(tmp_path / "upright.png" if mode != "CMYK" else tmp_path / "upright.tif", compression=None)
+    (upright,) = tmp_path.glob("upright.*")
+    reading = Reading((0, 65535))
+    with opened(upright, reading) as file:
+        expected = turned(np.asarray(upright_rgb(file, reading.value_range)), orientation)
+    with opened(tmp_path / "raw.tif", reading) as file:
+        assert np.array_equal(np.asarray(upright_rgb(file, reading.value_range)), expected)
 
 
 @pytest.mark.parametrize(
