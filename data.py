@@ -143,6 +143,7 @@ class Dataset:
             "test": self.test.names,
             "trained": torch.cat([part.fingerprints for part in learned]).unique(),
             "tested": self.test.fingerprints,
+            "tested_targets": self.test.targets,
         }
 
 
@@ -908,11 +909,14 @@ def _per_class(number, sizes, total, flag, classes):
         return list(sizes)
     each, remainder = divmod(number, len(sizes))
     if remainder:
-        near = [n for n in (each * len(sizes), (each + 1) * len(sizes)) if n > 0]
+        most = min(sizes)  # of each class
+        near = {n * len(sizes) for n in (min(each, most), min(each + 1, most)) if n > 0}
+        ways = [" or ".join(str(n) for n in sorted(near))] if near else []
+        if flag == "--num-labeled":
+            ways.append("a fraction of every class such as 0.1")
         raise UserError(
             f"{flag} {number} does not divide by the {len(sizes)} classes ({', '.join(classes[:10])}): use "
-            + " or ".join(map(str, near))
-            + (", or a fraction of every class such as 0.1" if flag == "--num-labeled" else "")
+            + ", or ".join(ways)
         )
     return [each] * len(sizes)
 
@@ -968,6 +972,11 @@ def read_labeled(path, train, classes):
     return sorted(indices)
 
 
+def keys_of(record, kind):
+    """(fingerprint, class) of each "labeled" or "val" image of a run."""
+    return list(zip(record[f"{kind}_prints"].tolist(), record[f"{kind}_targets"].tolist(), strict=True))
+
+
 def recorded_images(record, train, path):
     """Positions in the training set of the labelled and the validation images of a run, two sorted lists.
 
@@ -988,12 +997,19 @@ def recorded_images(record, train, path):
     found = []
     for kind in ("labeled", "val"):
         names, positions, gone = record[kind] or [], [], []
-        keys = zip(record[f"{kind}_prints"].tolist(), record[f"{kind}_targets"].tolist(), strict=True)
-        for name, key in zip(names, keys, strict=True):
+        for name, key in zip(names, keys_of(record, kind), strict=True):
             same = here.get(key, [])  # of copies of one image the one that still has this name, or any
             same.sort(key=lambda i: train.names[i] != name, reverse=True)
             positions.append(same.pop()) if same else gone.append(name)
         if gone:
+            other = {number: target for number, target in here}
+            for name, (number, was) in zip(names, keys_of(record, kind), strict=True):
+                if name in gone and number in other:
+                    now, was = (record["classes"][k] for k in (other[number], was))
+                    raise UserError(
+                        f"{name} is labelled '{now}' now and was '{was}' when the run began: start a new run "
+                        "under another --name, or put the label back"
+                    )
             raise UserError(
                 f"{len(gone)} of the run's {len(names)} {'labelled' if kind == 'labeled' else 'validation'} "
                 f"images are not among the training images of '{path}' any more, under this or another name, "

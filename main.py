@@ -5,7 +5,7 @@
     python main.py --evaluate --resume checkpoint/NAME_best.pth.tar     # a checkpoint knows its flags
     torchrun --nproc-per-node 4 main.py --dataset cifar10 …
 
-The recipes are in run_*.sh. A run leaves checkpoint/NAME_*.pth.tar and results/NAME/. This file is the story
+The recipes are run_*.sh and recipes/*.sh. A run leaves checkpoint/NAME_*.pth.tar and results/NAME/. This file is the story
 in the order of time: flags, set-up (``main``), ``train_loop``, ``finetune``, ``evaluate``. One step of a
 method is in ``methods/``, what a checkpoint remembers and what is refused in ``run/``.
 """
@@ -66,7 +66,7 @@ from utils import UserError
 
 # fmt: off
 def build_parser():
-    parser = arguments.Parser(description="Meta Pseudo Labels in PyTorch. The recipes in run_*.sh are complete command lines.")
+    parser = arguments.Parser(description="Meta Pseudo Labels in PyTorch. The recipes, run_*.sh and recipes/*.sh, are complete command lines.")
     steps, count, small = between(int, 1), between(int, 0), between(float, 0, 0.999999)
     rate, weight, share = between(float, 0, 1e3), between(float, 0, 1e6), between(float, 0, 1)
     yes_or_no = argparse.BooleanOptionalAction
@@ -134,7 +134,7 @@ def build_parser():
     add("--ema", type=share, default=0.995, help="decay of the moving averages of weights")
 
     add = parser.group("optimisation")
-    add("--total-steps", type=steps, default=300_000, help="steps of training; the cosine ends here")
+    add("--total-steps", type=steps, default=300_000, help="steps of training; the schedule ends here")
     add("--eval-step", type=steps, default=1000, help="steps between evaluations, with a checkpoint each")
     add("--log-step", type=steps, default=50, help="steps between lines of metrics.jsonl (losses, rates, images per second), each of which waits for the device", quiet=True)
     add("--start-step", type=count, default=0, help="first step (set by --resume)", command=True)
@@ -149,7 +149,7 @@ def build_parser():
     add("--momentum", type=small, default=0.9, help="of SGD and RMSProp (published: 0.9)", only=lambda args: args.optimizer != "adamw")
     add("--nesterov", action="store_true", help="Nesterov momentum of SGD (recipes with SGD)", only=lambda args: args.optimizer == "sgd")
     add("--weight-decay", type=rate, default=5e-4, help="weight decay, not applied to batch norm")
-    add("--warmup-steps", type=count, default=0, help="steps of linear warm-up, before the cosine")
+    add("--warmup-steps", type=count, default=0, help="steps of linear warm-up, before the schedule")
     add("--grad-clip", type=weight, default=0.0, help="bound of the gradient's norm; 0: none")
     add("--label-smoothing", type=small, default=0.0, help="share of a target that is spread evenly over all classes: of labels and, for the student, of pseudo labels (CIFAR-10 recipe: 0.15)")
 

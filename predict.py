@@ -42,7 +42,15 @@ from engine.checkpoint import Checkpoint, well_formed
 from engine.evaluation import EVALUATION_BATCH, predictions, ranked
 from engine.files import csv_text, write_atomically, write_csv, writing
 from engine.folders import image_tree, listed, relative
-from engine.images import IMAGE_SUFFIXES, SMALL, ImageSet, Reading, constant_lines, value_range_line
+from engine.images import (
+    IMAGE_SUFFIXES,
+    SMALL,
+    ImageSet,
+    Reading,
+    constant_lines,
+    fingerprints,
+    value_range_line,
+)
 from engine.runtime import Runtime
 from models import Ensemble
 from run.arguments import Parser, between
@@ -102,6 +110,7 @@ class Classifier(NamedTuple):
     size: int  # pixels, height and width
     crop: str  # "pad" or "none", as in ``data.Dataset``
     value_range: list | None  # low and high of deep images, as in ``images.Reading``
+    record: dict  # what the run knows of its images: ``data.Dataset.record``
 
 
 def read_classifier(args, runtime):
@@ -163,6 +172,7 @@ def read_classifier(args, runtime):
         images["size"],
         crop,
         value_range,
+        images,
     )
 
 
@@ -195,6 +205,8 @@ def classify(args):
     tell(runtime, *notes, *constant_lines(images, which))
     folders = class_folders(args, classifier.classes) if args.copy_to else None
 
+    # a table that --labels may take back keeps what the run knows: labels, and which images are for testing
+    known = known_images(images, classifier) if args.out else {}
     rows = []
     emit = rows.append if args.out else print_row
     with contextlib.closing(predicted(args, runtime, classifier, images)) as found:
@@ -205,13 +217,19 @@ def classify(args):
             shown = found
         count = min(args.top, len(classifier.classes))
         numbered = ((f"class_{k}", f"probability_{k}") for k in range(2, count + 1))
-        emit(("image", "class", "probability", *itertools.chain(*numbered)))
+        emit(("image", "class", "probability", *itertools.chain(*numbered), *(["split"] if known else [])))
         for each in shown:
             if folders:
                 with writing(folders[each.classes[0]]):
                     copy_image(each.file, folders[each.classes[0]])
             pairs = zip(each.classes, (f"{p:.6f}" for p in each.probabilities), strict=True)
-            emit((each.name, *itertools.chain(*itertools.islice(pairs, count))))
+            row = [each.name, *itertools.chain(*itertools.islice(pairs, count))]
+            if known:
+                name, part = known.get(each.file, (row[1], "train"))
+                if name != row[1]:
+                    row[1:3] = name, ""  # the run's label, not a prediction
+                row.append(part)
+            emit(row)
     if args.out:
         write_csv(args.out, rows)
 
@@ -237,6 +255,20 @@ def named_images(paths):
         for file, name in zip(files, names, strict=True):
             named.setdefault(file, name.replace(os.sep, "/"))
     return named, notes
+
+
+def known_images(images, classifier):
+    """{file: (class, part)} of the images that the run has labels for; part is "train", "val" or "test"."""
+    record, known = classifier.record, {}
+    if "tested_targets" not in record:  # not of files, or of an earlier version
+        return {}
+    for kind, part in (("labeled", "train"), ("val", "val"), ("tested", "test")):
+        prints = record["tested"] if kind == "tested" else record[f"{kind}_prints"]
+        for number, target in zip(prints.tolist(), record[f"{kind}_targets"].tolist(), strict=True):
+            known[number] = classifier.classes[target], part
+    prints = fingerprints(images.files, images.workers, record["fingerprint"])
+    pairs = zip(images.files, prints.tolist(), strict=True)
+    return {file: known[number] for file, number in pairs if number in known}
 
 
 def image_set(args, classifier, named):

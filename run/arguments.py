@@ -160,7 +160,7 @@ def resolve(parser, args, given, saved=None, path=None):
 
     Args:
         args, given: of ``Parser.parse_given``; ``args.resume`` is a list of checkpoints or None.
-        saved, path: one of these checkpoints, and its content; None to start a run.
+        saved, path: the content of one of these checkpoints, and its path; None to start a run.
 
     Raises:
         UserError: the arguments exclude each other, or make another run of the checkpoint's.

@@ -619,3 +619,21 @@ def test_it_ends_quietly(end, here):
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=100)[1]
         assert process.returncode == 130 and said == "predict.py: interrupted\n"
+
+
+def test_a_table_of_predictions_keeps_the_labels_and_the_test_images_of_its_run(here, capsys):
+    """Corrected and given back as it is, it teaches nothing from a test image, and tests on no prediction."""
+    first = torch.load(SMALL, weights_only=True)["data"]
+    predicted(capsys, SMALL, "mine", "--out", "table.csv")
+    rows = {row["image"]: row for row in read(Path("table.csv").read_text())}
+    classes, tested = first["classes"], set(first["test"])
+    for name, row in rows.items():
+        assert row["split"] == ("test" if name in tested else "train"), name
+        if name in tested or name in first["labeled"]:
+            assert row["class"] == next(each for each in name.split("/") if each in classes), name
+    words = ["--labels", "table.csv", "--data-path", "mine", "--num-labeled", "all", "--name", "second"]
+    words += "--resize 12 --model wrn-10-1 --batch-size 2 --mu 1 --total-steps 1 --finetune-epochs 0".split()
+    assert main.run([*words, "--method", "supervised", "--device", "cpu", "--no-pictures"]) == 0
+    second = torch.load("checkpoint/second_last.pth.tar", weights_only=True)["data"]
+    assert set(second["test"]) == tested and not tested & set(second["labeled"])
+    assert not torch.isin(second["trained"], second["tested"]).any()
