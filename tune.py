@@ -229,8 +229,8 @@ def open_study(name, folder, flags, space, args, given):
         UserError: the study, or runs of its name, are of another search; its file is damaged.
     """
     identity.make_folder(folder)
-    flags = program.build_parser().flags
-    settings = {arguments.flag(key): getattr(args, key) for key in given if not flags[key].quiet}
+    properties = program.build_parser().flags
+    settings = {arguments.flag(key): getattr(args, key) for key in given if not properties[key].quiet}
     settings |= {f"--search of {arguments.flag(key)}": search.text for key, search in space.items()}
     path = folder / "study.db"
     url = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()

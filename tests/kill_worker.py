@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import main
-from engine import files
+from engine import runtime
 
 FLAGS = (
     "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --mu 2 --device cpu "
@@ -40,14 +40,14 @@ def finish(pid):
 def killed_behind_its_first_file(arguments, folder):
     """``python main.py ARGUMENTS`` in a folder, killed when it has written a checkpoint's first file."""
     os.chdir(folder)
-    write = files.write_atomically
+    write = runtime.write_atomically
 
     def write_and_die(path, content):
         write(path, content)
         if path.endswith(".pth.tar"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    files.write_atomically = write_and_die
+    runtime.write_atomically = write_and_die
     main.run(arguments)
 
 
