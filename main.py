@@ -343,6 +343,8 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     def checkpoint(step, *kinds):
         state.update(meters=meters.state_dict(), loader=loader.state_dict())
         content = method.state_dict() | state
+        names = {role: network_name(vars(args), role) for role in ("teacher", "student")}
+        content |= {"networks": names, "predicting": list(method.members)}
         content |= {"step": step + 1, "args": vars(args), "data": record_of_data}
         identity.save(args, runtime, log, content, kinds)
 

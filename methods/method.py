@@ -203,8 +203,7 @@ class Method:
             learner.sync_statistics()
 
     def state_dict(self):
-        names = {role: network_name(vars(self.args), role) for role in ("teacher", "student")}
-        state = {"networks": names, "predicting": list(self.members)}
+        state = {}
         for role, learner in self.learners.items():
             state |= learner.state_dict(role)
         return state
