@@ -175,7 +175,8 @@ def _fingerprint(network, dataset):
     image_set, digest = dataset.unlabeled, hashlib.blake2b(digest_size=16)
     tensors = [*network.state_dict().values()]
     tensors += [image_set.images] if image_set.in_memory else []
-    tensors += [image_set.fingerprints] if image_set.names is not None else []
+    if image_set.names is not None and image_set.fingerprints is not None:
+        tensors.append(image_set.fingerprints)
     for tensor in tensors:
         digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     shown = [list(dataset.mean), list(dataset.std), dataset.size, dataset.crop, image_set.files]

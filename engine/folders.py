@@ -429,7 +429,9 @@ def split_folder(found, root, classes, test_fraction, record, only_test):
         moved = all(torch.isin(part, found.fingerprints).float().mean() > 0.5 for part in parts)
         if only_test and not moved and os.path.abspath(root) != record["path"]:
             return None, found, [f"'{root}' is not the run's folder: all of its images are test images"]
-        testing = (tested & named) | (~trained & (tested | testing))
+        # a copy of a test image that still has its name was left out, and is not another test image
+        kept = torch.isin(found.fingerprints, found.fingerprints[torch.from_numpy(tested & named)]).numpy()
+        testing = (tested & named) | (~trained & ~kept & (tested | testing))
     train, test = found.subset(np.flatnonzero(~testing)), found.subset(np.flatnonzero(testing))
     if not len(test):
         raise UserError(
