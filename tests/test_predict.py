@@ -292,10 +292,15 @@ def test_uncertain_images_come_first_by_their_margin(top, here, capsys):
 
 
 def test_out_is_what_standard_output_gets(here, capsys):
+    """Of images that the run does not know; what it knows has a test below."""
+    for number in range(5):
+        pixels = np.random.RandomState(100 + number).randint(0, 256, (12, 12, 3), dtype=np.uint8)
+        (here / "new").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(here / f"new/{number}.png")
     capsys.readouterr()
-    assert predict.run([SMALL, "mine", *PLAIN]) == 0
+    assert predict.run([SMALL, "new", *PLAIN]) == 0
     printed = capsys.readouterr().out
-    assert predict.run([SMALL, "mine", "--out", "rows.csv", *PLAIN]) == 0
+    assert predict.run([SMALL, "new", "--out", "rows.csv", *PLAIN]) == 0
     assert (here / "rows.csv").read_text() == printed and not capsys.readouterr().out
 
 

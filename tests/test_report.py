@@ -25,7 +25,7 @@ from pictures.drawing import STUDENT, TEACHER
 from run.record import read_run
 
 CLASSES = ["\"quoted\" & 'single'", "<img src=x onerror=alert(1)>", "قطة", "$x_1$ $\\bad{"]
-STEPS = "--model wrn-10-1 --resize 8 --num-labeled 8 --batch-size 4 --mu 1 --total-steps 4 --eval-step 2"
+STEPS = "--model wrn-10-1 --resize 8 --num-labeled all --batch-size 4 --mu 1 --total-steps 4 --eval-step 2"
 
 
 @pytest.fixture(scope="module")

@@ -465,7 +465,7 @@ def test_a_run_does_not_go_on_with_other_labels(here, capsys):
     text = (here / "labels.csv").read_text()
     table(here / "other.csv", text.replace(f"{one},cat", f"{one},dog"))
     said = refused(capsys, "--resume", LAST, "--total-steps", "6", "--labels", "other.csv")
-    assert "1 of the run's 6 labelled images" in said and one in said
+    assert f"{one} is labelled 'dog' now and was 'cat' when the run began: start a new run" in said
     table(here / "other.csv", text.replace(",owl", ",tiger"))
     said = refused(capsys, "--resume", LAST, "--total-steps", "6", "--labels", "other.csv")
     assert "'tiger' is not one of the run's classes, cat, dog, owl" in said
