@@ -353,12 +353,12 @@ def _ancestors(folder):
 
 # what systems keep beside photographs: Mac archives, Linux, QNAP and Synology, Windows
 SYSTEM_NAMES = ("__macosx", "lost+found", "#recycle", "#snapshot", "system volume information", "thumbs.db")
-SYSTEM_NAMES += ("desktop.ini", "recycler")
+SYSTEM_NAMES += ("desktop.ini", "recycler", "$recycle.bin")
 
 
 def _ignored(name):
     """Whether a file or folder is hidden or the system's own, such as ``@eaDir`` and ``$RECYCLE.BIN``."""
-    return name[0] in ".@$" or name.lower() in SYSTEM_NAMES
+    return name[0] in ".@" or name.lower() in SYSTEM_NAMES
 
 
 def ignored_kinds(ignored):
