@@ -314,7 +314,7 @@ def _image_files(root, outside, ignored):
         for entry in entries:
             if _ignored(entry.name):
                 if entry.name[0] in "@$" and entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    ignored["names that begin with @ or $"] += 1
+                    ignored["names that begin with @"] += 1
                 continue
             identity = device, entry.inode()
             if entry.is_symlink():

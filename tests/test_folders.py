@@ -359,9 +359,9 @@ def test_files_of_the_system_are_left_out(tmp_path):
     write_tree(tmp_path, CLASSES)
     (tmp_path / "cat/Thumbs.db").write_bytes(b"")
     (tmp_path / "cat/.hidden.png").write_bytes(b"")
-    picture(10, 10).save(tmp_path / "cat/$R1.png")
+    picture(10, 10).save(tmp_path / "cat/@R1.png")
     files, lines = image_tree(str(tmp_path), "FOLDER")
-    assert len(files) == 8 and lines == ["1 ignored: names that begin with @ or $ 1"]
+    assert len(files) == 8 and lines == ["1 ignored: names that begin with @ 1"]
 
 
 def test_photographs_beside_the_class_folders_are_counted(tmp_path):
