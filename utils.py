@@ -146,9 +146,6 @@ class Meters:
             setattr(self, key, self.runtime.put(value) if isinstance(value, torch.Tensor) else value)
 
 
-# ---------------------------------------------------------------- checkpoints
-
-
 # ---------------------------------------------------------------- what happens around a loop
 
 
@@ -283,7 +280,7 @@ class Progress:
             self.bar.close()
 
 
-# ---------------------------------------------------------------- the record of a run
+# ---------------------------------------------------------------- errors
 
 
 class UserError(Exception):

@@ -305,6 +305,14 @@ def write(run, figures, outputs, dataset, checkpoint, missing):
     if not missing and things == "images":
         values["predictor"] = predictor.split()[0]  # "student" or "ensemble"
         values["mistakes"] = mistakes(outputs, dataset, 12, prediction)
+    page, path = render(values), run.folder / "report.html"
+    # bytes of a file's name that are no UTF-8 become question marks
+    write_atomically(path, lambda file: file.write(page.encode("utf-8", "replace")))
+    return path
+
+
+def render(values):
+    """The text of the page, from the plain values that ``write`` prepares."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(os.path.dirname(__file__)),
         autoescape=True,
@@ -312,8 +320,4 @@ def write(run, figures, outputs, dataset, checkpoint, missing):
         trim_blocks=True,
     )
     environment.filters |= {"percent": percent, "thumbnail": thumbnail}
-    page = environment.get_template("report.html.j2").render(values)
-    path = run.folder / "report.html"
-    # bytes of a file's name that are no UTF-8 become question marks
-    write_atomically(path, lambda file: file.write(page.encode("utf-8", "replace")))
-    return path
+    return environment.get_template("report.html.j2").render(values)

@@ -178,12 +178,49 @@ def test_probabilities_in_words():
     ]
 
 
+def page_of(**values):
+    """The page with these values alone, its spaces and line breaks as single spaces."""
+    shown = {"name": "run", "method": "mpl", "dataset": "digits", "model": "wrn", "things": "images"}
+    shown |= {"command": "", "result": [], "classes": [], "pictures": {}, "missing": None}
+    shown |= {"predictor": "student", "mistakes": {}}
+    shown["calibration"] = {
+        "predictor": "student",
+        "checkpoint": "",
+        "accuracy": 0,
+        "confidence": 0,
+        "error": 0,
+    }
+    return " ".join(report.render(shown | {"pictures": {"calibration": ""}} | values).split())
+
+
+def test_what_stands_below_an_image():
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    guesses = {"teacher": report.Guess("owl", 0.75, 0.2), "student": report.Guess("dog", 0.6, 0.25)}
+    item = page_of(mistakes={"Wrong": [report.Example(image, "a.png", "cat", guesses, 0.125)]})
+    lines = [re.sub("<.*?>", "", line) for line in re.findall("<span.*?>.*?</span>", item)]
+    for line in (
+        "true: cat",
+        "teacher: owl 75.0 %, true class 20.0 %",
+        "student: dog 60.0 %, true class 25.0 %",
+        "distance 0.125",
+    ):
+        assert line in lines
+    assert "Test image a.png: cat, which the student takes for dog" in item
+    right = {"student": report.Guess("cat", 0.6, 0.6)}
+    item = page_of(mistakes={"Right": [report.Example(image, "a.png", "cat", right, None)]})
+    assert ">student: <bdi>cat</bdi> 60.0 %</span>" in item and "distance 0" not in item
+
+
 def test_calibration_in_words():
     """Ten images with 0.75 of which five are right, and ten with 0.95 of which nine are."""
     probabilities = torch.tensor([[0.75, 0.25]] * 10 + [[0.95, 0.05]] * 10)
     targets = torch.tensor([0] * 5 + [1] * 5 + [0] * 9 + [1])
     measured = report.calibration(probabilities, targets)
-    assert measured.error == pytest.approx(0.15)
+    about = {"predictor": "student", "checkpoint": "b.pth.tar", "accuracy": 0.7, "confidence": 0.85}
+    words = page_of(calibration=about | {"error": measured.error}, pictures={"calibration": ""})
+    assert "The student in b.pth.tar is right on 70.0 % of the test images" in words
+    assert "the largest of its probabilities is 85.0 % on average" in words
+    assert "calibration error is 15.0 %" in words
     left, right = drawing.draw_calibration(measured, "heading").axes
     bars = [bar for bar in right.containers[0] if bar.get_height()]
     assert [bar.get_height() for bar in bars] == [50, 50]
