@@ -83,6 +83,8 @@ def _end(status):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in workers:
             worker.kill()
+        for worker in workers:
+            worker.join(5)
     if status:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # nobody reads it
