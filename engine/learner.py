@@ -136,6 +136,10 @@ class Learner:
 
     # a step
 
+    def rate_at(self, step):
+        """The learning rate of a step, a ``Runtime.number``."""
+        return self.runtime.number(self.rate, step)
+
     @phase("backward")
     def backward(self, loss, batches):
         """Gradients of the mean loss, averaged over processes and unscaled, into the parameters' ``grad``.
@@ -160,7 +164,7 @@ class Learner:
 
     @phase("update")
     def update(self, rate):
-        """One optimiser step at ``rate`` (``Runtime.number``), scaled for each group, on the gradients of
+        """One optimiser step at ``rate`` (``rate_at``), scaled for each group, on the gradients of
         ``backward``, then the EMA."""
         if self.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.grad_clip)
@@ -174,7 +178,7 @@ class Learner:
     def learn(self, loss, batches, step):
         """``backward``, then ``update`` at the rate of the step; returns the means of the scalars."""
         scalars = self.backward(loss, batches)
-        self.update(self.runtime.number(self.rate, step))
+        self.update(self.rate_at(step))
         return scalars
 
     def sync_statistics(self):

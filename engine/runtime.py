@@ -508,11 +508,15 @@ class Runtime:
 
     @contextlib.contextmanager
     def replay(self, state):
-        """Context that draws the random numbers (the dropout masks) drawn after ``state`` once more.
+        """Context that draws the random numbers (the dropout masks) drawn after ``state`` once more; with
+        None it draws new ones.
 
         Raises:
             UserError: there are some, but steps are replayed as a CUDA graph, which cannot do that.
         """
+        if state is None:
+            yield
+            return
         now = self.rng_state()
         if self.graphed and any(not torch.equal(state[name], now[name]) for name in state):
             raise UserError(

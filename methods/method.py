@@ -6,6 +6,7 @@ Plain attributes such as ``uses_unlabeled`` say what a method uses.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +20,23 @@ from utils import UserError, learning_rate, ramp_up, tell
 # ---------------------------------------------------------------- micro-batches
 
 
+class Logits(NamedTuple):
+    """What a teacher says of a micro-batch."""
+
+    labeled: torch.Tensor  # (B, K)
+    weak: torch.Tensor  # (N, K)
+    strong: torch.Tensor  # (N, K)
+
+
 @dataclass(eq=False)
 class MicroBatch:
-    """An equal part of a batch, and what the networks say of it in the course of a step.
+    """B labelled and N unlabelled images, the whole batch or an equal part of it (``--accumulate``), and what
+    the networks say of them in the course of a step; K classes."""
 
-    B labelled and N unlabelled images, K classes.
-    """
-
-    views: Views
-    mixed: Views  # the same views with their labelled images mixed (--mixup-alpha)
+    views: Views  # for the student, and for its labelled loss
+    mixed: Views  # for the teacher: the same, but with --mixup-alpha its labelled images are mixed
     truth: torch.Tensor | None  # (N,) int64, true classes of the unlabelled images where known: for meters
-    logits: "Logits | None" = None  # noqa: F821  the teacher's, see ``uda.py``
+    logits: Logits | None = None  # the teacher's
     labels: torch.Tensor | None = None  # (N, K) float32, the teacher's pseudo labels
     feedback: torch.Tensor | None = None  # of these labels: () or (N, K)
 
@@ -37,12 +44,14 @@ class MicroBatch:
 def micro_batches(views, mixed, truth, count):
     """The batch in ``count`` equal parts; the command line has made sure that its images divide."""
 
-    def parts(tensors):
-        chunks = [[None] * count if tensor is None else tensor.chunk(count) for tensor in tensors]
-        return zip(*chunks, strict=True)
+    def parts(tensor):
+        return [None] * count if tensor is None else tensor.chunk(count)
 
-    rows = zip(parts(views), parts(mixed), parts([truth]), strict=True)
-    return [MicroBatch(Views(*part), Views(*mixed_part), truth) for part, mixed_part, (truth,) in rows]
+    def parts_of_views(views):
+        return [Views(*part) for part in zip(*map(parts, views), strict=True)]
+
+    rows = zip(parts_of_views(views), parts_of_views(mixed), parts(truth), strict=True)
+    return [MicroBatch(*row) for row in rows]
 
 
 # ---------------------------------------------------------------- pseudo labels

@@ -4,6 +4,8 @@
 feedback are in ``feedback.py``, the teacher's passes and its consistency loss in ``uda.py``.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -17,7 +19,7 @@ from methods.method import (
     pseudo_labels,
     soft_cross_entropy,
 )
-from methods.uda import Consistency, TeacherPass, supervised_and_uda_loss, teacher_logits
+from methods.uda import Consistency, teacher_logits
 
 
 class MPL(Method):
@@ -51,67 +53,77 @@ class MPL(Method):
 
         where the feedback is h · CE(ŷ, T(x_u)) (taylor, dot) or Σ softmax(T(x_u)) · ∂J/∂q (exact), see
         ``feedback.py``. During ``--teacher-warmup-steps`` λ is 0 and the student waits, so that there is no
-        feedback. The batch may be taken in micro-batches, one after the other (``--accumulate``).
+        feedback.
+
+        ``batches`` holds one object, the whole batch, or with ``--accumulate`` its micro-batches. The whole
+        batch passes through the teacher once. Micro-batches pass twice, with the same dropout, for one graph
+        in memory at a time: all of them for the labels, then each with a graph for the teacher's loss.
         """
         self.take_roles(step)
-        args, teacher, student = self.args, self.teacher, self.student
+        args, runtime, teacher, student = self.args, self.runtime, self.teacher, self.student
         batches = micro_batches(views, self.mixed(views, step), truth, args.accumulate)
+        whole = len(batches) == 1
+        before_teacher = None if whole else runtime.rng_state()
 
         # 1. The teacher labels the unlabelled images.
-        teacher_pass = TeacherPass(self.runtime, batches, self.teacher_logits, eager=diagnose)
         for batch in batches:
-            batch.labels = pseudo_labels(self.labeling(batch.logits), args.pseudo_label)
+            batch.logits = self.teacher_pass(batch, graph=whole, eager=diagnose)
+            batch.labels = pseudo_labels(self.label_logits(batch.logits), args.pseudo_label)
 
-        # 2. The student takes a step on these labels.
+        # 2. The student takes a step on these labels. Its estimator looks at it before and after the update.
         student_step = StudentStep(
             student=student,
             images_u=views.strong,
             images_l=views.labeled,
             targets=views.targets,
-            rate=self.runtime.number(student.rate, step),
-            random_state=self.runtime.rng_state(),
+            rate=student.rate_at(step),
+            random_state=runtime.rng_state(),  # here: before the student's pass
             label_smoothing=args.label_smoothing,
             micro_batches=args.accumulate,
             jvp=args.feedback_jvp,
         )
         estimator = self.estimator_class() if self.estimator_class else None
-        scalars = student.backward(self.student_loss, batches)
+        student_scalars = student.backward(self.student_loss, batches)
         if estimator:
             estimator.before(student_step)
         student.update(student_step.rate)
 
         # 3. The feedback: how did that step change the student's loss on the labelled images?
         if estimator:
-            scalars["feedback"] = self.take_feedback(estimator.after(student_step), batches)
+            value = estimator.after(student_step)
+            student_scalars["feedback"] = self.give_feedback(value, batches)
 
-        # 4. The teacher takes its step: labels, consistency and feedback.
-        self.consistency.observe(batches)
+        # 4. The teacher takes a step: labels, consistency and feedback.
         weight = self.unlabeled_weight(step)
+        self.consistency.observe([batch.logits for batch in batches])
 
         def teacher_loss(batch):
-            logits = teacher_pass.with_graph(batch)
-            loss, figures = self.own_loss(logits, batch.mixed.targets, weight)
+            logits = batch.logits if whole else self.teacher_pass(batch, graph=True, eager=diagnose)
+            loss, scalars = self.own_loss(logits, batch.mixed.targets, weight)
             if estimator:
-                term = args.feedback_weight * self.feedback_term(batch, logits)
+                feedback_loss = args.feedback_weight * self.feedback_loss(batch, logits)
                 if diagnose and batch is batches[0] and loss.requires_grad:
-                    self.diagnostics = {"feedback_cosine": self.cosine(term, loss)}
-                loss = loss + term
-            return loss, figures | known_accuracy(batch.labels, batch.truth)
+                    self.diagnostics = {"feedback_cosine": self.cosine(feedback_loss, loss)}
+                loss = loss + feedback_loss
+            return loss, scalars | known_accuracy(batch.labels, batch.truth)
 
-        with teacher_pass.second():
-            scalars = teacher.learn(teacher_loss, batches, step) | scalars
+        with runtime.replay(before_teacher):
+            teacher_scalars = teacher.backward(teacher_loss, batches)
+        teacher.update(teacher.rate_at(step))
         if args.weak_pass == "ema":
             teacher.sync_statistics()
         self.align.update([batch.logits.weak for batch in batches])
-        return scalars
+        return teacher_scalars | student_scalars
 
     # 1. labels
 
-    def teacher_logits(self, views, graph):
-        """``Logits`` of a micro-batch, with or without what a backward pass needs."""
-        return teacher_logits(self.teacher, views, self.args.weak_pass, graph)
+    def teacher_pass(self, batch, graph, eager=False):
+        """``Logits`` of a micro-batch, with or without what a backward pass needs; ``eager``: not compiled,
+        for gradients that are taken twice."""
+        with self.runtime.uncompiled() if eager else contextlib.nullcontext():
+            return teacher_logits(self.teacher, batch.mixed, self.args.weak_pass, graph)
 
-    def labeling(self, logits):
+    def label_logits(self, logits):
         """The logits (N, K) that the pseudo labels are made of."""
         return self.align(logits.weak if self.args.pseudo_label_view == "weak" else logits.strong)
 
@@ -127,27 +139,27 @@ class MPL(Method):
         logits = self.student(torch.cat([views.strong, views.labeled]))
         on_strong, on_labeled = logits.split([len(views.strong), len(views.labeled)])
         loss = soft_cross_entropy(batch.labels, on_strong, args.label_smoothing).mean()
-        figures = {"student_loss": loss}
+        scalars = {"student_loss": loss}
         if args.student_labeled_weight:
             labeled_loss = F.cross_entropy(on_labeled, views.targets, label_smoothing=args.label_smoothing)
-            figures["student_labeled_loss"] = labeled_loss
+            scalars["student_labeled_loss"] = labeled_loss
             loss = loss + args.student_labeled_weight * labeled_loss
-        return loss, figures
+        return loss, scalars
 
     # 3. the feedback
 
     @phase("feedback")
-    def take_feedback(self, value, batches):
+    def give_feedback(self, value, batches):
         """Give each micro-batch its ``feedback``: the estimator's value, with baseline and sign.
 
         Returns:
             how much the student improved, (): h, or to first order −Σ q · ∂J/∂q, without the share of
             ``--student-labeled-weight`` that h has.
         """
-        args = self.args
+        args, per_class = self.args, self.estimator_class.per_class
         if self.student.scaler.is_enabled():  # a step that the fp16 scaler skipped has no feedback
             value = torch.where(torch.isfinite(value), value, 0.0)
-        if self.estimator_class.per_class:
+        if per_class:
             labels = torch.cat([batch.labels for batch in batches])
             improvement = -(value * labels).sum() / args.accumulate
         else:
@@ -157,7 +169,7 @@ class MPL(Method):
                 value = value - self.baseline
         if args.flip_feedback:
             value = -value
-        parts = value.chunk(len(batches)) if self.estimator_class.per_class else [value] * len(batches)
+        parts = value.chunk(len(batches)) if per_class else [value] * len(batches)
         for batch, part in zip(batches, parts, strict=True):
             batch.feedback = part
         return improvement
@@ -165,25 +177,27 @@ class MPL(Method):
     # 4. the teacher's step
 
     def own_loss(self, logits, targets, weight):
-        """The teacher's loss without feedback, (), and its scalars for the meters."""
-        return supervised_and_uda_loss(logits, targets, weight, self.consistency, self.args)
+        """The teacher's loss without feedback, (), and its scalars."""
+        return self.consistency.teacher_loss(logits, targets, weight)
 
-    def feedback_term(self, batch, logits):
-        """The feedback's term of the teacher's loss, ()."""
-        args, labeling, labels = self.args, self.labeling(logits), batch.labels
+    def feedback_loss(self, batch, logits):
+        """The feedback's part of the teacher's loss, ()."""
+        args, label_logits, labels = self.args, self.label_logits(logits), batch.labels
         if args.feedback_view == "strong" and not self.estimator_class.per_class:
             # MPL-pytorch: labels that the student has not learned
-            labeling = self.align(logits.strong)
-            labels = pseudo_labels(labeling, args.pseudo_label)
+            label_logits = self.align(logits.strong)
+            labels = pseudo_labels(label_logits, args.pseudo_label)
         shares = self.runtime.world_size * args.accumulate
         return feedback_term(
-            batch.feedback, labeling, labels, reduction=args.feedback_reduction, shares=shares
+            batch.feedback, label_logits, labels, reduction=args.feedback_reduction, shares=shares
         )
 
-    def cosine(self, term, rest):
-        """Cosine between the teacher's gradients of the feedback and of the rest of its loss, ()."""
+    def cosine(self, feedback_loss, own_loss):
+        """Cosine between the teacher's gradients of its two losses, ()."""
         parameters = list(self.teacher.parameters.values())
-        gradients = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (term, rest)]
+        gradients = [
+            torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (feedback_loss, own_loss)
+        ]
         means = [self.runtime.all_reduce_mean(list(each)) for each in gradients]
         return F.cosine_similarity(*(torch.cat([g.reshape(-1) for g in each]) for each in means), dim=0)
 

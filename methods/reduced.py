@@ -7,9 +7,8 @@ import torch.nn.functional as F
 
 from engine.evaluation import stored_predictions
 from engine.loader import to_device
-from methods.method import fixed_teacher
+from methods.method import Logits, fixed_teacher
 from methods.mpl import MPL
-from methods.uda import Logits
 from models import LabelPerceptron
 
 
@@ -45,9 +44,9 @@ class ReducedMPL(MPL):
     def build_teacher(self, num_classes, image_size):
         return self.learner(LabelPerceptron(num_classes), self.args.teacher_lr, body_scale=1.0)
 
-    def teacher_logits(self, views, graph):
+    def teacher_pass(self, batch, graph, eager=False):
         # not index_select: torch_xla 2.9 ends the process where its index is a chunk of another tensor
-        rows = to_device(self.predictions[views.indices], self.runtime.device)
+        rows = to_device(self.predictions[batch.views.indices], self.runtime.device)
         logits = (self.teacher if graph else self.teacher.preview)(*self.runtime.shard((rows,)))
         return Logits(None, logits, logits)  # the same for both views
 

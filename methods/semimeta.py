@@ -27,7 +27,7 @@ class SemiMeta(Method):
         # 1. The pseudo labels: predictions, moved to lower the labelled loss.
         v = feedback.labeled_gradient(student, student.predict, views.labeled, views.targets, args.accumulate)
         parts = views.weak.chunk(args.accumulate)
-        rate = self.runtime.number(student.rate, step)
+        rate = student.rate_at(step)
         labels = [self.pseudo_labels(part, v, rate) for part in parts]
 
         # 2. A step on the labels and on the pseudo labels.

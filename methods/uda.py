@@ -1,16 +1,12 @@
 """Consistency: the UDA loss of unlabelled images, which of them count, and the methods UDA and FixMatch.
 
-Also what every consistent teacher does, MPL's among them: its passes (``TeacherPass``), alignment and loss.
+The teacher of MPL has the same passes (``teacher_logits``), alignment and loss (``Consistency``).
 """
-
-import contextlib
-import functools
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from methods.method import Method, known_accuracy, micro_batches, pseudo_labels, soft_cross_entropy
+from methods.method import Logits, Method, known_accuracy, micro_batches, pseudo_labels, soft_cross_entropy
 
 # ---------------------------------------------------------------- the loss
 
@@ -120,14 +116,14 @@ class Consistency:
         self.reads_batch = args.confidence != "threshold"  # before the first of its micro-batches has a loss
 
     @torch.no_grad()
-    def observe(self, batches):
-        """Before the losses of a batch: the statistics of its micro-batches' ``logits``."""
+    def observe(self, logits):
+        """Take the statistics of a batch, from the ``Logits`` of its micro-batches, before its losses."""
         if self.args.confidence == "relative":
-            largest = largest_probability(torch.cat([batch.logits.labeled for batch in batches]))
+            largest = largest_probability(torch.cat([each.labeled for each in logits]))
             (mean,) = self.runtime.all_reduce_mean([largest.mean()])
             self.least = self.args.threshold * mean
         elif self.args.confidence == "soft":
-            largest = largest_probability(self.align(torch.cat([batch.logits.weak for batch in batches])))
+            largest = largest_probability(self.align(torch.cat([each.weak for each in logits])))
             # measured from the moving average, so that subtracting squares cancels little
             offsets = largest - self.moments[0]
             (means,) = self.runtime.all_reduce_mean([torch.stack([offsets, offsets.square()]).mean(dim=1)])
@@ -155,6 +151,13 @@ class Consistency:
         kind = "ce" if self.hard else args.uda_loss
         return uda_loss(targets, logits.strong, weights, kind), weights.mean()
 
+    def teacher_loss(self, logits, targets, weight):
+        """CE on labels + weight · UDA, (), of a micro-batch with these ``Logits``, and its scalars."""
+        labeled_loss = F.cross_entropy(logits.labeled, targets, label_smoothing=self.args.label_smoothing)
+        loss, mask = self(logits)
+        scalars = {"labeled_loss": labeled_loss, "uda_loss": loss, "uda_mask": mask}
+        return labeled_loss + weight * loss, scalars
+
     def state_dict(self):
         return self.align.state_dict() | {"confidence_moments": self.moments}
 
@@ -164,23 +167,7 @@ class Consistency:
             self.moments.copy_(state["confidence_moments"])
 
 
-def supervised_and_uda_loss(logits, targets, weight, consistency, args):
-    """A teacher's loss without feedback, (): CE on labels + weight · UDA, and its scalars for the meters."""
-    labeled_loss = F.cross_entropy(logits.labeled, targets, label_smoothing=args.label_smoothing)
-    loss, mask = consistency(logits)
-    scalars = {"labeled_loss": labeled_loss, "uda_loss": loss, "uda_mask": mask}
-    return labeled_loss + weight * loss, scalars
-
-
 # ---------------------------------------------------------------- a teacher's passes
-
-
-class Logits(NamedTuple):
-    """What a teacher says of a batch, (B, K), (N, K) and (N, K)."""
-
-    labeled: torch.Tensor
-    weak: torch.Tensor
-    strong: torch.Tensor
 
 
 def teacher_logits(learner, views, weak_pass="joint", graph=True):
@@ -206,50 +193,6 @@ def teacher_logits(learner, views, weak_pass="joint", graph=True):
     return Logits(labeled, weak, strong)
 
 
-class TeacherPass:
-    """The teacher's logits of each micro-batch: before its update, and once more with a graph for its loss.
-
-    A single micro-batch passes through the teacher once and keeps its graph. Several pass twice, with the
-    same dropout, so that one graph is in memory at a time. The logits of the first pass go to
-    ``MicroBatch.logits``.
-
-    Args:
-        runtime: where to run.
-        batches: the micro-batches.
-        forward: (views, graph=…) → ``Logits``.
-        eager: not compiled, so that gradients can be taken through the graph more than once.
-        ahead: the logits of all micro-batches are needed before the loss of the first. Otherwise several pass
-            through the teacher in their losses alone.
-    """
-
-    def __init__(self, runtime, batches, forward, eager=False, ahead=True):
-        self.runtime, self.forward, self.eager = runtime, forward, eager
-        self.single = len(batches) == 1
-        self.random_state = None if self.single or not ahead else runtime.rng_state()
-        if self.single or ahead:
-            for batch in batches:
-                batch.logits = self._logits(batch, graph=self.single)
-
-    def _logits(self, batch, graph):
-        with self.runtime.uncompiled() if self.eager else contextlib.nullcontext():
-            return self.forward(batch.mixed, graph=graph)
-
-    def with_graph(self, batch):
-        """The logits of a micro-batch with what a backward pass needs; inside ``second``."""
-        if self.single:
-            return batch.logits
-        logits = self._logits(batch, graph=True)
-        if batch.logits is None:
-            batch.logits = Logits(*(part.detach() for part in logits))
-        return logits
-
-    def second(self):
-        """Context of the second passes, where there are any: they draw the dropout of the first."""
-        if self.random_state is None:
-            return contextlib.nullcontext()
-        return self.runtime.replay(self.random_state)
-
-
 # ---------------------------------------------------------------- the methods
 
 
@@ -265,26 +208,32 @@ class UDA(Method):
         self.align = self.consistency.align
 
     def step(self, views, step, truth=None, diagnose=False):
-        args = self.args
+        args, student, weak_logits = self.args, self.student, []
         weight = self.unlabeled_weight(step)
         batches = micro_batches(views, self.mixed(views, step), truth, args.accumulate)
-        forward = functools.partial(teacher_logits, self.student, weak_pass=args.weak_pass)
-        passes = TeacherPass(self.runtime, batches, forward, ahead=self.consistency.reads_batch)
-        self.consistency.observe(batches)
+        # where the whole batch's statistics weigh each image, micro-batches pass twice, with the same dropout
+        twice = self.consistency.reads_batch and len(batches) > 1
+        before = self.runtime.rng_state() if twice else None
+        if twice:
+            self.consistency.observe([self.logits(batch, graph=False) for batch in batches])
 
         def loss(batch):
-            logits = passes.with_graph(batch)
-            loss, scalars = supervised_and_uda_loss(
-                logits, batch.mixed.targets, weight, self.consistency, args
-            )
+            logits = self.logits(batch, graph=True)
+            weak_logits.append(logits.weak.detach())
+            if not twice:
+                self.consistency.observe([logits])
+            loss, scalars = self.consistency.teacher_loss(logits, batch.mixed.targets, weight)
             return loss, scalars | known_accuracy(self.align(logits.weak), batch.truth)
 
-        with passes.second():
-            scalars = self.student.learn(loss, batches, step)
+        with self.runtime.replay(before):
+            scalars = student.learn(loss, batches, step)
         if args.weak_pass == "ema":
-            self.student.sync_statistics()
-        self.align.update([batch.logits.weak for batch in batches])
+            student.sync_statistics()
+        self.align.update(weak_logits)
         return scalars
+
+    def logits(self, batch, graph):
+        return teacher_logits(self.student, batch.mixed, self.args.weak_pass, graph)
 
     def state_dict(self):
         return super().state_dict() | self.consistency.state_dict()

@@ -17,8 +17,8 @@ from engine.learner import Learner, sgd
 from engine.runtime import Runtime
 from methods import METHODS, feedback
 from methods.feedback import ESTIMATORS
-from methods.method import MicroBatch, pseudo_label_accuracy, pseudo_labels, soft_cross_entropy
-from methods.uda import Consistency, DistributionAlignment, Logits, teacher_logits
+from methods.method import Logits, MicroBatch, pseudo_label_accuracy, pseudo_labels, soft_cross_entropy
+from methods.uda import Consistency, DistributionAlignment, teacher_logits
 from models import LinearHead, build_model, leaky_relu
 from run.arguments import flag
 from utils import UserError
@@ -249,7 +249,7 @@ def test_the_consistency_loss_against_the_formula(method, confidence, distance):
         parts = [
             Logits(*part) for part in zip(*(each.chunk(2) for each in (labeled, weak, strong)), strict=True)
         ]
-        ours.observe([MicroBatch(None, None, None, logits=part) for part in parts])
+        ours.observe(parts)
         losses, shares = zip(*(ours(part) for part in parts), strict=True)
         loss = sum(losses) / 2
         assert loss.item() == pytest.approx(expected, rel=1e-12)
@@ -804,7 +804,7 @@ def test_mpl_pytorch_has_the_reverse_sign_on_labels_of_the_strong_view():
     student_labels = F.one_hot(torch.zeros(8, dtype=torch.int64), 3).float()
     # -h is what --flip-feedback makes of L_old − L_new
     batch = MicroBatch(None, None, None, labels=student_labels, feedback=-h)
-    torch.testing.assert_close(method.feedback_term(batch, Logits(None, None, logits)), -h * own)
+    torch.testing.assert_close(method.feedback_loss(batch, Logits(None, None, logits)), -h * own)
     plain, flipped = build("--feedback-view", "strong"), build(*flags)
     without = build("--feedback", "none")
     for each in (plain, flipped, without):
