@@ -150,8 +150,7 @@ class Runtime:
         if compiled:
             # dropout must draw the same as without compiling: the feedback repeats the student's pass
             torch._inductor.config.fallback_random = True
-            # a leaky ReLU's gradient reads six tensors; above this number the compiler splits a kernel
-            # (default 4)
+            # a leaky ReLU's gradient reads six tensors; above the threshold (default 4) it is stored first
             torch._inductor.config.realize_reads_threshold = 8
         self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype] if amp else None
         if self.amp_dtype == torch.bfloat16 and not self._has_bf16():
