@@ -271,7 +271,7 @@ class Progress:
 
     def stopped(self, when, path):
         """Print the last line of a loop that a signal has ended."""
-        self.line(f"stopped {when}; go on with --resume {path}")
+        self.line(f"stopped {when}; continue with --resume {path}")
         self.close()
 
     def close(self):

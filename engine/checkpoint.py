@@ -84,7 +84,7 @@ class Checkpoint(dict):
         weights, eps = self.weights(role), self.get("args", {}).get("bn_eps")
         model = model or self.get("networks", {}).get(role)
         if model is None:
-            raise UserError(f"{self.path} does not name its network: give a checkpoint that main.py has written")
+            raise UserError(f"{self.path} does not name its network: give a checkpoint of main.py")
         try:
             network = build_model(model, num_classes, **{"image_size": image_size, "bn_eps": eps} | options)
         except ValueError as error:
