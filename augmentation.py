@@ -1,20 +1,20 @@
-"""Weak and strong views of a whole batch, where the batch lives: flip, crop, RandAugment, cutout, mixup.
+"""Weak and strong views of whole batches on their device: flip, crop, RandAugment, cutout, mixup.
 
 uint8 images go in, normalised float32 views come out:
 
     views = ImageViews(32, mean, std)            # CIFAR; ImageNet: ImageViews(224, mean, std, crop="none")
     labeled, targets, weak, strong, _ = views(images_l, targets, images_u, generator)
 
-Each image draws its own operations, but no operation is evaluated image by image: there are only lookup
-tables of grey levels, blends of two images, maps of source positions and masks. An operation of RandAugment
-is one row of TABLE, which says what it is made of.
+Each image draws its own operations, but operations are computed for whole batches: as lookup tables of grey
+levels, blends of two images, maps of source positions, or masks. Each operation of RandAugment is one row of
+TABLE, which names its kind.
 
-Every pixel is the one that Pillow computes (rounding included), with the arguments of the code published
+Every pixel equals Pillow's, rounding included. The arguments of the operations come from the code published
 with *Meta Pseudo Labels* (Pham et al., CVPR 2021), which follows *RandAugment* (Cubuk et al., 2020).
 
-All random numbers come from the ``torch.Generator`` that is passed in, on the device or on the host (None:
-torch's default one), so that a seed fixes the views and a restored state continues them; mixup's, which all
-processes agree on, from a seed and the number of the step.
+Random numbers come from the ``torch.Generator`` that is passed in, on the device or on the host (None:
+torch's default generator), so that a seed fixes the views and a restored state continues them. The random
+numbers of mixup come from a seed and the number of the step, so that all processes draw the same.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-GREY = 128  # the level of pixels that come from outside the image, and of cutouts; see ``fill_level``
+GREY = 128  # level of empty pixels (outside of the image, cutouts); see ``fill_level``
 
 
 class Views(NamedTuple):
-    """What a training step reads: the same tensors for images and for points.
+    """The inputs of a training step: the same fields for images and for points.
 
     labeled: (B, C, H, W) float32, normalised. targets: (B,) int64, classes. weak, strong: (N, C, H, W)
-    float32, two views of the same N unlabelled images, or None where there are no unlabelled images or no
-    strong view is asked for. Points have the shape (B, 2) and (N, 2) instead. Mixed by ``mixup``, targets are
-    (B, K) float32, class distributions. indices: those of the ``Batch``, where they are given.
+    float32, two views of the same N unlabelled images; None without unlabelled images, and strong is None if
+    no strong view is needed. Points have the shape (B, 2) and (N, 2) instead. After ``mixup``, targets are
+    class distributions, (B, K) float32. indices: ``indices_u`` of the ``Batch``, or None.
     """
 
     labeled: torch.Tensor
@@ -48,8 +48,9 @@ class Views(NamedTuple):
 
 @contextlib.contextmanager
 def one_thread(images):
-    """Context in which a CPU computes with one thread: the operations on a batch of ``images`` are too small
-    to be split safely (two threads took 0.7 times as long as one on one machine, 1.8 times on another)."""
+    """Context in which a CPU computes with one thread: operations on a batch of ``images`` are too small to
+    gain from more threads (two threads took 0.7 times as long as one on one machine, 1.8 times on
+    another)."""
     threads = torch.get_num_threads()
     if images.device.type != "cpu" or threads == 1:
         yield
@@ -62,14 +63,15 @@ def one_thread(images):
 
 
 def _drawn(function, arguments, generator, device):
-    """Random numbers on the device, drawn where the generator lives: on the host for XLA, which has none."""
+    """Random numbers on ``device``, drawn on the generator's device: for XLA, generators are on the host."""
     home = device if generator is None else generator.device
     return function(*arguments, generator=generator, device=home).to(device, non_blocking=True)
 
 
 def fill_level(mean, std):
-    """The level of empty pixels for images with these statistics, of levels / 255: GREY, or the rounded mean
-    where GREY is more than 5 standard deviations away from it in some channel, as in nearly black images."""
+    """The level of empty pixels for images with this mean and std (of levels / 255): GREY, or the rounded
+    mean if GREY is more than 5 standard deviations away from it in some channel, as in nearly black
+    images."""
     if all(abs(GREY / 255 - m) <= 5 * s for m, s in zip(mean, std, strict=True)):
         return GREY
     return round(255 * sum(mean) / len(mean))
@@ -92,15 +94,14 @@ def lookup(images, tables):
 def stretch_tables():
     """AutoContrast for every darkest and brightest level: (256 · 256, 256) uint8, row ``256 · low + high``.
 
-    int(v · scale + offset) in float64, as Pillow computes it. Where that is a whole number, the rounding of
-    the factors decides between two levels, so the table is made once here, on the CPU, and no device has to
-    repeat that arithmetic (some have no float64, some fuse the multiplication with the addition). By NumPy,
-    a tenth of a second: PyTorch's threads would wait for each other a thousand times where another program
-    has one of the cores, which took up to 15 seconds.
+    int(v · scale + offset) in float64, as in Pillow. If the exact result is a whole number, rounding decides
+    between two levels. Devices round differently (some have no float64, some fuse multiplication and
+    addition), so the table is computed once, on the CPU. NumPy takes a tenth of a second. PyTorch's threads
+    wait for each other a thousand times, which took up to 15 seconds while another program used a core.
     """
     level = np.arange(256.0)
     tables = np.empty((256, 256, 256), np.uint8)
-    tables[:] = np.arange(256)  # where one level is all that there is
+    tables[:] = np.arange(256)  # rows of images with a single level: unchanged
     for low in range(255):
         scale = 255.0 / (level[low + 1 :, None] - low)
         stretched = level * scale
@@ -117,7 +118,7 @@ def autocontrast_tables(images, _, stretch):
 
 
 def equalize_tables(images, *_):
-    """(N, C, 256) uint8: levels spread so that each is used about equally often (Pillow's integer rule)."""
+    """(N, C, 256) uint8: levels spread to be about equally frequent (Pillow's integer rule)."""
     n, channels, height, width = images.shape
     levels = images.flatten(2).long()
     ones = torch.ones((), dtype=torch.int32, device=images.device).expand_as(levels)
@@ -132,7 +133,7 @@ def equalize_tables(images, *_):
 
 
 def posterized(levels, bits):
-    """Keep the highest bits: none makes the image black, and 8 or more leave it as it is."""
+    """Keep the highest bits: with 0 bits the image is black, with 8 or more it is unchanged."""
     return levels & ~(255 >> min(bits, 8))
 
 
@@ -150,7 +151,8 @@ def brightened(levels, factor):
 def blend(degenerate, levels, factor):
     """Pillow's blend: degenerate + factor · (image − degenerate), clipped to 0…255 and rounded down.
 
-    A factor of 1 is the image itself, 0 the degenerate image, and above 1 leads away from it. degenerate,
+    Factor 1 gives the image, 0 the degenerate image, and above 1 moves away from it.
+    degenerate,
     levels: float32 grey levels that broadcast to (N, C, H, W). Returns uint8.
     """
     blended = (levels - degenerate).mul_(factor).add_(degenerate).clamp_(0, 255)
@@ -190,7 +192,7 @@ def smooth(levels):
 
 
 def warp(images, source, fill=GREY):
-    """Each pixel from another position of its image.
+    """Move pixels: each new pixel comes from a position of the same image.
 
     images: (N, C, H, W) uint8. source: (N, H · W) int64, row · W + column of the pixel to take, or H · W for
     ``fill``.
@@ -204,8 +206,8 @@ def affine_source(matrix, height, width):
     """Nearest-neighbour map of an affine transform: (H · W,) int64, H · W where the source is outside.
 
     matrix: (a, b, c, d, e, f); the output pixel with middle (x, y) = (column + ½, row + ½) comes from
-    (a·x + b·y + c, d·x + e·y + f). This is Pillow's fixed-point arithmetic with 16 bits after the point; a
-    pure shift is done in floating point there.
+    (a·x + b·y + c, d·x + e·y + f). As in Pillow, this is fixed-point arithmetic with 16 fractional bits, but
+    floating-point arithmetic for a pure shift.
     """
     a, b, c, d, e, f = matrix
     row = torch.arange(height)[:, None]
@@ -225,7 +227,7 @@ def affine_source(matrix, height, width):
 
 
 def rotation(degrees, height, width):
-    """Counter-clockwise, about the middle of the image."""
+    """The matrix of a counter-clockwise rotation about the middle of the image."""
     angle = -math.radians(degrees)
     cos, sin = math.cos(angle), math.sin(angle)
     x, y = width / 2, height / 2
@@ -236,14 +238,14 @@ def rotation(degrees, height, width):
 
 
 def erase(images, centre, half, fill=GREY):
-    """Squares of ``fill``: rows and columns from centre − half up to, not including, centre + half.
+    """Fill squares with the level ``fill``: rows and columns from centre − half to centre + half − 1.
 
     images: (N, C, H, W) uint8. centre: (N, 2) int64, row and column. half: int, or (N,) int64.
     """
     height, width = images.shape[2:]
     row, column = centre.unbind(1)
     inside = _near(row, half, height)[:, None, :, None] * _near(column, half, width)[:, None, None, :]
-    return (images - fill).mul_(1 - inside).add_(fill)  # modulo 256, so this loses nothing
+    return (images - fill).mul_(1 - inside).add_(fill)  # exact: uint8 arithmetic is modulo 256
 
 
 def _near(middle, half, length):
@@ -255,7 +257,7 @@ def _near(middle, half, length):
 
 # -------------------------------------------------------------------- RandAugment: its table of operations
 
-# What an operation is made of, and what the function of its row is then:
+# The kinds of operations, and the function in a row of this kind:
 FIXED = "fixed table"  # (levels, argument) → new levels; both (256,), the same for every image
 LOOKUP = "lookup table"  # (images, argument, stretch_tables) → (N, C, 256) uint8: tables made from each image
 BLEND = "blend"  # (N, 3, H, W) float32 → the degenerate image, in whole numbers; the argument is the factor
@@ -267,9 +269,9 @@ MASK = "mask"  # no function: an empty square, the argument is its half-width
 class Operation(NamedTuple):
     """One row of the table.
 
-    kind: one of the six above. argument: (m, t, c) → number, or None for an operation without: m = magnitude
-    / 10, t and c the pixels of a translation and of a cutout at m = 1. unit: how the argument is written in
-    a picture. function: see the kinds.
+    kind: one of the six kinds above. argument: (m, t, c) → number, or None for an operation without argument;
+    m = magnitude / 10, t and c are the pixels of a translation and of a cutout at m = 1. unit: the argument's
+    text in a picture. function: see the kinds.
     """
 
     name: str
@@ -303,7 +305,7 @@ TABLE = (
     Operation("Cutout", MASK, lambda m, t, c: int(c * m), "half-width {} px", None),
 )
 OPERATIONS = tuple(row.name for row in TABLE)
-UNCHANGED = len(TABLE)  # the drawn "operation" of an image that a layer leaves as it is
+UNCHANGED = len(TABLE)  # the drawn number if a layer leaves an image unchanged
 
 
 class Draws(NamedTuple):
@@ -322,10 +324,10 @@ class Draws(NamedTuple):
 
 
 def by_kind(kind, kinds, function, *tensors):
-    """Each kind of image through its own function: the results in the order of the images.
+    """Call a function for each kind of image; returns the results in the order of the images.
 
     kind: (N,) int64, below ``kinds``. tensors: N rows each; ``function(k, *rows)`` gets the rows of kind k
-    and returns one row of the result for each.
+        and returns one row for each of them.
     """
     order = kind.argsort()
     sizes = kind.bincount(minlength=kinds).tolist()
@@ -335,22 +337,22 @@ def by_kind(kind, kinds, function, *tensors):
 
 
 class RandAugment:
-    """Layers of one random operation each, drawn for every image of a batch by itself.
+    """Layers of one random operation each, drawn separately for every image of a batch.
 
-    An image draws p ~ U(0.2, 0.8); each layer then applies one operation of TABLE, all equally likely, with
-    probability p. The magnitude is the same for all images, so that every lookup table and position map that
-    does not depend on an image's levels is made once.
+    An image draws p ~ U(0.2, 0.8); each layer then applies, with probability p, one operation of TABLE, all
+    equally likely. The magnitude is the same for all images, so that lookup tables and position maps are made
+    only once, unless they depend on an image's levels.
 
     Args:
         num_layers: operations per image; the published recipes use 2.
         magnitude: strength of all operations, 16 for CIFAR-10 and 17 for ImageNet.
-        translate, cutout: pixels at m = 1; None is an eighth of the image's side (CIFAR). ImageNet: 100, 40.
+        translate, cutout: pixels at m = 1; None: an eighth of the image's side (CIFAR). ImageNet: 100, 40.
         fill: the level of empty pixels.
-        static: pass every image through every kind of operation, where those that it did not draw change
-            nothing: static shapes and no branch on data, for XLA and compiled graphs, and nothing waits for a
-            CUDA device. Otherwise the images that drew an operation are gathered and only they are computed,
-            which is several times faster on a CPU. Both give the same pixels.
-        compile: what the static form of a layer is passed through, such as ``torch.compile``; or None.
+        static: pass every image through every kind of operation; operations that it did not draw leave it
+            unchanged. Shapes are static and no branch depends on data, for XLA and compiled graphs, and
+            nothing waits for a CUDA device. Otherwise each operation is computed only for the images that
+            drew it, which is several times faster on a CPU. Both forms give the same pixels.
+        compile: a function such as ``torch.compile`` that compiles the static form of a layer; or None.
     """
 
     def __init__(
@@ -375,7 +377,7 @@ class RandAugment:
         self._cache = {}
 
     def __call__(self, images, generator=None):
-        """(N, 3, H, W) uint8 → (N, 3, H, W) uint8; the input stays as it is."""
+        """(N, 3, H, W) uint8 → (N, 3, H, W) uint8; the input is not changed."""
         n, _, height, width = images.shape
         return self.apply(images, self.draw(n, height, width, generator, images.device))
 
@@ -398,7 +400,7 @@ class RandAugment:
         return images
 
     def arguments(self, height, width):
-        """What each operation is called with at this image size, unsigned: {name: number or None}."""
+        """The argument of each operation at this image size, without a sign: {name: number or None}."""
         eighth = min(height, width) / 8
         translate = eighth if self.translate is None else self.translate
         cutout = eighth if self.cutout is None else self.cutout
@@ -406,15 +408,15 @@ class RandAugment:
         return {row.name: row.argument and row.argument(*sizes) for row in TABLE}
 
     def constants(self, device, height, width):
-        """The tensors that do not depend on the draws, made once per device and image size."""
+        """The tensors that are the same for all draws, made once per device and image size."""
         key = (str(device), height, width)
         if key not in self._cache:
             self._cache[key] = self._make_constants(device, height, width)
         return self._cache[key]
 
     def _make_constants(self, device, height, width):
-        """What each row of TABLE, and a last one for UNCHANGED, does to an image: nothing, or what its kind
-        asks for."""
+        """Table, factor, source map and half-width for each row of TABLE and for UNCHANGED. A row differs
+        from "no change" only in the tensor of its own kind."""
         arguments = self.arguments(height, width)
         levels = torch.arange(256)
         tables = levels.to(torch.uint8).repeat(len(TABLE) + 1, 1)
@@ -438,7 +440,7 @@ class RandAugment:
         return {"arguments": arguments, **{name: tensor.to(device) for name, tensor in tensors.items()}}
 
     def _drawn_operations(self, images, operation, negative, centre, constants):
-        """One layer, each operation on the images that drew it."""
+        """One layer: each operation is computed for the images that drew it."""
 
         def operate(number, images, negative, centre):
             if number == UNCHANGED:
@@ -460,11 +462,11 @@ class RandAugment:
         return by_kind(operation, len(TABLE) + 1, operate, images, negative, centre)
 
     def _every_operation(self, images, operation, negative, centre, constants):
-        """One layer without branches: every image passes through lookup, blend, warp and mask, and those that
-        it did not draw change nothing."""
+        """One layer without branches: every image passes through lookup, blend, warp and mask; the kinds that
+        it did not draw leave it unchanged."""
 
         def chosen(new, number, old):
-            """The new rows where an image drew the operation, else the old ones."""
+            """The new row if an image drew the operation, else the old row."""
             return torch.where((operation == number).view(-1, *[1] * (new.dim() - 1)), new, old)
 
         # lookup: a table for each image and channel
@@ -475,7 +477,7 @@ class RandAugment:
                 tables = chosen(made, number, tables)
         images = lookup(images, tables)
 
-        # blend: where the factor is 1, any degenerate image will do
+        # blend: with factor 1, the degenerate image does not matter
         levels = images.float()
         grey = luma(levels)
         degenerate = None
@@ -493,7 +495,7 @@ class RandAugment:
 
 
 def random_flip(images, generator=None, static=False):
-    """Half of the images, mirrored left to right. (N, C, H, W) uint8 → the same."""
+    """Mirror a random half of the images left to right. (N, C, H, W) uint8 → the same."""
     mirrored = _coins(images, generator)
     if static:
         return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
@@ -501,7 +503,7 @@ def random_flip(images, generator=None, static=False):
 
 
 def random_crop(images, padding, generator=None, flip=False, static=False, fill=GREY):
-    """Padding with ``fill`` on every side and a random crop of the old size. (N, C, H, W) uint8 → the same.
+    """Pad with ``fill`` on every side and crop the old size at random. (N, C, H, W) uint8 → the same.
 
     With ``flip``, half of the images are mirrored first, in the same pass.
     """
@@ -518,7 +520,7 @@ def random_crop(images, padding, generator=None, flip=False, static=False, fill=
         column = torch.where(mirrored[:, None, None], width - 1 - column, column)
         return warp(images, torch.where(inside, row * width + column, height * width).flatten(1), fill)
 
-    # padded copies, the mirrored ones last
+    # padded copies of the images, mirrored images last
     order = mirrored.long().argsort()
     upright = n - int(mirrored.sum())
     tall, wide = height + 2 * padding, width + 2 * padding
@@ -527,19 +529,19 @@ def random_crop(images, padding, generator=None, flip=False, static=False, fill=
     middle[:upright] = images.index_select(0, order[:upright])
     middle[upright:] = images.index_select(0, order[upright:]).flip(-1)
 
-    # a crop is N · C · H runs of `width` bytes of them, which a CPU copies at memory speed
+    # a crop copies N · C · H runs of `width` bytes, which a CPU does at memory speed
     plane = order.argsort()[:, None] * channels + torch.arange(channels, device=device)
     start = (plane[:, :, None] * tall + rows.view(n, 1, height)) * wide + left
     return padded.flatten().unfold(0, width, 1).index_select(0, start.flatten()).view_as(images)
 
 
 def _coins(images, generator):
-    """One toss for each image: (N,) bool."""
+    """A random bool for each image: (N,)."""
     return _drawn(torch.rand, (len(images),), generator, images.device) < 0.5
 
 
 def cutout(images, half, generator=None, fill=GREY):
-    """A square of half-width ``half`` in each image, its middle anywhere. (N, C, H, W) uint8 → the same."""
+    """Fill a square of half-width ``half`` at a random place of each image. (N, C, H, W) uint8 → the same."""
     n, _, height, width = images.shape
     row = _drawn(torch.randint, (height, (n,)), generator, images.device)
     column = _drawn(torch.randint, (width, (n,)), generator, images.device)
@@ -561,17 +563,17 @@ class ImageViews:
 
     Args:
         size: side of the square images in pixels.
-        mean, std: three floats each, of grey levels scaled to [0, 1]; they also give ``fill_level``.
+        mean, std: three floats each, of grey levels scaled to [0, 1]; they also determine ``fill_level``.
         flip: whether images may be mirrored; False for digits and house numbers.
-        crop: "pad" for small images (CIFAR), weak = flip and a random crop after padding size/8 (``fill``),
-            strong = weak, the RandAugment layers, a cutout of half-width size/4, flip and crop again.
-            "none" for images that are random resized crops already (ImageNet), weak = flip, strong = flip and
-            the layers with translate 100 and cutout 40 pixels at the published size of 224, in proportion at
-            others: 100 pixels would push a small image out of sight.
+        crop: "pad" for small images (CIFAR). Weak: flip and a random crop after padding size/8 with ``fill``.
+            Strong: weak, the RandAugment layers, a cutout of half-width size/4, flip and crop again.
+            "none" for images that already are random resized crops (ImageNet). Weak: flip. Strong: flip and
+            the RandAugment layers, with translate 100 and cutout 40 pixels at the published size of 224; at
+            other sizes in proportion, since 100 pixels would push a small image out of sight.
         randaug: (layers, magnitude), or None for strong views without these layers.
         labeled_view: "weak" or "strong", the view of labelled images.
-        strong_view: whether unlabelled images get a strong view too; without, ``Views.strong`` is None.
-        static, compile: static shapes and no branch on data, compiled: see RandAugment.
+        strong_view: whether unlabelled images get a strong view; False: ``Views.strong`` is None.
+        static, compile: see RandAugment.
     """
 
     def __init__(
@@ -619,7 +621,7 @@ class ImageViews:
     def pair(self, images, generator=None):
         """Weak and strong view of the same images, normalised.
 
-        The strong one starts from the weak one; of large images (crop "none") each has its own flip.
+        The strong view starts from the weak view; with crop "none" each view has its own flip.
         """
         weak = self.weak(images, generator)
         strong = self._strengthen(weak if self.crop == "pad" else self.weak(images, generator), generator)
@@ -645,12 +647,12 @@ class ImageViews:
         return images
 
     def evaluation(self, images):
-        """Normalised and nothing else: (N, 3, H, W) uint8 → float32, (level / 255 − mean) / std."""
+        """Normalise without augmentation: (N, 3, H, W) uint8 → float32, (level / 255 − mean) / std."""
         return self._normalize(self._check(images))[0]
 
     def _normalize(self, *views):
-        """All views in one block of float32 memory, which a CPU's allocator is more likely to have at hand
-        than several; there piece by piece, so that a piece stays in the cache, elsewhere at once."""
+        """Normalise views into one block of float32 memory: a CPU's allocator is more likely to have one
+        block than several. On a CPU it works in pieces that fit into the cache, on other devices at once."""
         n, device = len(views[0]), views[0].device
         scale, shift = self._constants(device)
         normalized = torch.empty((len(views), *views[0].shape), device=device)
@@ -666,7 +668,7 @@ class ImageViews:
         return self._cache[str(device)]
 
     def _check(self, images):
-        """Returns the images. Raises ValueError unless they are (N, 3, size, size) uint8."""
+        """The images; ValueError unless they are (N, 3, size, size) uint8."""
         if images.dtype != torch.uint8 or images.shape[1:] != (3, self.size, self.size):
             wanted = f"uint8 of shape (N, 3, {self.size}, {self.size})"
             raise ValueError(f"images must be {wanted}, not {images.dtype} of {tuple(images.shape)}")
@@ -674,7 +676,8 @@ class ImageViews:
 
 
 class PointViews:
-    """The views of points in the plane (two moons): Gaussian jitter of a given standard deviation each."""
+    """The views of points in the plane (two moons): Gaussian noise with a standard deviation for each
+    view."""
 
     def __init__(self, weak_std, strong_std, labeled_std=0.0):
         self.weak_std = weak_std
@@ -698,7 +701,7 @@ class PointViews:
         return jitter(points, self.strong_std, generator)
 
     def evaluation(self, points):
-        """Points need no normalisation: float32, as they are."""
+        """The points as float32; they need no normalisation."""
         return points.float()
 
 
@@ -708,14 +711,14 @@ def jitter(points, std, generator=None):
     return points.float() + std * noise
 
 
-MIXUP = 4  # the first integer of the random key of mixup, as those in ``engine/loader.py`` are of theirs
+MIXUP = 4  # first integer of mixup's random key; ``engine/loader.py`` has the keys of other random numbers
 
 
 def mixup_shares(images, alpha, seed, step, rank=0, world_size=1):
-    """λ ~ Beta(α, α) for each image of a batch, (N,), of the images' dtype and on their device.
+    """λ ~ Beta(α, α) for each image of a batch: (N,), in the dtype and on the device of the images.
 
-    Drawn on the host, for the batches of all processes, from ``seed`` and ``step`` alone: a resumed run draws
-    the same again, and the shares of an image do not depend on the number of processes.
+    Drawn on the host from ``seed`` and ``step`` alone, for the batches of all processes. A resumed run draws
+    the same shares, and the shares do not depend on the number of processes.
     """
     generator = np.random.default_rng((MIXUP, seed, step))
     shares = generator.beta(alpha, alpha, (world_size, len(images)))[rank]
@@ -731,9 +734,9 @@ def mixup(tensor, partners, shares):
 
 
 def neighbours(tensor):
-    """The rows of a batch with 2k and 2k + 1 in each other's place: (N, …), N even, → the same.
+    """Swap rows 2k and 2k + 1 of a batch: (N, …), N even, → the same.
 
-    As partners for mixup: batches are drawn in random order, and pairs of neighbours stay together where a
-    batch is taken in parts or by several processes.
+    These are the partners for mixup: batches are drawn in random order, and pairs of neighbours stay together
+    if a batch is split into micro-batches or over processes.
     """
     return tensor.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)

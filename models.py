@@ -1,20 +1,19 @@
-"""The networks, and the moving average of one.
+"""The networks, and the moving average of a network.
 
     model = build_model("wrn-28-2", num_classes=10, dropout=0.2)
     logits = model(images)                        # (N, 3, H, W) float -> (N, K) float, no softmax
     average = ModelEMA(model, decay=0.995)
     average.update(model)                         # after every optimiser step
 
-From top to bottom: the classifier head that all networks share, the networks written here
-(`WideResNet`, `ConvLarge`, `MLP`, `LabelPerceptron`), those taken from torchvision and from timm,
-weights from elsewhere, a frozen body, `build_model`, which puts these together, the two numbers printed
-at the start of a run, ensembles, and `ModelEMA`.
+From top to bottom: the classifier head, the networks written here (`WideResNet`, `ConvLarge`, `MLP`,
+`LabelPerceptron`), networks of torchvision and timm, weights from files, a frozen body, `build_model`, the
+two sizes printed at the start of a run, ensembles, and `ModelEMA`.
 
-`torch.func.functional_call` with forward-mode differentiation (`torch.func.jvp`) goes through every
-convolutional network, in training mode too if the call is given copies of the buffers, which batch
-norm updates: modules from torchvision and timm are set not to work in place. Vision transformers are
-the exception: PyTorch's fused attention has no forward mode. All networks run in float64 and in
-channels-last memory format, and all but torchvision's RegNet can be built on the meta device.
+`torch.func.functional_call` with forward-mode differentiation (`torch.func.jvp`) works with every
+convolutional network. In training mode it needs copies of the buffers, which batch norm updates. For this,
+modules from torchvision and timm are set not to work in place. Vision transformers are the exception:
+PyTorch's fused attention has no forward mode. All networks run in float64 and in channels-last memory
+format, and all but torchvision's RegNet can be built on the meta device.
 """
 
 import copy
@@ -30,14 +29,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 BN_EPS = 1e-3  # added to a batch norm's variance; the published code's value
-SMALLEST_HALF = 2.0**-24  # the least positive float16: stored probabilities below it are zero
+SMALLEST_HALF = 2.0**-24  # the smallest positive float16: smaller stored probabilities are zero
 
 
 class LinearHead(nn.Linear):
     """Dropout, then the classifier: (N, in_features) float -> (N, num_classes) float logits.
 
-    The weights' names are those of a plain `nn.Linear`, so that a file written for one fits the other.
-    They start as there, uniform within 1 / sqrt(in_features), and the biases at zero.
+    The weights have the names of a plain `nn.Linear`, so that files of weights fit both. Weights start as in
+    `nn.Linear`, uniform within 1 / sqrt(in_features); biases start at zero.
     """
 
     def __init__(self, in_features, num_classes, dropout=0.0, bias=True):
@@ -61,7 +60,8 @@ def _init_convolutions(network):
 
 
 def leaky_relu(x, slope):
-    """In place; compiled not, since the gradient is then computed from what batch norm keeps anyway."""
+    """Leaky ReLU, in place unless compiled: a compiled gradient uses the tensor that batch norm keeps
+    anyway."""
     return F.leaky_relu(x, slope, inplace=not torch.compiler.is_compiling())
 
 
@@ -70,8 +70,8 @@ class WideResNetBlock(nn.Module):
 
     (N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride), float.
 
-    Where the shape changes, the first activated tensor feeds both the first convolution and the 1x1
-    convolution of the shortcut. Where it does not, the shortcut is the block's input as it came in.
+    If the shape changes, the first activated tensor is the input of both the first convolution and the 1x1
+    convolution of the shortcut. Otherwise the shortcut is the block's input itself.
     """
 
     def __init__(self, in_channels, out_channels, stride, slope, bn_momentum):
@@ -95,11 +95,11 @@ class WideResNet(nn.Module):
     """WRN-D-K of Zagoruyko and Komodakis (arXiv:1605.07146): depth D = 6n + 4, widening factor K.
 
     (N, 3, H, W) float -> (N, num_classes) float logits. One 3x3 convolution to 16 channels, three
-    stages of n blocks with 16K, 32K and 64K channels, the last two of which halve height and width,
-    then batch norm, leaky ReLU, the mean over positions and the classifier. A depth of D = 8n + 5 has a
+    stages of n blocks with 16K, 32K and 64K channels, then batch norm, leaky ReLU, the mean over positions
+    and the classifier. Stages 2 and 3 halve height and width. A depth of D = 8n + 5 has a
     fourth stage of 128K channels: WRN-37-2 is the network of USB's tables for STL-10.
 
-    `slope` is the leaky ReLU's on negative inputs: 0.2 in the published Meta Pseudo Labels code
+    `slope` is the slope of the leaky ReLU on negative inputs: 0.2 in the published Meta Pseudo Labels code
     (other implementations take 0.1). `bn_momentum` is the share of the new batch in the running
     statistics, 1 - decay in TensorFlow's terms. All weights start as in the published code:
     convolutions He-normal over fan-out, the classifier uniform within 1 / sqrt(num_classes).
@@ -143,11 +143,11 @@ class ConvLarge(nn.Module):
     (N, 3, H, W) float -> (N, num_classes) float logits, H and W at least 12. Three 3x3 convolutions of
     128 channels, pool, drop; three of 256, pool, drop; 512 (3x3, no padding), 256 (1x1), 128 (1x1);
     the mean over positions; the classifier. Batch norm and leaky ReLU (slope 0.1) after each of the
-    nine convolutions. Table 5 of arXiv:1703.01780; the weight normalisation that some add to the batch
-    norm is left out, because the batch norm undoes its scale.
+    nine convolutions. Table 5 of arXiv:1703.01780; the weight normalisation that some versions
+    add is left out, because batch norm undoes its scale.
 
-    `drop` is the rate of the two dropouts behind the pools, a part of the published network;
-    `dropout` the one before the classifier, as in every network here.
+    `drop` is the rate of the two dropouts behind the pools, a part of the published network. `dropout` is the
+    rate before the classifier, as in every network here.
     """
 
     def __init__(self, num_classes, dropout=0.0, drop=0.5, bn_momentum=0.01):
@@ -205,10 +205,11 @@ class MLP(nn.Module):
 
 
 class LabelPerceptron(MLP):
-    """What is left of the teacher in Reduced Meta Pseudo Labels: (N, K) class distributions -> (N, K) logits.
+    """The trained part of the teacher in Reduced Meta Pseudo Labels: (N, K) class distributions -> (N, K)
+    logits.
 
-    Five layers, whose output is added to the logarithm of the given distribution. The last one starts at
-    zero, so that the softmax of the logits starts as that distribution. Five layers and a start near the
+    Five layers, whose output is added to the logarithm of the given distribution. The last layer starts at
+    zero, so that the softmax of the logits starts as the given distribution. Five layers and a start near the
     identity are the paper's; 128 hidden units are this project's choice.
     """
 
@@ -224,11 +225,11 @@ class LabelPerceptron(MLP):
 
 # --------------------------------------------------------------------------- networks from torchvision
 
-SMALL_IMAGE = 64  # pixels: up to this size, networks designed for 224 pixels reduce less at their start
+SMALL_IMAGE = 64  # pixels: up to this size, networks made for 224 pixels downsample less
 
 
 def _torchvision():
-    """torchvision's classifiers. Imported here: it takes a second or two, and WideResNet needs none of it."""
+    """torchvision's models, imported when needed: the import takes a second or two."""
     from torchvision import models
 
     return models
@@ -251,24 +252,24 @@ def _efficientnet_l2():
 
 
 def _torchvision_network(name):
-    """A torchvision classifier by its name there, with random weights and 1,000 outputs."""
+    """A torchvision classifier by its torchvision name, with random weights and 1,000 outputs."""
     if name == "efficientnet_l2":
         return _efficientnet_l2()
     options = {}
-    if name in ("googlenet", "inception_v3"):  # one output also in training; input as the weights expect it
+    if name in ("googlenet", "inception_v3"):  # a single output in training, too; input as the weights expect
         options = {"aux_logits": False, "transform_input": True, "init_weights": True}
     return _torchvision().get_model(name, weights=None, **options)
 
 
 def _find_head(model):
-    """(name, module) of the classifier: what timm's `get_classifier` says, else the last `nn.Linear`, or
-    the last `nn.Conv2d` if there is none.
+    """(name, module) of the classifier: timm's `get_classifier`, else the last `nn.Linear`, else the last
+    `nn.Conv2d`.
 
-    ValueError if there is neither, or more than one classifier. torchvision registers every classifier's
-    last layer last; SqueezeNet's is a 1x1 convolution before the mean over positions.
+    ValueError if none is found, or two classifiers. In torchvision's networks the classifier is the last
+    module; in SqueezeNet it is a 1x1 convolution before the mean over positions.
     """
     if hasattr(model, "get_classifier"):
-        head = model.get_classifier()  # two of them, side by side, where a network was made to be distilled
+        head = model.get_classifier()  # two classifiers in networks made for distillation
         found = [(name, module) for name, module in model.named_modules() if module is head]
         if found:
             return found[-1]
@@ -285,16 +286,16 @@ def _find_head(model):
 
 
 def head_of(model):
-    """The module that turns features into logits: a `LinearHead`, SqueezeNet's 1x1 convolution, or what a
-    network of timm has there."""
+    """The module that turns features into logits: a `LinearHead`, SqueezeNet's 1x1 convolution, or timm's
+    classifier."""
     return _find_head(model)[1]
 
 
 def _replace_head(model, num_classes, dropout):
     """Give a torchvision classifier a new last layer, and `dropout` as the rate before it.
 
-    Dropouts that the network has beside its head (AlexNet, VGG, EfficientNet, ...) get the rate; where
-    there is none, the head brings its own.
+    If the network has dropouts beside its head (AlexNet, VGG, EfficientNet, ...), they get the rate.
+    Otherwise the new head has a dropout of its own.
     """
     name, old = _find_head(model)
     parent = model.get_submodule(name.rpartition(".")[0])
@@ -312,7 +313,7 @@ def _replace_head(model, num_classes, dropout):
 
 
 def _no_stochastic_depth(name):
-    """The ValueError for a rate that a network has no use for."""
+    """The ValueError for --stochastic-depth with a network that has none."""
     return ValueError(
         f"{name} has no stochastic depth: leave --stochastic-depth out, or choose another --model, such "
         "as efficientnet-b0 or convnext-tiny"
@@ -320,11 +321,11 @@ def _no_stochastic_depth(name):
 
 
 def _set_stochastic_depth(model, name, rate):
-    """Set how often a block is left out in training: `rate` for the last one, evenly less towards the first.
+    """Set how often a block is left out in training: `rate` for the last block, evenly less for earlier ones.
 
-    Each torchvision network has its own probabilities, which are scaled: EfficientNet's are rate * i / n for
-    block i = 0, ..., n - 1 of n, as in the published code; the others reach the rate in their last block.
-    ValueError for a network that leaves out none.
+    The probabilities of a torchvision network are scaled. EfficientNet leaves out block i = 0, ..., n - 1 of
+    n with probability rate * i / n, as in the published code; other networks reach `rate` in the last block.
+    ValueError for a network without stochastic depth.
     """
     from torchvision.ops import StochasticDepth
 
@@ -337,11 +338,12 @@ def _set_stochastic_depth(model, name, rate):
 
 
 def _reduce_less(model):
-    """Adapt a network's first layers to images of at most `SMALL_IMAGE` pixels; others stay as they are.
+    """Adapt the first layers of a ResNet or EfficientNet to images of at most `SMALL_IMAGE` pixels.
 
-    ResNet: a 3x3 convolution of stride 1 in place of 7x7 of stride 2, and no pooling (8-fold reduction
-    then, not 32-fold). EfficientNet: stride 1 in the first convolution and in the next two layers that
-    would halve (4-fold), as the published code does for CIFAR and SVHN; its weights keep their shapes.
+    ResNet: a 3x3 convolution of stride 1 instead of 7x7 of stride 2, and no pooling (8-fold instead of
+        32-fold downsampling). EfficientNet: stride 1 in the first three convolutions of stride 2 (4-fold), as
+        the published code does for CIFAR and SVHN; the weights keep their shapes. Other networks stay
+        unchanged.
     """
     if isinstance(model, _torchvision().ResNet):
         model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, padding=1, bias=False)
@@ -355,12 +357,13 @@ def _reduce_less(model):
 
 # --------------------------------------------------------------------------------- networks from timm
 
-TIMM = "timm/"  # what the names of its networks begin with here
+TIMM = "timm/"  # prefix of the names of timm's networks
 INSTALL_TIMM = "pip install -r requirements-timm.txt"
 
 
 def _timm():
-    """timm (Wightman, PyTorch Image Models), which is optional; ValueError where it is not installed."""
+    """The module timm (Wightman, PyTorch Image Models), which is optional; ValueError if it is not
+    installed."""
     try:
         import timm
     except ImportError as error:
@@ -371,9 +374,9 @@ def _timm():
 
 
 def _timm_config(name):
-    """What timm says of timm/NAME or timm/NAME.TAG: input size, mean, std, where its weights lie.
+    """timm's configuration of timm/NAME or timm/NAME.TAG: input size, mean, std, address of the weights.
 
-    ValueError for a network or a tag that it does not know.
+    ValueError for a network or a tag that timm does not know.
     """
     timm = _timm()
     name = name.removeprefix(TIMM)
@@ -385,24 +388,24 @@ def _timm_config(name):
         ) from error
     if config is None:
         raise ValueError(
-            f"timm {timm.__version__} has no network {name!r}: timm.list_models('*resnet*') lists those with "
-            "resnet in their names"
+            f"timm {timm.__version__} has no network {name!r}: timm.list_models('*resnet*') lists the "
+            "networks with resnet in their names"
         )
     return config
 
 
 def timm_statistics(name):
-    """(mean, std), three numbers each, of images as the weights of timm/NAME expect them; ValueError for a
-    name that timm does not know, or without timm."""
+    """(mean, std), three numbers each, that the weights of timm/NAME expect of images; ValueError for a name
+    that timm does not know, or without timm."""
     config = _timm_config(name)
     return config.mean, config.std
 
 
 def _timm_network(name, num_classes, image_size, pretrained=False, **options):
-    """A classifier of timm; one whose input has a fixed size is built for `image_size` pixels.
+    """A classifier of timm. A network with a fixed input size is built for `image_size` pixels.
 
-    With `pretrained`, timm fetches the weights, resizes position embeddings and leaves out a head for
-    another number of classes. `options` are timm's: drop_rate and drop_path_rate, where they are not None.
+    With `pretrained`, timm fetches the weights, resizes position embeddings and leaves out a head for another
+    number of classes. `options` are timm's drop_rate and drop_path_rate; None means timm's default.
     """
     if _timm_config(name).fixed_input_size:
         options["img_size"] = image_size
@@ -411,16 +414,16 @@ def _timm_network(name, num_classes, image_size, pretrained=False, **options):
 
 # ------------------------------------------------------------------------------ weights from elsewhere
 
-# Where a network's weights lie in a checkpoint, best first: this project's keys, then customary ones.
+# Keys of a network's weights in a checkpoint, best first: this project's keys, then customary keys.
 STATE_KEYS = ["avg_state_dict", "student_state_dict", "teacher_state_dict", "network", "state_dict", "model"]
 
 
 def _read_state(path):
-    """A state dict from a file: one by itself (.safetensors too), or inside a checkpoint of this project.
+    """A state dict from a file, which is a plain state dict (also .safetensors) or a checkpoint.
 
-    Of a checkpoint's networks the first present is taken: the average, the student, the teacher.
-    ValueError if the file cannot be read, or not without running code, or holds no state dict, or values
-    that are not finite.
+    From a checkpoint of this project it takes the moving average, else the student, else the teacher.
+    ValueError if the file cannot be read without running code, holds no state dict, or holds values that are
+    not finite.
     """
     read = partial(torch.load, map_location="cpu", weights_only=True)
     if str(path).endswith(".safetensors"):
@@ -436,7 +439,7 @@ def _read_state(path):
         state = read(path)
     except FileNotFoundError as error:
         raise ValueError(f"there is no weights file {path}: check --weights") from error
-    except Exception as error:  # torch.load raises many kinds for a file that is not one of its own
+    except Exception as error:  # torch.load raises many kinds of exceptions for other files
         raise ValueError(
             f"{path} is not a weights file that loads without running code ({type(error).__name__}): "
             "save a state dict with torch.save(model.state_dict(), FILE) and give that"
@@ -451,12 +454,12 @@ def _read_state(path):
 
 
 def _first_line(error):
-    """What an exception says, for a sentence."""
+    """The first line of an exception's message, else its type."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _not_downloaded(name, url, error):
-    """The ValueError for weights that did not arrive, with the ways to do without the network."""
+    """The ValueError for a failed download of weights; it says what to do without internet."""
     return ValueError(
         f"the weights of {name} cannot be downloaded ({_first_line(error)}): fetch {url} on another machine "
         "and give the file with --weights FILE, or start at random with --no-pretrained --no-freeze-body"
@@ -464,7 +467,7 @@ def _not_downloaded(name, url, error):
 
 
 def _download_state(name):
-    """The state dict that torchvision calls the default for `name`; ValueError without one or a network."""
+    """torchvision's default state dict for `name`; ValueError without one, or without internet."""
     try:
         weights = _torchvision().get_model_weights(name.replace("-", "_")).DEFAULT
     except ValueError as error:
@@ -474,12 +477,12 @@ def _download_state(name):
         ) from error
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:  # no network; a file that arrived damaged
+    except (OSError, RuntimeError) as error:  # no internet, or a damaged file
         raise _not_downloaded(name, weights.url, error) from error
 
 
 def _download_timm_state(name, num_classes, image_size):
-    """The state dict of the network with timm's weights for `name`; ValueError without them or a network."""
+    """The state dict with timm's weights for `name`; ValueError without weights, or without internet."""
     config = _timm_config(name)
     if not config.has_weights:
         raise ValueError(
@@ -487,23 +490,23 @@ def _download_timm_state(name, num_classes, image_size):
             "give a file with --weights FILE, or leave --pretrained out"
         )
     url = config.url
-    if config.hf_hub_id:  # where timm looks first
+    if config.hf_hub_id:  # timm looks there first
         file = config.hf_hub_filename or "model.safetensors"
         url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/{file}"
     try:
         return _timm_network(name, num_classes, image_size, pretrained=True).state_dict()
-    except Exception as error:  # the hub's client raises many kinds
+    except Exception as error:  # the hub's client raises many kinds of exceptions
         raise _not_downloaded(name, url, error) from error
 
 
 def _load_state(model, state, source):
-    """Copy a state dict into `model`, apart from a head of another shape, which stays as initialised, as it
-    does where the state dict has none.
+    """Copy a state dict into `model`. If its head is missing or has another shape, the model keeps its own
+    head.
 
-    Accepts names as DistributedDataParallel and torch.compile change them, torchvision's older names in
-    DenseNet, and for a network of timm what timm itself would convert: older names, position embeddings for
-    images of another size. ValueError that names the first keys if anything else is missing, left over or
-    of another shape; `source` is how the message calls the state dict's origin.
+    Accepts the prefixes of DistributedDataParallel and torch.compile, torchvision's older names in DenseNet,
+    and for networks of timm everything that timm converts: older names, position embeddings for another image
+    size. ValueError that names the first keys if other keys are missing, left over or of another shape;
+    `source` names the origin of the state dict in the message.
     """
     advice = "Give --model the network that the weights were saved from, at the same image size"
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
@@ -515,7 +518,7 @@ def _load_state(model, state, source):
     if convert := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):  # timm's
         try:
             state = convert(state, model)
-        except Exception as error:  # it raises many kinds for the weights of another network
+        except Exception as error:  # many kinds of exceptions for the weights of another network
             raise ValueError(
                 f"{source} does not fit this network ({_first_line(error)}). {advice}"
             ) from error
@@ -544,11 +547,11 @@ def _load_state(model, state, source):
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch norm by the statistics it was made with, in training too; the same keys as `nn.BatchNorm2d`.
+    """Batch norm with constant statistics, in training too; the same keys as `nn.BatchNorm2d`.
 
-    (N, C, H, W) -> the same shape. Not a subclass of `nn.BatchNorm2d`, so that nothing that looks for
-    batch norm, such as the conversion to synchronised statistics, sets it going again. What a batch norm of
-    timm contains, an activation, comes after it here, too.
+    (N, C, H, W) -> the same shape. It is not a subclass of `nn.BatchNorm2d`, so that code that looks for
+    batch norm, such as the conversion for --sync-bn, leaves it unchanged. Children of the batch norm (timm
+    puts an activation there) are applied after it.
     """
 
     def __init__(self, batch_norm):
@@ -568,7 +571,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def _freeze_body(model):
-    """Leave only the head to learn: no gradients elsewhere, and batch-norm statistics as they are."""
+    """Let only the head learn: no gradients for other layers, and constant batch-norm statistics."""
     model.requires_grad_(False)
     head_of(model).requires_grad_(True)
     for parent in list(model.modules()):
@@ -578,7 +581,7 @@ def _freeze_body(model):
 
 
 def disable_dropout(model):
-    """No dropout from now on, in training mode either: layers, and the rates that networks of timm hold."""
+    """Switch off dropout, in training mode too: the dropout layers, and the rates in networks of timm."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -590,7 +593,7 @@ def disable_dropout(model):
 
 
 def _wrong_size(name, image_size, error):
-    """The ValueError for images that a network does not take."""
+    """The ValueError for images of a size that a network does not accept."""
     if image_size == 0:
         return ValueError(f"{name} takes images, and these are points: use mlp-2-...-K, such as mlp-2-8-8-2")
     return ValueError(
@@ -620,26 +623,26 @@ def build_model(
                  efficientnet-b0 ... efficientnet-b7, efficientnet-l2
                  any classifier of torchvision.models: resnet50, alexnet, vgg16, densenet121, ...
                  timm/NAME       any classifier of timm, where it is installed: timm/convnext_tiny
-    image_size   pixels; up to 64, torchvision's ResNet and EfficientNet reduce less at their start
-    dropout      rate before the classifier; takes the place of the rate that a network brings along
-    stochastic_depth  probability that the last block is left out in training, of earlier ones less; None:
-                 the network's own. EfficientNet, ConvNeXt, Swin and MaxViT have it and, of timm, more;
-                 others refuse it
+    image_size   pixels; up to 64, torchvision's ResNet and EfficientNet downsample less in their first layers
+    dropout      rate before the classifier; replaces the network's own rate
+    stochastic_depth  probability that the last block is left out in training (earlier blocks: less); None:
+                 the network's own. EfficientNet, ConvNeXt, Swin, MaxViT and more networks of timm have it;
+                 ValueError for other networks
     pretrained   start from the weights that torchvision or timm publish, downloaded on first use
-    weights      start from this file instead: a state dict or a checkpoint of this project. Of both, a
-                 head for another number of classes is left out.
+    weights      start from this file instead: a state dict or a checkpoint of this project. A head for
+                 another number of classes is left out, as with `pretrained`.
     freeze_body  only the head learns
-    bn_momentum  share of the new batch in the running statistics of batch norm; the published code's is 0.01
-    bn_eps       added to a batch norm's variance; the published code's is 1e-3. None, for both: those that
-                 the network comes with, published for the networks written here, torchvision's or timm's
-                 for others, which is what their weight files rely on
+    bn_momentum  share of the new batch in the running statistics of batch norm (published code: 0.01)
+    bn_eps       added to the variance in batch norm (published code: 1e-3). None, for both: the network's
+                 own value. For the networks written here it is the published value; weight files of
+                 torchvision and timm rely on theirs.
 
-    ValueError, one sentence, for a name that is unknown or impossible, images too small for the network, a
-    stochastic depth that it does not have, and weights that cannot be had or do not fit.
+    ValueError, one sentence, for an unknown or impossible name, for images too small for the network, for a
+    network without stochastic depth, and for weights that are not available or do not fit.
     """
     torchvision_name = name.replace("-", "_")
     if max(map(int, re.findall(r"\d+", name)), default=0) > 2**16:
-        raise ValueError(f"{name} is beyond what any machine holds: use numbers up to {2**16}")
+        raise ValueError(f"{name} is too large for any machine: use numbers up to {2**16}")
     if match := re.fullmatch(r"wrn-(\d+)-(\d+)", name):
         model = WideResNet(int(match[1]), int(match[2]), num_classes, dropout)
     elif re.fullmatch(r"mlp(-\d+){2,}", name):
@@ -670,7 +673,7 @@ def build_model(
         raise ValueError(
             f"there is no network {name!r}: use wrn-D-K (such as wrn-28-2), mlp-A-...-Z (such as "
             "mlp-2-8-8-2), convlarge, efficientnet-b0 to -b7 or -l2, a classifier of torchvision.models "
-            "(such as resnet50), or one of timm (such as timm/convnext_tiny)"
+            "(such as resnet50), or a network of timm (such as timm/convnext_tiny)"
         )
     if stochastic_depth is not None and not name.startswith(TIMM):
         _set_stochastic_depth(model, name, stochastic_depth)
@@ -693,8 +696,8 @@ def build_model(
     elif pretrained:
         if isinstance(model, _torchvision().ResNet) and image_size <= SMALL_IMAGE:
             raise ValueError(
-                f"the published weights of {name} are for large images, at {image_size} pixels "
-                "its first layer is another: enlarge the images with --resize 224, or leave --pretrained out"
+                f"the published weights of {name} are for large images; at {image_size} pixels its first "
+                "layer has another shape: enlarge the images with --resize 224, or leave --pretrained out"
             )
         _load_state(model, _download_state(name), f"torchvision's file for {name}")
     if freeze_body:
@@ -702,13 +705,13 @@ def build_model(
     return model
 
 
-# -------------------------------------------------------------------------------------- their two sizes
+# --------------------------------------------------------------------------- parameters and operations
 
 
 def _run_on_meta(model, shape):
     """One forward pass of one image on the meta device: shapes are checked, nothing is computed.
 
-    `model` is unchanged and may live on any device.
+    `model` stays unchanged and may be on any device.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
@@ -731,22 +734,23 @@ def count_parameters(model):
 def count_flops(model, shape):
     """Multiply-adds of one forward pass of one image, in matrix products and convolutions.
 
-    `shape` is that of an input without the batch, (3, 32, 32) or (2,); a single number is the size of a
-    square image. Computed on the meta device: no time to speak of, and no memory.
+    `shape` is the shape of an input without the batch, (3, 32, 32) or (2,); a single number is the side of a
+    square image. Computed on the meta device, with hardly any time and memory.
     """
     with FlopCounterMode(display=False) as counter:
         _run_on_meta(model, (3, shape, shape) if isinstance(shape, int) else tuple(shape))
-    return counter.get_total_flops() // 2  # it counts a multiply-add as two
+    return counter.get_total_flops() // 2  # the counter counts a multiply-add as two
 
 
 # ------------------------------------------------------------------------------------------- ensembles
 
 
 def mean_prediction(logits):
-    """Logits (N, K) of the mean of the probabilities that networks give, of the logits (N, K) of each.
+    """Average the probabilities of several networks: a list of their logits (N, K) -> logits (N, K) of the
+    mean.
 
-    The logarithm of the sum of these probabilities, which softmax makes their mean; of one network its own
-    logits, to the last bit.
+    The result is the logarithm of the sum of the probabilities; softmax turns the sum into the mean. The
+    logits of a single network are returned unchanged.
     """
     if len(logits) == 1:
         return logits[0]
@@ -754,7 +758,7 @@ def mean_prediction(logits):
 
 
 class Ensemble(nn.Module):
-    """Networks as one: images → float32 logits (N, K) of the mean of their probabilities."""
+    """Several networks as one: images → float32 logits (N, K) of the mean of their probabilities."""
 
     def __init__(self, members):
         super().__init__()
@@ -781,14 +785,14 @@ class ModelEMA:
             raise ValueError(f"the decay of a moving average lies between 0 and 1, not at {decay}")
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
         self.decay = decay
-        # counted on the device: a graph that holds the number would be another one at every step
+        # counted on the device: a number in the graph would make XLA compile each step
         self.updates = torch.zeros((), dtype=torch.int64, device=next(network.parameters()).device)
 
     @torch.no_grad()
     def update(self, network):
         """Move the average toward `network`, which has the same parameters and buffers in the same order.
 
-        Stays on the device: nothing is read back.
+        Everything stays on the device.
         """
         t = self.updates.to(next(self.network.parameters()).dtype)
         decay = ((1 + t) / (10 + t)).clamp_max(self.decay)
@@ -799,7 +803,8 @@ class ModelEMA:
         copied = [(a, b) for a, b in pairs if not a.is_floating_point()]
         if averaged:
             a, b = zip(*averaged, strict=True)
-            # a + (1 - decay) · (b - a) in three launches; lerp takes one for each tensor where decay is one
+            # a + (1 - decay) · (b - a) in three launches; with decay as a tensor, lerp launches once per
+            # tensor
             change = torch._foreach_sub(b, a)
             torch._foreach_mul_(change, 1.0 - decay)
             torch._foreach_add_(a, change)
@@ -809,10 +814,10 @@ class ModelEMA:
         self.updates += 1
 
     def state_dict(self):
-        """What continuing exactly needs: the network's state and the number of updates."""
+        """The network's state and the number of updates, to continue exactly."""
         return {"network": self.network.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state):
-        """Continue from what `state_dict` returned; RuntimeError if it is another network's."""
+        """Continue from a result of `state_dict`; RuntimeError if it belongs to another network."""
         self.network.load_state_dict(state["network"])
         self.updates.fill_(state["updates"])

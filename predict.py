@@ -61,23 +61,23 @@ from utils import Progress, UserError, tell
 
 # fmt: off
 def build_parser():
-    parser = Parser(description="Classes and probabilities of images, from a checkpoint; or the checkpoint's network, exported.")
+    parser = Parser(description="Predict classes and probabilities of images with a checkpoint, or export its network.")
     as_trained = {"action": argparse.BooleanOptionalAction, "default": None}
     count = between(int, 1)
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="checkpoint that main.py has written")
-    add("paths", metavar="PATH", nargs="*", help="image files, and folders that are searched at any depth; unreadable images are named on standard error and left out")
-    add("--out", metavar="FILE", help="write the CSV file there, replacing it when all images are done (default: standard output); corrected, it is a table for main.py --labels")
-    add("--top", type=count, default=2, metavar="K", help="the K most probable classes of each image, at most all")
-    add("--uncertain", type=count, metavar="N", help="only the N images most worth labelling next: smallest margin between first class and runner-up first")
-    add("--copy-to", metavar="DIR", help="also copy each listed image into a folder there that is named after the predicted class; no file is replaced")
-    add("--export", metavar="FILE", help="instead of predicting, write the network with normalisation and softmax inside: .pt2 for torch.export.load, or .onnx")
-    add("--device", default="auto", choices=Runtime.KINDS, help="where to run")
-    add("--batch-size", type=between(int, 1, 2**14), default=EVALUATION_BATCH, help="images that pass through the network together")
+    add("paths", metavar="PATH", nargs="*", help="image files, and folders that are searched at any depth; unreadable images are left out and named on standard error")
+    add("--out", metavar="FILE", help="CSV file to write when all images are done (default: standard output); you can correct it and give it to main.py --labels")
+    add("--top", type=count, default=2, metavar="K", help="classes per image, the most probable first")
+    add("--uncertain", type=count, metavar="N", help="list only the N images most worth labelling next; the smallest margin between first class and runner-up comes first")
+    add("--copy-to", metavar="DIR", help="also copy each listed image into DIR/CLASS, the folder of its predicted class; no file is replaced")
+    add("--export", metavar="FILE", help="write the network to this file instead of predicting, with normalisation and softmax inside: .pt2 for torch.export.load, or .onnx")
+    add("--device", default="auto", choices=Runtime.KINDS, help="device that computes; auto: CUDA, else another accelerator, else the CPU")
+    add("--batch-size", type=between(int, 1, 2**14), default=EVALUATION_BATCH, help="images that pass through the network at once")
     add("--workers", type=between(int, 0), default=2, help="processes that decode images")
-    add("--max-megapixels", type=between(float, 0.001, 1e6), default=500.0, metavar="N", help="larger images count as unreadable; a JPEG is reduced while it is decoded")
+    add("--max-megapixels", type=between(float, 0.001, 1e6), default=500.0, metavar="N", help="largest size of an image in megapixels; larger images count as unreadable")
     add("--amp", help="mixed precision (default: as in training)", **as_trained)
-    add("--channels-last", help="memory order in which convolutions are faster (default: as in training)", **as_trained)
+    add("--channels-last", help="store images and filters in the memory order in which convolutions are faster (default: as in training)", **as_trained)
     return parser
 # fmt: on
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# ImageNet with 10 % of the labels: the flags of the published code's README (ResNet-50, 700,000 steps, top-1
-# 73.89 %, top-5 91.38 % published) on all GPUs of this machine, or GPUS=N of them. The published batch of 1,024
-# labelled images is that of 8 processes; with fewer, raise --batch-size and --accumulate alike. Finetuning takes the
-# published batch of 512 over all processes. Time: not measured yet.
+# ImageNet with 10 % of the labels: the flags in the README of the published code (ResNet-50, 700,000 steps; published:
+# top-1 73.89 %, top-5 91.38 %). It runs on all GPUs of this machine; GPUS=N takes N of them. On 8 GPUs the batch is
+# the published batch of 1,024 labelled images; on fewer GPUs, raise --batch-size and --accumulate by the same factor.
+# Finetuning takes the published batch of 512 on any number of GPUs. Time: not measured yet.
 GPUS=${GPUS:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 exec torchrun --standalone --nproc-per-node "$GPUS" \
     "$(dirname "$0")/main.py" --name imagenet-10 --dataset imagenet --data-path data/imagenet --num-labeled 0.1 --model resnet50 \

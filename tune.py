@@ -479,18 +479,18 @@ def finish(tuning):
 
 def build_parser():
     parser = Parser(
-        description="Search for good flags of main.py with Optuna. All other flags are those of main.py.",
+        description="Search for good values of main.py's flags with Optuna. All other flags go to main.py.",
         usage="tune.py --search FLAG=VALUES [--trials N] [--study NAME] [flags of main.py]",
     )
     add = parser.add_argument
     values = (
-        "a flag of main.py and its values: a range a:b, one on a logarithmic scale a:b:log, or a list a,b,c; "
-        "for a switch yes,no; may be given several times"
+        "a flag of main.py and its values: a range a:b, a range on a logarithmic scale a:b:log, or a list "
+        "a,b,c; for a switch: yes,no; give --search once for each flag"
     )
     add("--search", action="append", required=True, metavar="FLAG=VALUES", help=values)
-    words = "runs in all, over all processes that share the search"
+    words = "number of runs, counted over all processes that share the search"
     add("--trials", type=between(int, 1), default=20, metavar="N", help=words)
-    add("--study", metavar="NAME", help="name of the search (default: that of the data set, with -search)")
+    add("--study", metavar="NAME", help="name of the search (default: DATASET-search)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Small parts that every script needs: command line, schedules, meters, progress, the record of a run."""
+"""Small parts that every script needs: messages, schedules, meters, interrupts, progress, errors."""
 
 import datetime
 import math
@@ -14,18 +14,18 @@ from tqdm import tqdm
 
 
 def first_process():
-    """Whether this is the process that speaks before there is a ``Runtime``: the first of torchrun's."""
+    """Whether this process prints before a ``Runtime`` exists: the first or only process."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
 def say(*lines):
-    """Lines on standard error about the command line, which is the same in all processes: once."""
+    """Print lines on standard error before a ``Runtime`` exists, in the first process only."""
     if first_process():
         print("\n".join(lines), file=sys.stderr)
 
 
 def tell(runtime, *lines):
-    """Lines on standard error, once for all processes."""
+    """Print lines on standard error, in the main process only."""
     if runtime.is_main and lines:
         print("\n".join(lines), file=sys.stderr)
 
@@ -34,15 +34,15 @@ def tell(runtime, *lines):
 
 
 def learning_rate(step, *, peak, total_steps, warmup_steps=0, wait_steps=0, shape="cosine", milestones=()):
-    """Learning rate at ``step`` (0, 1, …): zero while waiting, a warm-up, then as ``shape`` says.
+    """Learning rate at ``step`` (0, 1, …): zero for ``wait_steps``, then a warm-up, then the given shape.
 
-    cosine: linear warm-up, then a cosine to zero over the steps that are left (published code).
+    cosine: linear warm-up, then a cosine to zero over the remaining steps (published code).
     constant: linear warm-up, then the peak.
-    milestones: linear warm-up, then the peak, divided by 10 at each of the steps ``milestones``, which count
-    from the start of the run, not from the end of the wait.
-    one-cycle: half a cosine from peak / 25 up to the peak, over the warm-up (0: three tenths of the steps),
-    and half a cosine down to peak / 250,000 (Smith & Topin 2018, figures of PyTorch's OneCycleLR; momentum
-    stays as it is).
+    milestones: linear warm-up, then the peak, divided by 10 at each of the steps ``milestones``. Milestones
+    count from the start of the run, not from the end of the wait.
+    one-cycle: half a cosine from peak / 25 up to the peak during the warm-up (``warmup_steps`` 0: during
+    three tenths of the steps), then half a cosine down to peak / 250,000 (Smith & Topin 2018, with the
+    constants of PyTorch's OneCycleLR, but a constant momentum).
     """
     step, total_steps = step - wait_steps, total_steps - wait_steps
     if step < 0:
@@ -66,8 +66,8 @@ def _half_cosine(start, end, progress):
 
 
 def ramp_up(step, steps, wait_steps=0):
-    """Weight of the unlabelled loss, t steps after the wait: min(1, (t + 1) / steps), 1 for ``steps`` = 0;
-    while waiting 0."""
+    """Factor of the unlabelled loss: 0 during the wait; t steps after it min(1, (t + 1) / steps), or 1 if
+    ``steps`` is 0."""
     step -= wait_steps
     if step < 0:
         return 0.0
@@ -87,11 +87,11 @@ class Meters:
     ``update`` never waits for the device; ``read`` does. The first step at which a scalar was not finite
     is remembered on the device too, so that ``read`` can name it however late it is called.
 
-    With several processes ``read`` returns the same in all of them: means over processes.
+    ``read`` returns means over all processes, the same values in each process.
 
     Args:
-        runtime: where to run.
-        checkpoint: path of the last checkpoint, which is named where a scalar was not finite.
+        runtime: the ``Runtime``.
+        checkpoint: path of the last checkpoint, for the message about a scalar that is not finite.
     """
 
     def __init__(self, runtime, checkpoint):
@@ -103,8 +103,8 @@ class Meters:
         self.count = self.mean = self.squares = self.bad = None
 
     def update(self, scalars, step):
-        """Take in one step's scalars, ``{name: () tensor}``; same names at every step, one step after the
-        other. All counting is on the device: a graph that holds the step's number is compiled anew."""
+        """Add the scalars of one step, ``{name: () tensor}``. Call it for each step in order, with the same
+        names. Steps are counted on the device: a number in the graph would make XLA compile each step."""
         values = torch.stack([value.detach().float() for value in scalars.values()])
         if self.names is None:
             self.names, self.first_step = list(scalars), step
@@ -153,7 +153,7 @@ class Interrupt:
     """Context that remembers SIGTERM, SIGINT or a fault in the data, so that a loop can stop after a step.
 
     Attributes:
-        signal: its number, 0 for none.
+        signal: number of the signal, 0 for none.
         fault: the sentence about the first image that could not be read, None for none.
     """
 
@@ -173,11 +173,10 @@ class Interrupt:
         self.fault = self.fault or sentence
 
     def stops(self, runtime, wait=False):
-        """The exit status with which the run ends after this step, 0 if it goes on: the same in all
-        processes.
+        """The exit status if the run must stop after this step, else 0; the same in all processes.
 
-        Several processes ask each other at every step and read the answer at the next, so that none waits,
-        or with ``wait`` at once.
+        Several processes exchange their statuses in every step and read the result in the next step, so
+        that no process waits. With ``wait`` they read the result at once.
         """
         status = 128 + self.signal if self.signal else 2 if self.fault else 0
         if runtime.processes == 1:
@@ -187,7 +186,7 @@ class Interrupt:
         return 0 if answer is None else int(answer)
 
     def end(self, status):
-        """End this process: one that has found a fault says so."""
+        """End this process with ``status``; UserError in the process that has found a fault."""
         if self.fault:
             raise UserError(self.fault)
         sys.exit(status)
@@ -198,12 +197,12 @@ class Interrupt:
 
 
 class Throughput:
-    """Images and seconds of training, evaluations excepted, added to the totals of a run.
+    """Adds the images and seconds of training, without evaluations, to the totals of a run.
 
     Args:
         totals: a dict with ``trained_images`` and ``train_seconds``.
-        images_per_step: of all processes.
-        step: the first one.
+        images_per_step: images of all processes in a step.
+        step: the first step.
     """
 
     def __init__(self, totals, images_per_step, step):
@@ -211,11 +210,11 @@ class Throughput:
         self.restart(step)
 
     def restart(self, step):
-        """Count from here on: ``step`` steps are taken."""
+        """Count from now on, after ``step`` steps of the run."""
         self.taken, self.started = step, time.perf_counter()
 
     def count(self, step):
-        """Add what was trained since the last call; returns images per second."""
+        """Add the images and seconds since the last call, up to ``step``; returns images per second."""
         images, seconds = (step - self.taken) * self.images_per_step, time.perf_counter() - self.started
         self.totals["trained_images"] += images
         self.totals["train_seconds"] += seconds
@@ -224,16 +223,16 @@ class Throughput:
 
 
 class Progress:
-    """How far a loop is, on standard error: a bar on a terminal, elsewhere a line a minute.
+    """The progress of a loop on standard error: a bar on a terminal, otherwise a line a minute.
 
     Args:
-        name: of the run.
-        total, done: steps, and how many of them an earlier process has taken.
-        active: False for silence.
-        unit: what is counted.
+        name: name of the run.
+        total, done: number of all steps, and of the steps that an earlier process has taken.
+        active: False prints nothing.
+        unit: name of a step in the output.
     """
 
-    SECONDS = 60  # between two lines without a terminal
+    SECONDS = 60  # between two lines if there is no terminal
 
     def __init__(self, name, total, done=0, active=True, unit="step"):
         self.name, self.total, self.done, self.active, self.unit = name, total, done, active, unit
@@ -244,7 +243,7 @@ class Progress:
             self.bar = tqdm(total=total, initial=done, desc=name, unit=unit)
 
     def step(self, figures=None, count=1):
-        """After each step, or ``count`` of them; ``figures`` in words, where there are new ones."""
+        """Call after each step, or after ``count`` steps. ``figures``: text with new figures, if any."""
         self.taken += count
         self.figures = figures or self.figures
         if self.bar:
@@ -258,21 +257,21 @@ class Progress:
             self.line("  ".join(filter(None, (f"{self.done + self.taken}/{self.total}", each, self.figures))))
 
     def line(self, text):
-        """A line of its own."""
+        """Print a line beside the bar."""
         self.said = time.monotonic()
         if self.active:
             text = f"{self.name}  {text}"
             self.bar.write(text, file=sys.stderr) if self.bar else print(text, file=sys.stderr)
 
     def record(self, step, record):
-        """A line with the figures of an evaluation, without standard deviations."""
+        """Print a line with the figures of an evaluation, without standard deviations."""
         shown = {name: value for name, value in record.items() if not name.endswith("_std")}
         shown = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.line(f"step {step}/{self.total}  {shown}")
 
     def stopped(self, when, path):
-        """The last line of a loop that a signal has ended."""
-        self.line(f"stopped {when}; go on with --resume {path}")
+        """Print the last line of a loop that a signal has ended."""
+        self.line(f"stopped {when}; continue with --resume {path}")
         self.close()
 
     def close(self):
@@ -284,4 +283,4 @@ class Progress:
 
 
 class UserError(Exception):
-    """Something the user can put right: shown as one sentence, without a traceback, exit status 2."""
+    """An error that the user can correct: shown as one sentence, without a traceback, exit status 2."""

@@ -642,8 +642,8 @@ IMAGE_SETS = [name for name in data.NAMES if name != "twomoons"]
 COMMANDS = {
     "curves": Command(
         lambda runs, args: saved(curves_of(runs, args.each), "curves", args),
-        "losses and accuracies over the steps; several runs are compared, over their seeds",
-        [RUNS, OUT, argument("--each", action="store_true", help="a line for each run, even if only the seed differs")],
+        "losses and accuracies over the steps; several runs are compared, as means over their seeds",
+        [RUNS, OUT, argument("--each", action="store_true", help="draw a line for each run, even if runs differ by the seed alone")],
     ),
     "regions": Command(
         lambda runs, args: saved(regions_of(runs, args.data_path, args.save_path), "regions", args),
@@ -652,8 +652,8 @@ COMMANDS = {
     ),
     "confusion": Command(
         confusion_command,
-        "which class of the test set is taken for which; several runs side by side",
-        [RUNS, OUT, argument("--roles", action="store_true", help="teacher, student and ensemble of one run, from its checkpoint"), CHECKPOINTS, DATA],
+        "confusion matrix of the test set; several runs side by side",
+        [RUNS, OUT, argument("--roles", action="store_true", help="draw teacher, student and ensemble of one run, from its checkpoint"), CHECKPOINTS, DATA],
     ),
     "classes": Command(
         lambda runs, args: saved(classes_of(runs), "classes", args),
@@ -663,7 +663,7 @@ COMMANDS = {
     "features": Command(
         lambda runs, args: saved(features_of(*runs, args.data_path, args.save_path, args.projection), "features", args),
         "penultimate features of labelled, unlabelled and test images in 2-D",
-        [RUN, OUT, argument("--projection", default="tsne", choices=PROJECTIONS, help="how features become points"), CHECKPOINTS, DATA],
+        [RUN, OUT, argument("--projection", default="tsne", choices=PROJECTIONS, help="method that turns features into points"), CHECKPOINTS, DATA],
     ),
     "calibration": Command(
         calibration_command,
@@ -673,7 +673,7 @@ COMMANDS = {
     "mistakes": Command(
         lambda runs, args: saved(mistakes_of(*runs, args.count, args.data_path, args.save_path), "mistakes", args),
         "test images that are most confidently wrong, or on which teacher and student disagree",
-        [RUN, OUT, argument("--count", type=between(int, 1), default=6, metavar="N", help="images of each kind"), CHECKPOINTS, DATA],
+        [RUN, OUT, argument("--count", type=between(int, 1), default=6, metavar="N", help="number of images of each kind of mistake"), CHECKPOINTS, DATA],
     ),
     "report": Command(
         lambda runs, args: os.path.relpath(report_of(*runs, args.data_path, args.save_path)),
@@ -682,21 +682,21 @@ COMMANDS = {
     ),
     "table": Command(
         lambda runs, args: table_of(runs, args.baseline),
-        "accuracies of runs as a Markdown table; runs that differ by their seed alone are one row",
+        "accuracies of runs as a Markdown table; runs that differ by the seed alone are one row",
         [
-            argument("runs", nargs="+", metavar="RUN", help="folder such as results/digits; all of them: results/*/"),
-            argument("--baseline", metavar="ROW", help="also the differences to this row, between runs of the same seed"),
+            argument("runs", nargs="+", metavar="RUN", help="folder such as results/digits; all runs: results/*/"),
+            argument("--baseline", metavar="ROW", help="also print the differences to this row, between runs of the same seed"),
         ],
     ),
     "augment": Command(
         augment_command,
         "real images, their weak and strong views, and every operation",
         [
-            argument("--dataset", default="digits", choices=IMAGE_SETS, help="whose training images"),
+            argument("--dataset", default="digits", choices=IMAGE_SETS, help="data set whose training images are shown"),
             argument("--data-path", default="data", metavar="DIR", help="folder of the data set"),
-            argument("--randaug", type=between(int, 0), nargs=2, default=[2, 16], metavar=("LAYERS", "MAGNITUDE"), help="operations per strong view and their strength (default: 2 16)"),
-            argument("--resize", type=int, metavar="PIXELS", help="side of the images (default: as in main.py)"),
-            argument("--seed", type=int, default=0, help="of the images and of their views"),
+            argument("--randaug", type=between(int, 0), nargs=2, default=[2, 16], metavar=("LAYERS", "MAGNITUDE"), help="operations per strong view, and their strength (default: 2 16)"),
+            argument("--resize", type=int, metavar="PIXELS", help="side of the images in pixels (default: as in main.py)"),
+            argument("--seed", type=int, default=0, help="seed that chooses the images and their views"),
             argument("--skip-unreadable", action="store_true", help="folder: leave out files that cannot be read"),
             argument("--out", **PICTURE, help="PNG or SVG to write (default: results/augment_DATASET.png)"),
         ],

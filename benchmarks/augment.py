@@ -1,11 +1,11 @@
-"""Pairs of weak and strong views per second, beside the same policy in Pillow, image by image.
+"""Pairs of weak and strong views per second, compared with the same policy in Pillow, image by image.
 
     python -m benchmarks.augment                          # 896 pairs of 32 × 32: one CIFAR-10 step
     python -m benchmarks.augment --size 224 --pairs 64    # the ImageNet policy
     python -m benchmarks.augment --device cuda --static   # the form without branches, on the GPU
 
-On all threads, Pillow runs as data-loader workers would: one process per core, a batch each, handed back in
-shared memory.
+Both are measured on one thread, then on all threads. Pillow on all threads works like the workers of a data
+loader: one process per core makes a batch and hands it back in shared memory.
 """
 
 import functools
@@ -105,17 +105,17 @@ def main(argv=None):
     add = parser.add_argument
     add("--size", type=int, default=32, help="side of the images in pixels; above 64: the ImageNet policy")
     add("--pairs", type=int, default=896, help="images per batch (CIFAR-10 recipe: 7 · 128)")
-    add("--device", default="cpu", help="where the batch of this project lives")
-    add("--static", action="store_true", help="the form with static shapes and no branches")
-    add("--batched-reference", action="store_true", help="Pillow's views are normalised in whole batches")
-    add("--batches", type=int, default=5, help="batches per measurement of this project")
-    add("--repeats", type=int, default=7, help="measurements of each way")
+    add("--device", default="cpu", help="device on which this project makes its views")
+    add("--static", action="store_true", help="the form with static shapes and no branches, as on a GPU")
+    add("--batched-reference", action="store_true", help="convert Pillow's views in whole batches")
+    add("--batches", type=int, default=5, help="batches in a measurement of this project")
+    add("--repeats", type=int, default=7, help="measurements of each variant")
     args = parser.parse_args(argv)
 
     crop, randaug = ("pad", (2, 16)) if args.size <= 64 else ("none", (2, 17))
     policy = functools.partial(ImageViews, args.size, MEAN, STD, crop=crop, randaug=randaug)
     views = policy(static=args.static)
-    pillow = PillowPairs(policy(), args.batched_reference)  # its own: it is sent to the workers
+    pillow = PillowPairs(policy(), args.batched_reference)  # sent to the workers
     photographs = torch.randint(256, (args.pairs, 3, args.size // 8, args.size // 8), dtype=torch.uint8)
     images = torch.nn.functional.interpolate(photographs, size=args.size, mode="bilinear")
     layout = images.permute(0, 2, 3, 1).contiguous().share_memory_()  # a data set's arrays, for all workers

@@ -1,4 +1,4 @@
-"""What the benchmarks share: measuring in turns, a training step of the program, steps in another process."""
+"""Shared by the benchmarks: measuring in turns, a training step of the program, steps in another process."""
 
 import argparse
 import os
@@ -37,7 +37,7 @@ def seconds_of(function):
 
 
 def medians(measurements, repeats):
-    """The median of what each measurement returns in ``repeats`` calls, made in turns after a warm-up."""
+    """Call the measurements in turns, ``repeats`` times after a warm-up; the median result of each."""
     results = [[measure() for measure in measurements] for _ in range(repeats + 1)][1:]
     return [statistics.median(samples) for samples in zip(*results, strict=True)]
 
@@ -80,9 +80,9 @@ def run(name, main):
 
 
 def parse_step(parser, argv):
-    """The parser's arguments, with main.py's as ``words`` and, parsed, as ``options``."""
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each way")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
+    """The parser's arguments. main.py's flags among them are ``words`` and, parsed, ``options``."""
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each variant")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads on the CPU")
     args, words = parser.parse_known_args(argv)
     recipe = "--dataset cifar10 --resize 32 --nesterov --warmup-steps 10 --device cpu --model wrn-28-2"
     args.words = [*recipe.split(), "--batch-size", "8", "--mu", "7", *words]
@@ -103,7 +103,7 @@ def runtime_of(options):
 
 
 def describe(options, threads):
-    """The size of a step, and where it runs, in words."""
+    """Words for the size of a step and for the device that runs it."""
     runtime = runtime_of(options)
     size = f"{options.model}, batch {options.batch_size}, mu {options.mu}, {options.resize} pixels"
     form = [str(runtime.amp_dtype or torch.float32).removeprefix("torch.")]
@@ -114,7 +114,7 @@ def describe(options, threads):
 class Step:
     """A training step on random images, from the draw of its images to the meters.
 
-    ``phase`` marks its parts in a profile, as it marks more of them in the program itself.
+    ``phase`` marks its parts in a profile, as it marks further parts in the program itself.
     """
 
     def __init__(self, options):
@@ -166,7 +166,7 @@ class Step:
         self.meters.update(scalars, self.number)
 
     def seconds(self, count):
-        """Seconds of so many steps, taken one after the other."""
+        """Seconds that ``count`` steps take, one after the other."""
         self.runtime.wait()
 
         def steps():
@@ -184,12 +184,12 @@ class StepProcess:
     """A process that takes steps when it is called, so that its memory and its settings are its own.
 
     Args:
-        words: main.py's.
-        threads: of the process on the CPU.
-        estimators: {name: class} that ``--feedback`` knows beside those of ``feedback.ESTIMATORS``.
+        words: flags of main.py.
+        threads: CPU threads of the process.
+        estimators: {name: class}, further values of ``--feedback`` beside ``feedback.ESTIMATORS``.
 
     Attributes:
-        memory: the peak of its memory so far, on its device, in MiB.
+        memory: the peak memory of the process so far, on its device, in MiB.
     """
 
     def __init__(self, words, threads, estimators=None):
@@ -200,12 +200,12 @@ class StepProcess:
         end.close()  # the process has its own: if it dies, reading from the pipe ends, too
 
     def __call__(self, count=1):
-        """Seconds of so many steps."""
+        """Seconds that ``count`` steps take."""
         try:
             self.pipe.send(count)
             seconds, self.memory = self.pipe.recv()
         except (EOFError, ConnectionError):
-            raise UserError("a process that took steps has ended early: it says above why") from None
+            raise UserError("a process that takes steps has ended early: see its error above") from None
         return seconds
 
     def close(self):
@@ -221,10 +221,10 @@ def _take_steps(words, threads, estimators, pipe):
 
 
 def peak_memory(runtime):
-    """The largest memory of this process so far, in MiB: on CUDA of its tensors, else resident."""
+    """The peak memory of this process so far, in MiB: on CUDA the tensors' memory, else resident memory."""
     if runtime.kind == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")  # Linux: of this program, without the process that started it
+    status = Path("/proc/self/status")  # Linux: this program alone, without the process that started it
     if status.exists():
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -2,7 +2,7 @@
 
     python -m benchmarks.feedback --repeats 3 --threads 2
 
-Each form is measured in a process of its own, in turns with the others. Takes main.py's flags, too.
+Each form is measured in a process of its own, in turns with the others. The flags of main.py work, too.
 """
 
 import torch

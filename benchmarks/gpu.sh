@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# What needs a GPU, in calls of at most ten minutes that leave their files in $OUT (gpu):
-#   bash benchmarks/gpu.sh start [FLAGS]   finds the fastest form of a step that works, fits the schedule to TRAIN (540)
-#                                         seconds, and goes on as train
-#   bash benchmarks/gpu.sh train [FLAGS]   run_cifar10.sh for ROOM (540) seconds; each call goes on where the last one was
-#                                         stopped. DATA: a folder of images, or its archive .tar.xz. STEPS, the length of
-#                                         the schedule, and FORM, the form of a step, are what start found unless given
-#   bash benchmarks/gpu.sh check           the tests of CUDA, then profiles of a step
-#   bash benchmarks/gpu.sh step            views, every feedback, and a whole step, beside what they are compared with
-# With DEVICE=cpu and small FLAGS, start and train show that the script itself runs.
+# Measurements on a GPU, in calls of at most ten minutes that leave their files in $OUT (default: gpu):
+#   bash benchmarks/gpu.sh start [FLAGS]   finds the fastest form of a step that works here, chooses a schedule that
+#                                         takes TRAIN seconds (default: 540), and continues as train
+#   bash benchmarks/gpu.sh train [FLAGS]   runs run_cifar10.sh for ROOM seconds (default: 540) on the folder of images
+#                                         DATA, or on its archive DATA.tar.xz; each call continues the last call.
+#                                         STEPS sets the length of the schedule and FORM the form of a step; without
+#                                         them, train uses the values that start has found
+#   bash benchmarks/gpu.sh check           runs the tests of CUDA, then profiles a step
+#   bash benchmarks/gpu.sh step            measures views, every feedback and a whole step, with comparisons
+# To test the script itself, run start and train with DEVICE=cpu and small FLAGS.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 OUT=${OUT:-gpu} TRAIN=${TRAIN:-540} ROOM=${ROOM:-540} DATA=${DATA:-data/cifar10-jpg} DEVICE=${DEVICE:-cuda}
 mkdir -p "$OUT" checkpoint
-found=checkpoint/gpu-form # what start has found
+found=checkpoint/gpu-form # the values that start has found
 wrn="--device $DEVICE --model wrn-28-2 --batch-size 128 --mu 7 --amp --channels-last"
 resnet="--device $DEVICE --model resnet50 --resize 224 --batch-size 32 --mu 7 --amp --channels-last"
 ema="--weak-pass ema --feedback-view strong"
@@ -50,7 +51,7 @@ EOF
 
 find_form() { # FLAGS
     local forms=("--compile --cuda-graph" "--compile" "")
-    unpack & # beside the tests
+    unpack & # while the tests run
     timeout 150 python -m pytest "$root/tests/test_cuda.py" -k "replayed or program or captured" 2>&1 |
         tail -20 | tee "$OUT/tests.txt" || forms=("--compile" "")
     wait $!
@@ -68,13 +69,13 @@ find_form() { # FLAGS
 train() { # FLAGS
     [ ! -f "$found" ] || . "$found"
     FORM=${FORM---compile --cuda-graph} STEPS=${STEPS:-15000}
-    # SIGTERM saves; the next call goes on from there, bit for bit but for what CUDA adds up in another order
+    # SIGTERM saves, and the next call continues there; on CUDA the sums may differ in their last bits
     timeout --signal TERM --kill-after 30 $((ROOM - SECONDS)) "${training[@]}" --name gpu-cifar10-4k --resume auto $FORM \
         --total-steps "$STEPS" --eval-step 1000 --warmup-steps $((STEPS / 60)) --student-wait-steps $((STEPS / 100)) \
         --uda-steps $((STEPS / 60)) "$@" 2>&1 | tail -40 || true
-    # in pieces, for those who can bring back small files alone: cat PIECES > gpu-cifar10-4k_last.pth.tar
+    # in pieces, for machines that hand back small files only: cat PIECES > gpu-cifar10-4k_last.pth.tar
     split -b 15m checkpoint/gpu-cifar10-4k_last.pth.tar "$OUT/gpu-cifar10-4k_last.pth.tar." || true
-    cp results/gpu-cifar10-4k/[ams]*.json* "$OUT/" # args, metrics, at the end a summary
+    cp results/gpu-cifar10-4k/[ams]*.json* "$OUT/" # args, metrics and, after the end of the run, the summary
     table gpu-cifar10-4k
 }
 

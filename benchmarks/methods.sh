@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Every method on handwritten digits (20 and 40 labels) and on two moons, five seeds each; then the tables, in Markdown.
-# A call goes on where the last one was stopped; several calls side by side on one machine share the runs.
-#   bash benchmarks/methods.sh [FLAGS]      flags of main.py, for every run
+# Trains every method on handwritten digits (20 and 40 labels) and on two moons, with five seeds each, and prints
+# Markdown tables. The same command continues after a stop; several calls at once on one machine share the runs.
+#   bash benchmarks/methods.sh [FLAGS]      gives FLAGS of main.py to every run
 #   METHODS="supervised mpl" TASKS=digits-40 SEEDS="0 1" STEPS=90 OUT=results/short bash benchmarks/methods.sh
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
-# A method: its name and its flags. @NAME stands for the checkpoint of that method's run on the same task and seed.
+# A method: its name and its flags. @NAME is the checkpoint of the method NAME on the same task and seed.
 methods=(
     "supervised        --method supervised"
     "mixup             --method supervised --mixup-alpha 1"
@@ -24,7 +24,7 @@ methods=(
     "semimeta          --method semimeta --mixup-alpha 1 --lambda-u 1 --bn-momentum 0.1"
 )
 baseline=supervised # the method that the tables compare the others with
-# A task: its name, its labels, the script with its recipe, and flags for all methods: digits with an eighth of the work.
+# A task: its name, labels and recipe, and flags for all methods; on digits they cut the work to an eighth.
 tasks=(
     "digits-20    20   recipes/digits.sh     --model wrn-10-1 --batch-size 16"
     "digits-40    40   recipes/digits.sh     --model wrn-10-1 --batch-size 16"
@@ -38,7 +38,7 @@ trap 'rm -f "$said"' EXIT
 among() { [[ " ${*:2} " == *" $1 "* ]]; }
 finished() { [ -e "$OUT/$1/finished" ]; }
 
-# Rounds over all runs, until one has nothing to start: what is left then has failed or is busy in another call.
+# Goes over all runs until a round starts none: the runs that are left have failed or run in another call.
 failed="" started=yes
 while [ "$started" ]; do
     started=""
@@ -85,7 +85,7 @@ for task in "${tasks[@]}"; do
     printf '\n%s\n\n' "$data"
     python "$root/visualize.py" table "${runs[@]}" ${against[@]+"${against[@]}"} || exit
 done
-[ -z "$waiting" ] || echo "benchmarks/methods.sh: busy in another call, or their teachers are not among METHODS:$waiting" >&2
+[ -z "$waiting" ] || echo "benchmarks/methods.sh: running in another call, or their teachers are not in METHODS:$waiting" >&2
 status=0
 for run in $failed; do
     finished "$run" || { echo "benchmarks/methods.sh: $run has failed" >&2 && status=1; }

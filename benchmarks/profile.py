@@ -1,11 +1,11 @@
-"""One training step taken apart: its phases and its kernels. Takes main.py's flags.
+"""The phases and kernels of one training step. The flags of main.py work, too.
 
     python -m benchmarks.profile --device cuda --model wrn-28-2 --batch-size 128 --mu 7 --amp --channels-last
 
 The program itself marks forward, backward (with the losses), feedback and update (``engine.learner.phase``).
-What lies within another phase counts to the inner one alone: "method" is the rest of a method's step, and
-"step" is what no other phase has. On CUDA a kernel belongs to the phase that launched it. A step that is
-replayed as a CUDA graph has no phases: all its kernels are in "step".
+Time in a phase inside another phase counts for the inner phase alone. "method" is the remaining time of a
+method's step, and "step" is the time outside of all other phases. On CUDA a kernel belongs to the phase that
+launched it. A step that is replayed as a CUDA graph has no phases: all its kernels are in "step".
 """
 
 import math
@@ -45,7 +45,7 @@ def main(argv=None):
 
 
 def profiled(step, count):
-    """The profiler's events of so many steps, and the seconds of all."""
+    """The profiler's events of ``count`` steps, and the seconds that all steps took."""
     activity = torch.profiler.ProfilerActivity
     activities = [activity.CPU] + [activity.CUDA] * (step.runtime.kind == "cuda")
     with torch.profiler.profile(activities=activities) as profiler:
@@ -105,7 +105,7 @@ class Phases:
 
 
 def operators(events):
-    """[(name, seconds of its own, calls)] of what ran on the host."""
+    """[(name, own seconds, calls)] of the operations on the host."""
     rows = [row for row in events.key_averages() if row.key not in PHASES]
     return [(row.key, row.self_cpu_time_total / 1e6, row.count) for row in rows]
 

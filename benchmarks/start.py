@@ -1,5 +1,6 @@
-"""Seconds from the command to the end of one training step of the digits recipe, with its evaluation, beside
-the import of PyTorch, which is most of it.
+"""Seconds from the command to the end of one training step of the digits recipe, with its evaluation.
+
+The import of PyTorch takes most of this time and is measured, too.
 
     python -m benchmarks.start
 """
@@ -16,7 +17,7 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "digits.sh"
 
 def main(argv=None):
     parser = new_parser("benchmarks.start", __doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="measurements of each way")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each command")
     args, flags = parser.parse_known_args(argv)  # main.py's, such as --compile
     with tempfile.TemporaryDirectory() as folder:
         one_step = "--total-steps 1 --finetune-epochs 0 --no-pictures --overwrite --device cpu".split()

@@ -1,10 +1,10 @@
-"""Images per second of whole training steps, beside a step of Meta Pseudo Labels as public code writes it.
+"""Images per second of whole training steps, compared with a step as public code writes it.
 
     python -m benchmarks.step --model wrn-28-2 --batch-size 16 --amp --channels-last
     python -m benchmarks.step … --weak-pass ema --feedback-view strong --compile
 
-Both start from images in memory. Flags of main.py are for this project's step; of the plain step they change
-the network, the batch, the optimisers and the weights of losses alone.
+Both start from images in memory. The flags of main.py set this project's step. In the plain step they set
+only the network, the batch, the optimisers and the weights of the losses.
 """
 
 import itertools
@@ -32,8 +32,8 @@ def main(argv=None):
     args = parse_step(parser, argv)
     options = args.options
 
-    # in a process of its own: this project's runtime changes how memory is kept on the CPU. What it sets on a
-    # GPU (TF32, cuDNN's search) serves both
+    # this project's step runs in a process of its own, since its runtime changes how memory is kept on the
+    # CPU; its settings for a GPU (TF32, cuDNN's search) serve both
     here = StepProcess(args.words, args.threads)
     device = torch.device("cpu") if options.device == "cpu" else Runtime(options.device).device
     plain = PlainStep(options, options.resize, device)
@@ -46,14 +46,14 @@ def main(argv=None):
 
     def reference():
         batches = iter(loader)
-        plain(*next(batches))  # the workers have begun
+        plain(*next(batches))  # wait until the workers have begun
 
         def steps():  # each ends by reading its losses from the device
             for batch in itertools.islice(batches, args.steps):
                 plain(*batch)
 
         seconds = seconds_of(steps)
-        for _ in batches:  # what was made ahead: the workers rest while the other way is measured
+        for _ in batches:  # use up the batches made ahead, so that workers rest during the other measurement
             pass
         return seconds
 

@@ -69,7 +69,7 @@ class Checkpoint(dict):
         for name in (average, f"{role}_state_dict"):
             if isinstance(self.get(name), dict) and self[name]:
                 return self[name]
-        raise UserError(f"{self.path} holds no {role}: it is not a checkpoint of this program and --method")
+        raise UserError(f"{self.path} holds no {role}: give a checkpoint of this program and --method")
 
     def network(self, role, num_classes, image_size, model=None, **options):
         """The network of a role with the weights that predict, on the CPU.
@@ -84,7 +84,7 @@ class Checkpoint(dict):
         weights, eps = self.weights(role), self.get("args", {}).get("bn_eps")
         model = model or self.get("networks", {}).get(role)
         if model is None:
-            raise UserError(f"{self.path} does not say which network it holds")
+            raise UserError(f"{self.path} does not name its network: give a checkpoint of main.py")
         try:
             network = build_model(model, num_classes, **{"image_size": image_size, "bn_eps": eps} | options)
         except ValueError as error:
@@ -133,4 +133,4 @@ def load_state(module, state, path, advice="give the --model and --num-classes t
     try:
         module.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the network in {path} is not the one asked for: {advice}") from error
+        raise UserError(f"the network in {path} does not fit: {advice}") from error

@@ -1,7 +1,7 @@
-"""What networks make of a whole set of images: predictions, how many of them are right, and a file of them.
+"""Networks on a whole set of images: their predictions, their accuracy, and a file of predictions.
 
-``predictions`` walks once over a set, each process over its part. ``measure_accuracy`` is what training,
-finetuning and ``--evaluate`` call; ``stored_predictions`` is for teachers that do not learn.
+``predictions`` goes once over a set, each process over its part. Training, finetuning and ``--evaluate`` call
+``measure_accuracy`` or ``measure_splits``; ``stored_predictions`` is for teachers that do not learn.
 """
 
 import hashlib
@@ -15,20 +15,20 @@ from engine.loader import batches, part_of
 from models import mean_prediction
 from utils import UserError, tell
 
-EVALUATION_BATCH = 256  # fixed, so that an accuracy does not depend on the command that asks for it
+EVALUATION_BATCH = 256  # fixed, so that an accuracy does not depend on the command
 
 
 def predictions(network, image_set, views, runtime, batch_size=EVALUATION_BATCH):
-    """What a network makes of every image of a set, each image once over all processes; leaves the network in
-    evaluation mode.
+    """The logits of a network for each image of a set. Each image is seen by one process. Leaves the network
+    in evaluation mode.
 
     Args:
-        views: ``ImageViews`` or ``PointViews``, whose ``evaluation`` makes network inputs of a batch.
-        batch_size: the largest B.
+        views: ``ImageViews`` or ``PointViews``; its ``evaluation`` turns a batch into network inputs.
+        batch_size: largest number B of images in a batch.
 
     Yields:
-        logits (B, K) float32, without a graph; targets (B,) int64; mask (B,) float32, 1 for images of the
-        set, 0 for padding and for files that were skipped. B is the same in all batches, for XLA.
+        logits (B, K) float32, without gradients; targets (B,) int64; mask (B,) float32, 1 for images of the
+        set, 0 for padding and for skipped files. B is the same in all batches, for XLA.
     """
     network.eval()
     size = min(batch_size, len(image_set))
@@ -40,16 +40,16 @@ def predictions(network, image_set, views, runtime, batch_size=EVALUATION_BATCH)
 
 
 def ranked(logits, count):
-    """The ``count`` most probable classes, (B, K) → (B, count) int64; of equal ones the first first."""
+    """The ``count`` most probable classes, (B, K) → (B, count) int64; ties in the order of classes."""
     return logits.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
 def gathered(parts, image_set, runtime):
-    """What all processes have found for the N images of a set, in its order: (N, C) on the CPU, the same in
-    all processes.
+    """Collect results for the N images of a set from all processes: (N, C) on the CPU, in the order of the
+    set, the same in all processes.
 
     Args:
-        parts: iterable, of this process: (B, C) for each batch of ``predictions``.
+        parts: iterable with this process's (B, C) tensor for each batch of ``predictions``.
     """
     found = None
     for number, part in enumerate(parts):
@@ -64,13 +64,14 @@ def gathered(parts, image_set, runtime):
 
 
 def measure_accuracy(runtime, members, image_set, views):
-    """``score`` of the mean of the networks in ``members``, {role: network}, on a set of images."""
+    """``score`` of the networks ``members``, {role: network}, whose probabilities are averaged, on a set."""
     walks = {role: predictions(network, image_set, views, runtime) for role, network in members.items()}
     return score(runtime, walks)
 
 
 def measure_splits(runtime, members, dataset, views):
-    """``measure_accuracy`` on the test images, and top-1 on the validation images, None without them."""
+    """``measure_accuracy`` on the test images, and top-1 on the validation images (None if there are
+    none)."""
     test, confusion = measure_accuracy(runtime, members, dataset.test, views)
     if dataset.val is None:
         return test, confusion, None
@@ -78,18 +79,19 @@ def measure_splits(runtime, members, dataset, views):
 
 
 def score(runtime, walks, seen=None):
-    """Accuracy on a set of K classes, each image once over all processes.
+    """Accuracy on a set of K classes, over the images of all processes.
 
     Args:
-        walks: {name: ``predictions``} of one network, or of several over the same images, whose probabilities
-            are averaged.
-        seen: a list that takes (B, 3) float32 of each batch of this process: what each image was taken for,
-            the probability of that, and the mask.
+        walks: {name: ``predictions``} of one network, or of several networks over the same images, whose
+            probabilities are averaged.
+        seen: a list; for each batch of this process a (B, 3) float32 tensor is appended: the predicted class
+            of each image, its probability, and the mask.
 
     Returns:
         {"top1", "mean_class_top1": percent, "top5": percent, with more than five classes, "test_loss": mean
-        cross-entropy}, and (K, K) float64, how many images of class i (row) were taken for class j (column).
-        Of several networks also "ensemble_top1", which is top1, and for each NAME "NAME_top1", its own.
+        cross-entropy}, and (K, K) float64, the number of images of class i (row) predicted as class j
+        (column). With several networks also "ensemble_top1", equal to "top1", and "NAME_top1" for each
+        network.
     """
     total, confusion = torch.zeros(3 + len(walks), device=runtime.device), None
     for rows in zip(*walks.values(), strict=True):
@@ -121,20 +123,21 @@ def score(runtime, walks, seen=None):
 
 
 def stored_predictions(path, network, dataset, views, runtime):
-    """Class distributions that a network gives to all N unlabelled images, kept in a file.
+    """Class distributions that a network predicts for all N unlabelled images, kept in a file.
 
-    Softmax of ``predictions``: of the plain images, as an evaluation sees them. The file is read where it
-    holds what this network says of these images; else all processes compute their parts, and it is written.
+    They are the softmax of ``predictions`` on images without augmentation. If the file already has the
+    predictions of this network on these images, it is read. Otherwise all processes compute their parts, and
+    the file is written.
 
     Args:
-        path: of the file, in a folder that the main process can write to.
-        network: on the device.
-        dataset: ``Dataset``, whose unlabelled images are meant.
+        path: path of the file, in a folder that the main process can write to.
+        network: a network on the device.
+        dataset: the ``Dataset`` with the unlabelled images.
         views: as for ``predictions``.
 
     Returns:
-        (N, K) float16, to be indexed by ``Batch.indices_u``: on the device for images in memory, mapped from
-        the file for others. Rows of files that were skipped mean nothing.
+        (N, K) float16, indexed by ``Batch.indices_u``: on the device if the images are in memory, otherwise
+        mapped from the file. Rows of skipped files are meaningless.
 
     Raises:
         UserError: the file cannot be written, or an image cannot be decoded.
@@ -149,14 +152,15 @@ def stored_predictions(path, network, dataset, views, runtime):
         runtime.on_main(lambda: _write_table(path, about, computed))
         with runtime.local_main_first():
             table = _read_table(path, about)
-            if table is None:  # on a machine that does not see the main process's files
+            if table is None:  # this machine does not see the main process's files
                 _write_table(path, about, computed)
                 table = _read_table(path, about)
     return table.to(runtime.device) if dataset.unlabeled.in_memory else table
 
 
 def _read_table(path, about):
-    """The predictions in a file, mapped; None without a whole file about the same network and images."""
+    """The predictions in a file, mapped into memory; None unless it is whole and has the fingerprint
+    ``about``."""
     try:
         content = read_content(path, mmap=True)
     except UserError:
@@ -171,7 +175,7 @@ def _write_table(path, about, table):
 
 
 def _fingerprint(network, dataset):
-    """Digest of a network's weights, of the unlabelled images in their order, and of how they are shown."""
+    """Digest of a network's weights, of the unlabelled images in their order, and of their preprocessing."""
     image_set, digest = dataset.unlabeled, hashlib.blake2b(digest_size=16)
     tensors = [*network.state_dict().values()]
     tensors += [image_set.images] if image_set.in_memory else []

@@ -7,12 +7,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def full_precision(values):
-    """Losses and statistics are computed in float32, or in float64 where the network is."""
+    """The values in float32, or in float64 if they are float64: losses and statistics use this precision."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def normalized(images, mean, var, norm):
-    """(N, C, …) normalised by mean and var (C,), then the weight and bias of a batch norm; the same dtype."""
+    """(N, C, …) normalised by mean and var (C,), scaled and shifted by ``norm``; the dtype stays."""
     values = full_precision(images)
     shape = [1, -1, *[1] * (images.ndim - 2)]
     scale = norm.weight * torch.rsqrt(var + norm.eps)
@@ -20,7 +20,7 @@ def normalized(images, mean, var, norm):
 
 
 class _AnyBatchNorm(_BatchNorm):
-    """Batch norm of images and of vectors; what one of timm contains, an activation, comes after it."""
+    """Batch norm of images and of vectors, then its children: timm puts an activation there."""
 
     def _check_input_dim(self, images):
         pass
@@ -33,7 +33,7 @@ class _AnyBatchNorm(_BatchNorm):
         return images
 
     def _track(self, mean, var, count):
-        """Let the running statistics follow those of a batch with this many values in each channel."""
+        """Update the running statistics with a batch that has ``count`` values in each channel."""
         if self.track_running_stats:
             with torch.no_grad():
                 self.running_mean.lerp_(mean.detach(), self.momentum)
@@ -42,7 +42,7 @@ class _AnyBatchNorm(_BatchNorm):
 
 
 class XLABatchNorm(_AnyBatchNorm):
-    """Batch norm that has a gradient in evaluation mode on XLA, where torch_xla 2.9 refuses it."""
+    """Batch norm with a gradient in evaluation mode on XLA; torch_xla 2.9 has none."""
 
     def _normalize(self, images):
         if self.training:
@@ -51,15 +51,15 @@ class XLABatchNorm(_AnyBatchNorm):
 
 
 class SumBatchNorm(_AnyBatchNorm):
-    """Batch norm whose statistics are sums where it is compiled for a CPU.
+    """Batch norm that computes its statistics as sums if it is compiled for a CPU.
 
-    What ``torch.compile`` makes of PyTorch's there is Welford's algorithm, in which every value waits for the
-    one before it.
+    ``torch.compile`` turns PyTorch's batch norm into Welford's algorithm, which cannot work on several values
+    at once.
     """
 
     @staticmethod
     def fits(norm):
-        """Whether a batch norm is one of PyTorch's own, with all that they have unless told otherwise."""
+        """Whether a batch norm is one of PyTorch's own, affine and with running statistics."""
         whole = norm.affine and norm.track_running_stats and norm.momentum is not None
         return whole and type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -68,7 +68,7 @@ class SumBatchNorm(_AnyBatchNorm):
             return _BatchNorm.forward(self, images)
         values = full_precision(images)
         dims, count = [0, *range(2, images.ndim)], images.numel() // images.shape[1]
-        # measured from one value of the batch, so that subtracting squares cancels little
+        # relative to one value of the batch, so that the difference of squares keeps its digits
         one = values.detach()[(slice(1), slice(None), *[slice(1)] * (images.ndim - 2))]
         offset = values - one
         mean, square = offset.sum(dims) / count, offset.square().sum(dims) / count
@@ -78,7 +78,7 @@ class SumBatchNorm(_AnyBatchNorm):
 
 
 class _MeanOverProcesses(torch.autograd.Function):
-    """The mean of a tensor over all processes. Linear and symmetric: both of its derivatives are itself."""
+    """The mean of a tensor over all processes. Linear and symmetric: both derivatives are this mean, too."""
 
     @staticmethod
     def forward(tensor):
@@ -100,11 +100,11 @@ class _MeanOverProcesses(torch.autograd.Function):
 
 
 class SyncBatchNorm(_AnyBatchNorm):
-    """Batch norm with statistics over the batches of all processes, which are of one size.
+    """Batch norm with statistics over the batches of all processes, which have the same size.
 
-    ``torch.nn.SyncBatchNorm`` runs on CUDA alone and has no forward derivative, which the exact feedback
-    takes. One reduction of 2 · C numbers forward and one backward; float32 statistics whatever the precision
-    of the images.
+    ``torch.nn.SyncBatchNorm`` runs only on CUDA and has no forward derivative, which the exact feedback
+    needs. This class needs one reduction of 2 · C numbers in the forward pass and one in the backward pass.
+    Statistics are float32 (or float64) for images of any precision.
     """
 
     def _normalize(self, images):
@@ -113,7 +113,7 @@ class SyncBatchNorm(_AnyBatchNorm):
         values = full_precision(images)
         dims = [0, *range(2, images.ndim)]
         var, mean = torch.var_mean(values, dims, correction=0)
-        # measured from the running mean, so that subtracting squares cancels little
+        # relative to the running mean, so that the difference of squares keeps its digits
         shift = self.running_mean.clone()
         offset = mean - shift
         moments = _MeanOverProcesses.apply(torch.stack((offset, var + offset.square())))
@@ -124,8 +124,8 @@ class SyncBatchNorm(_AnyBatchNorm):
 
 
 def with_norms(network, kind, fits=lambda norm: True):
-    """The network with its batch norms, those that fit, replaced by ones of this class; parameters and names
-    stay."""
+    """Replace the batch norms of a network for which ``fits`` is true by batch norms of class ``kind``, with
+    the same parameters and names; returns the network."""
     for name, module in network.named_children():
         if isinstance(module, _BatchNorm) and fits(module):
             other = kind(module.num_features, module.eps, module.momentum)

@@ -25,22 +25,22 @@ from utils import UserError
 
 
 def keep_freed_memory():
-    """Let this process keep the memory of freed tensors for the next ones, where the C library is glibc.
+    """If the C library is glibc: keep the memory of freed tensors for new tensors.
 
-    By default glibc gives large blocks back to the system at once and gets them again as pages that the
-    system must find and clear: up to a fifth of a step's time on the CPU. The process stays as large as it
-    once was. See ``mallopt(3)``; the numbers are those of glibc's ``malloc.h``.
+    By default glibc returns large blocks to the system at once. For new blocks, the system must find and
+    clear pages, which takes up to a fifth of a step's time on the CPU. With this setting the process never
+    shrinks. See ``mallopt(3)``; the numbers come from glibc's ``malloc.h``.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         trim_threshold, mmap_max = -1, -4
         mallopt(trim_threshold, -1)  # never shrink the heap
-        mallopt(mmap_max, 0)  # take all from the heap
+        mallopt(mmap_max, 0)  # take all memory from the heap
 
 
 def other_accelerator():
-    """The kind of this machine's accelerator, such as ``xpu`` or ``npu``, where PyTorch knows one that is
-    neither CUDA nor MPS; else the CPU."""
+    """The kind of this machine's accelerator, such as ``xpu`` or ``npu``; ``cpu`` if there is none, or if it
+    is CUDA or MPS."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if device is None or device.type in ("cuda", "mps") else device.type
 
@@ -49,26 +49,26 @@ class Runtime:
     """The device of this process, its numeric precision and its place among the processes.
 
     Args:
-        device: ``cpu``, ``cuda``, ``mps``, ``xla``, the kind of another accelerator that PyTorch knows, or
-            ``auto``: CUDA where there is one, else MPS, else another accelerator, else the CPU.
+        device: ``cpu``, ``cuda``, ``mps``, ``xla``, the kind of another accelerator that PyTorch supports, or
+            ``auto``: CUDA if available, else MPS, else another accelerator, else the CPU.
         amp: run the networks' forward passes under autocast.
         amp_dtype: ``bf16``, or ``fp16`` with gradient scaling (CUDA only).
-        channels_last: keep images and filters in the memory order that convolutions are fastest in.
-        sync_bn: batch norm takes its statistics over the batches of all processes.
+        channels_last: keep images and filters in the memory order in which convolutions are fastest.
+        sync_bn: batch norm computes its statistics over the batches of all processes.
         compiled: training passes go through ``torch.compile``.
-        graphed: training steps are replayed as a CUDA graph; without CUDA they are taken as they are.
-        alone: this process does something by itself, whatever others it was started with.
+        graphed: training steps are replayed as a CUDA graph; ignored without CUDA.
+        alone: this process does not take part in the process group that torchrun started.
 
     Raises:
-        UserError: a device that is not there, a precision that it does not have, or no compiler.
+        UserError: the device is not available, it lacks the precision, or there is no compiler.
 
-    Started by ``torchrun`` there is one process per GPU (NCCL) or per rank on CPU (gloo); ``rank`` and
-    ``world_size`` tell them apart. A process started alone is rank 0 of 1.
+    ``torchrun`` starts one process per GPU (NCCL) or per rank on CPU (gloo), with its own ``rank`` of
+    ``world_size``. A process started alone is rank 0 of 1.
 
-    On XLA all devices run one SPMD program: batches are sharded over a mesh with the one axis ``data``, and
-    sums over a batch, batch statistics among them, are sums over all devices with nothing written for it.
-    Every host runs the same program on the same batches, so ``world_size`` is 1; hosts agree on what the
-    program does (which checkpoint, when to stop) through a gloo group, and the files are the first host's.
+    On XLA all devices run one SPMD program: batches are sharded over a mesh with the single axis ``data``,
+    and XLA turns sums over a batch, such as batch statistics, into sums over all devices. Every host runs the
+    same program on the same batches, so ``world_size`` is 1. Through a gloo group the hosts agree on the
+    checkpoint to read and on when to stop. The first host writes the files.
     """
 
     KINDS = tuple(dict.fromkeys(("auto", "cpu", "cuda", "mps", "xla", other_accelerator())))
@@ -96,17 +96,17 @@ class Runtime:
         if device == "cpu":
             keep_freed_memory()
         self.kind, self.alone = device, alone
-        self.host, self.hosts = 0, 1  # of XLA's single program
+        self.host, self.hosts = 0, 1  # hosts that run XLA's single program
         self.rank = 0 if alone else int(os.environ.get("RANK", 0))
         self.world_size = 1 if alone else int(os.environ.get("WORLD_SIZE", 1))
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device(device)
-        if device not in ("cpu", "mps", "xla"):  # may be several
+        if device not in ("cpu", "mps", "xla"):  # there may be several
             self.device = torch.device(device, local_rank)
             torch.accelerator.set_device_index(local_rank)
         if device == "cuda":
-            torch.backends.cudnn.benchmark = True  # shapes are static: the search pays once
-            torch.backends.cuda.matmul.fp32_precision = "tf32"  # as convolutions have it by default
+            torch.backends.cudnn.benchmark = True  # shapes are static, so that one search is enough
+            torch.backends.cuda.matmul.fp32_precision = "tf32"  # the default for convolutions
         if device == "xla":
             self._start_xla()
         elif self.world_size > 1 and not dist.is_initialized():
@@ -115,7 +115,7 @@ class Runtime:
 
     @classmethod
     def best(cls):
-        """The kind of device that ``auto`` means here."""
+        """The kind of device that ``auto`` selects on this machine."""
         return next(filter(cls.available, ("cuda", "mps", other_accelerator())))
 
     @staticmethod
@@ -131,7 +131,7 @@ class Runtime:
     def configure(
         self, amp=False, amp_dtype="bf16", channels_last=False, sync_bn=False, compiled=False, graphed=False
     ):
-        """Choose precision, memory order and the like, before any network is placed; as the constructor."""
+        """Set the constructor's options from ``amp`` on; call it before any network is placed."""
         if amp and amp_dtype == "fp16" and self.kind != "cuda":
             raise UserError(f"--amp-dtype fp16 needs CUDA: use --amp-dtype bf16 on {self.kind}")
         if compiled and self.kind == "xla":
@@ -146,11 +146,11 @@ class Runtime:
         if self.graphed and self.world_size > 1:
             raise UserError("--cuda-graph is for a single process: give --no-cuda-graph under torchrun")
         if graphed and not self.graphed and self.is_main and not self.alone:
-            print(f"--cuda-graph needs CUDA: steps are taken as they are on {self.kind}", file=sys.stderr)
+            print(f"--cuda-graph needs CUDA and is ignored on {self.kind}", file=sys.stderr)
         if compiled:
-            # dropout draws the same with and without: the feedback repeats the student's pass
+            # dropout must draw the same as without compiling: the feedback repeats the student's pass
             torch._inductor.config.fallback_random = True
-            # the gradient behind a leaky ReLU reads six tensors; by default it is written out from five on
+            # a leaky ReLU's gradient reads six tensors; above the threshold (default 4) it is stored first
             torch._inductor.config.realize_reads_threshold = 8
         self.amp_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[amp_dtype] if amp else None
         if self.amp_dtype == torch.bfloat16 and not self._has_bf16():
@@ -161,9 +161,9 @@ class Runtime:
     def _join_processes(self):
         """Form the process group.
 
-        What torchrun starts again on one machine would find, in the store of its agent, the addresses of
-        processes that are gone: so each attempt has names of its own there. Attempts are not counted alike on
-        several machines; with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each has a store of its own instead.
+        If torchrun restarts processes on one machine, its store still has the addresses of the dead
+        processes. Therefore each attempt uses its own prefix in the store. Several machines count attempts
+        differently; with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 each attempt has its own store instead.
         """
         store, rank, world_size = next(dist.rendezvous("env://"))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -173,8 +173,8 @@ class Runtime:
 
     def _start_xla(self):
         if self.world_size > 1:
-            raise UserError("--device xla is one process per host, started without torchrun")
-        # a number that happens to be 0 or 1 is otherwise part of the graph, which is compiled anew for it
+            raise UserError("--device xla runs one process per host: start it without torchrun")
+        # otherwise a number 0 or 1 becomes a constant of the graph, which is then compiled again
         os.environ.setdefault("XLA_NO_SPECIAL_SCALARS", "1")
         try:
             import torch_xla
@@ -182,8 +182,7 @@ class Runtime:
             import torch_xla.runtime as xla_runtime
         except ImportError as error:
             raise UserError(
-                "--device xla needs torch_xla with the torch that it was made for: pip install -r "
-                "requirements-xla.txt"
+                "--device xla needs torch_xla and its version of torch: pip install -r requirements-xla.txt"
             ) from error
         xla_runtime.use_spmd()
         self.device = torch_xla.device()
@@ -198,21 +197,21 @@ class Runtime:
 
     @property
     def is_main(self):
-        """True in the one process that prints and writes files."""
+        """True in the process that prints and writes files."""
         return self.rank == 0 and self.host == 0
 
     @property
     def processes(self):
-        """How many run this program: XLA's hosts, or processes with a part of the batch each."""
+        """The number of processes that run this program: XLA's hosts, or processes that share the batch."""
         return max(self.world_size, self.hosts)
 
     @property
     def static(self):
-        """True where shapes should be static and no branch depend on data: everywhere but on the CPU."""
+        """True if shapes should be static and no branch should depend on data: on all devices but the CPU."""
         return self.kind != "cpu"
 
     def describe(self):
-        """The device in words, for people and for summary.json."""
+        """The device in words, for messages and summary.json."""
         if self.kind == "xla":
             return f"{self.num_devices} × xla ({os.environ.get('PJRT_DEVICE', 'TPU')})"
         name = f"{os.cpu_count()} cores"
@@ -227,13 +226,14 @@ class Runtime:
             return torch.cuda.is_bf16_supported(including_emulation=False)
         if self.kind != "cpu":
             return True
-        if platform.machine() in ("x86_64", "AMD64"):  # others than these emulate it, slower than float32
+        if platform.machine() in ("x86_64", "AMD64"):  # some emulate bf16, which is slow
             checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
             return any(getattr(torch.cpu, check, bool)() for check in checks)
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
     def place(self, network):
-        """The network on the device, in the chosen memory order; images follow the order of the filters."""
+        """Move the network to the device, in the chosen memory order; images follow the order of its
+        filters."""
         if self.sync_bn and self.world_size > 1:
             network = with_norms(network, SyncBatchNorm)
         elif self.kind == "xla":
@@ -246,32 +246,32 @@ class Runtime:
         return network
 
     def parallel(self, network):
-        """What to call for a training pass through a placed network, so that ``backward`` averages the
-        gradients over all processes; the network itself where there is one process and no compiling."""
+        """Wrap a placed network for training passes, so that ``backward`` averages gradients over all
+        processes; returns the network itself if there is one process and no compiling."""
         training = network
         if self.world_size > 1:
             devices = None if self.kind == "cpu" else [self.device]
-            # Running statistics are each process's own until they are averaged for evaluation.
+            # each process keeps its own running statistics until they are averaged for evaluation
             training = DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
         return self.compile(training)
 
     def compile(self, function):
-        """The function or network, through ``torch.compile`` where that was asked for; shapes are static."""
+        """The function or network, passed through ``torch.compile`` with ``compiled``; shapes are static."""
         return torch.compile(function, dynamic=False) if self.compiled else function
 
     def uncompiled(self):
-        """Context in which nothing is compiled: a compiled graph can be passed backward only once."""
+        """Context without compiling: a compiled graph allows only one backward pass."""
         return torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext()
 
     def no_sync(self, network):
-        """Context in which the backward pass through what ``parallel`` returned adds up this process's
-        gradients and averages nothing: for all parts of a batch but the last."""
+        """Context in which ``backward`` adds up gradients in this process without averaging over processes:
+        for all micro-batches but the last. ``network`` is a result of ``parallel``."""
         return network.no_sync() if self.world_size > 1 else contextlib.nullcontext()
 
     def shard(self, tensors):
         """XLA: split each tensor of the tuple over the devices, along its first dimension; returns the tuple.
 
-        A dimension that the number of devices does not divide stays whole on each.
+        A tensor whose length is no multiple of the number of devices stays whole on each device.
         """
         if self.kind == "xla":
             for tensor in tensors:
@@ -280,20 +280,21 @@ class Runtime:
         return tensors
 
     def replicate(self, tensors):
-        """XLA: tell of each tensor what holds after a step anyway, that each device has the whole of it."""
+        """XLA: declare that each device holds the whole of each tensor, as it does after a step anyway."""
         if self.kind == "xla":
             for tensor in tensors:
                 self.spmd.mark_sharding(tensor, self.mesh, (None,) * tensor.ndim)
 
     def graph(self, function, *generators):
-        """A training step, (batch, step) → {name: () tensor}, as a ``StepGraph`` where that was asked for."""
+        """The training step ``function``, (batch, step) → {name: () tensor}; with ``graphed`` a
+        ``StepGraph``."""
         return StepGraph(self, function, generators) if self.graphed else function
 
     def number(self, function, step):
         """``function(step)``, a number that changes from step to step.
 
-        In a captured step it is a () tensor, float32, which every replay fills with the number of its step;
-        where steps are captured, those between are taken with the same number, rounded to float32.
+        In a captured step it is a float32 () tensor, which each replay sets to the number of its step. With
+        ``graphed``, steps outside of the graph round the number to float32 to match replayed steps.
         """
         if self.capturing:
             return self.capturing.number(function)
@@ -302,32 +303,33 @@ class Runtime:
     def scalar(self, value):
         """A number that changes from step to step, for arithmetic with tensors.
 
-        On XLA a tensor: numbers that are equal share one input of a graph there, so that another one would
-        have to be compiled for such steps.
+        On XLA it is a tensor: equal Python numbers share one input of a graph, so that XLA would compile
+        another graph for a step in which two numbers happen to be equal.
         """
         return torch.tensor([value]).to(self.device)[0] if self.kind == "xla" else value
 
     def finish_step(self):
-        """The end of a step or of a batch of evaluation. XLA now compiles and runs what was recorded."""
+        """Call at the end of a training step or evaluation batch: XLA compiles and runs the recorded
+        operations."""
         if self.kind == "xla":
             self.xla.sync()
 
     def zeros(self, *shape):
         """Float32 zeros on the device.
 
-        On XLA they are data, whereas ``torch.zeros`` is an operation of the next graph, which would be
-        another one than that of a later step.
+        On XLA they are copied from the CPU: ``torch.zeros`` would become part of the next graph and make it
+        differ from the graph of a later step.
         """
         return self.put(torch.zeros(shape, device="cpu" if self.kind == "xla" else self.device))
 
     def put(self, tensor):
-        """The tensor on the device; where the device is several, on each the whole of it."""
+        """The tensor on the device; on XLA, the whole tensor on each device."""
         tensor = tensor.to(self.device)
         self.replicate([tensor])
         return tensor
 
     def wait(self):
-        """Until the device has done all that it was asked to: for measuring time."""
+        """Wait until the device has finished all its work: for measuring time."""
         if self.kind == "xla":
             self.xla.sync(wait=True)
         elif self.kind != "cpu":
@@ -346,7 +348,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def full_float32(self):
-        """Context in which float32 products have all their 24 bits: for differences of close values."""
+        """Context in which float32 products keep all 24 bits: for differences of close values."""
         products = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
         before = [product.fp32_precision for product in products]
         try:
@@ -387,7 +389,7 @@ class Runtime:
         return tensor
 
     def all_gather(self, tensor):
-        """The tensors of all processes, of one shape, one behind the other along the first dimension."""
+        """The tensors of all processes, of the same shape, concatenated along the first dimension."""
         if self.world_size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
@@ -395,8 +397,8 @@ class Runtime:
         return torch.cat(parts)
 
     def all_reduce_max_int(self, number):
-        """The largest of the whole numbers that all processes call this with, a () tensor. Reading it waits
-        for the others."""
+        """The largest ``number`` of all processes, as a () tensor; all processes must call this. Reading the
+        tensor waits for the other processes."""
         device = "cpu" if self.kind == "xla" else self.device
         tensor = torch.tensor(number, device=device)
         if self.processes > 1:
@@ -405,9 +407,9 @@ class Runtime:
 
     @contextlib.contextmanager
     def local_main_first(self):
-        """Context that one process of each machine goes through before the others: to download, say.
+        """Context that one process of each machine runs before the other processes: for a download, say.
 
-        Where it raises a UserError there, the others end without a word, with the same exit status.
+        If this process raises a UserError, the other processes end silently with the same exit status.
         """
         first, error = int(os.environ.get("LOCAL_RANK", 0)) == 0, None
         if first:
@@ -428,9 +430,9 @@ class Runtime:
             dist.barrier()
 
     def on_main(self, function):
-        """What ``function()`` returns in the main process, which alone calls it: the same answer in all.
+        """Call ``function()`` in the main process; returns its result in all processes.
 
-        What it raises there is raised there; the others end without a word, with the same exit status.
+        If it raises an exception, the other processes end silently with the same exit status.
         """
         if self.processes == 1:
             return function()
@@ -448,36 +450,36 @@ class Runtime:
         return answer
 
     def close(self):
-        """At the end of what all processes have done together. After an error there is none: it could wait
-        for the others."""
+        """Leave the process group at the end of a command. Not after an error, when it could wait for other
+        processes forever."""
         if self.processes > 1:
             dist.destroy_process_group()
 
     # random state
 
     def generator(self, seed):
-        """A seeded ``torch.Generator``, on the device; on XLA, which has none, on the host."""
+        """A seeded ``torch.Generator`` on the device; on the host for XLA, which has no generators."""
         device = "cpu" if self.kind == "xla" else self.device
         return torch.Generator(device=device).manual_seed(seed)
 
     def seed(self, *key):
         """Seed the default random generators, which dropout draws from, by a key of integers.
 
-        Each process gets a stream of its own. Seeded at every step by its number, a run needs to remember
-        nothing to go on with the same random numbers.
+        Each process gets its own random numbers. A run seeds each step with the number of the step, so that
+        it can continue with the same random numbers without a stored state.
         """
         seed = int(np.random.SeedSequence((*key, self.rank)).generate_state(1)[0])
         if self.kind not in ("cpu", "xla"):
             torch.manual_seed(seed)
-        else:  # without a search for other devices, which takes longer than a small operation
+        else:  # torch.manual_seed would look for other devices, which takes longer than a small operation
             torch.default_generator.manual_seed(seed)
         if self.kind == "xla":
             self.xla.manual_seed(seed)
 
     def rng_state(self):
-        """State of the default random generators, which dropout draws from; no wait for the device.
+        """State of the default random generators, which dropout draws from; does not wait for the device.
 
-        Empty while a step is captured: there it cannot be read, and nothing is drawn again (``replay``).
+        Empty while a step is captured: the state cannot be read then, and ``replay`` is not used.
         """
         if self.capturing:
             return {}
@@ -508,11 +510,11 @@ class Runtime:
 
     @contextlib.contextmanager
     def replay(self, state):
-        """Context that draws the random numbers (the dropout masks) drawn after ``state`` once more; with
-        None it draws new ones.
+        """Context that draws the random numbers (dropout masks) drawn since ``state`` again; with None it
+        draws new ones.
 
         Raises:
-            UserError: there are some, but steps are replayed as a CUDA graph, which cannot do that.
+            UserError: random numbers were drawn, and a CUDA graph, which cannot repeat them, is in use.
         """
         if state is None:
             yield
@@ -521,7 +523,7 @@ class Runtime:
         if self.graphed and any(not torch.equal(state[name], now[name]) for name in state):
             raise UserError(
                 "--cuda-graph cannot draw the same dropout twice in a step, as --feedback exact and "
-                "--accumulate do: leave out this flag, or the dropout"
+                "--accumulate do: leave out --cuda-graph, or the dropout"
             )
         self.set_rng_state(state)
         try:
@@ -532,10 +534,10 @@ class Runtime:
     # files
 
     def save(self, state, *paths):
-        """Write ``state`` to each path; a crash at any moment leaves the old file or the new one whole.
+        """Write ``state`` to each path; a crash at any moment leaves either the old or the new file whole.
 
-        The paths are written one after the other; the state leaves the device once. Only the main process
-        writes; all return when the files are there.
+        The state is copied from the device once, and the files are written one after the other. Only the main
+        process writes; all processes return when the files are written.
         """
 
         def write():
@@ -546,17 +548,12 @@ class Runtime:
         self.on_main(write)
 
     def load(self, path):
-        """Read what ``save`` wrote, onto the CPU. Never runs code from the file (``weights_only``).
+        """Read a file that ``save`` wrote, onto the CPU. Never runs code from the file (``weights_only``).
 
-        The main process reads; the others, which may be on machines without the file, get it from there.
+        The main process reads the file and sends the content to the other processes, whose machines may not
+        have it.
 
         Raises:
             UserError: no such file, or not a readable checkpoint.
         """
         return self.on_main(lambda: read_content(path))
-
-
-# ---------------------------------------------------------------- a step as a CUDA graph
-
-
-# ---------------------------------------------------------------- batch norm on XLA and over processes

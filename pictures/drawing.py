@@ -1,7 +1,7 @@
 """How a picture looks: one canvas and style, and a function for each kind of picture.
 
-Each ``draw_…`` takes the values that it shows and returns a figure, which ``save`` writes. No file is read
-here and no network runs: ``visualize.py`` finds the values.
+Each ``draw_…`` takes the values that it shows and returns a figure, which ``save`` writes. ``visualize.py``
+reads files and runs networks to get the values.
 """
 
 import functools
@@ -20,7 +20,7 @@ import numpy as np
 from engine.files import write_atomically, writing
 from utils import UserError
 
-WIDTH = 9.0  # inches; at 100 pixels per inch what a README shows
+WIDTH = 9.0  # inches: the width of a README at 100 pixels per inch
 PIXELS_PER_INCH = 150
 SIZES = {"font.size": 9, "axes.labelsize": 10, "axes.titlesize": 10, "figure.titlesize": 10}  # points
 TITLE = {"loc": "left", "fontweight": "bold"}  # of axes
@@ -48,30 +48,30 @@ METHOD_NAMES = {
 
 
 def method_of(run):
-    """The name of a run's method as pictures write it."""
+    """The name of a run's method in pictures."""
     return METHOD_NAMES.get(run.args["method"], run.args["method"])
 
 
 def things_of(run):
-    """What the data set of a run consists of: points or images."""
+    """The word for the examples of a run's data set: points or images."""
     return "points" if run.args["dataset"] == "twomoons" else "images"
 
 
 def names_of(runs):
-    """A name for each run, with the folder above it where two have the same."""
+    """A name for each run; if names repeat, with the folder above."""
     names = [run.name for run in runs]
     unique = len(set(names)) == len(names)
     return names if unique else [f"{run.folder.parent.name}/{run.name}" for run in runs]
 
 
 def is_ensemble(run):
-    """Whether the accuracies of a run are of the ensemble of teacher and student."""
+    """Whether the accuracies of a run belong to the ensemble of teacher and student."""
     return any("ensemble_top1" in record for record in run.records)
 
 
 # ------------------------------------------------------------------------------------------ letters and fonts
 
-# fonts with a box for every letter, and fonts of coloured bitmaps, which matplotlib cannot draw
+# fonts with a box instead of letters, and fonts of coloured bitmaps, which matplotlib cannot draw
 WITHOUT_LETTERS = re.compile(r"last ?resort|adobe blank|color emoji", re.IGNORECASE)
 
 
@@ -84,10 +84,11 @@ def letters_of(path):
 
 
 def missing_letters(text):
-    """The characters of a text that no installed font has; from now on texts are drawn with the fonts found.
+    """The characters of a text that no installed font has. Fonts with its other letters are added to
+    matplotlib.
 
-    A letter is taken from the first font in matplotlib's ``font.family`` that has it. Where none of them has
-    it, the installed font with most of the missing letters joins the list.
+    matplotlib takes a letter from the first font in its list ``font.family`` that has the letter. If letters
+    are missing, the installed font with most of them is added to the list.
     """
     import matplotlib
     from matplotlib.font_manager import FontProperties, findfont, fontManager
@@ -99,7 +100,7 @@ def missing_letters(text):
     found = {}
     for font in fontManager.ttflist if missing else ():
         if font.style == "normal" and not WITHOUT_LETTERS.search(font.name) and os.path.isfile(font.fname):
-            # what all its weights have: titles are bold
+            # letters that all weights of the font have, since titles are bold
             found[font.name] = found.get(font.name, missing) & letters_of(font.fname)
     while any(found.values()):
         best = max(found, key=lambda name: len(found[name]))
@@ -110,7 +111,7 @@ def missing_letters(text):
 
 
 def legible(text):
-    """The text, with U+72AC for a character that no installed font has; what $ encloses is no formula."""
+    """The text, with U+72AC for a character that no installed font has; $ does not begin a formula."""
     missing = missing_letters(text)
     letters = (f"U+{ord(letter):04X}" if letter in missing else letter for letter in text)
     return "".join(letters).replace("$", r"\$")
@@ -118,7 +119,7 @@ def legible(text):
 
 def class_names(classes):
     """Names of classes, shortened to 16 letters' width. A name that no installed font can write becomes
-    "class 3", and standard error says so."""
+    "class 3", with a message on standard error."""
     missing = missing_letters("".join(map(str, classes)))
     lost = {k: name for k, name in enumerate(map(str, classes)) if missing & set(name)}
     if lost:
@@ -126,15 +127,15 @@ def class_names(classes):
         if len(lost) > 10:
             listed.append("…")
         print(
-            f"no installed font can write {len(lost)} of {len(classes)} class names, the picture has numbers "
-            f"in their place: {', '.join(listed)}. Noto fonts have most scripts",
+            f"no installed font can write {len(lost)} of {len(classes)} class names; the picture has "
+            f"numbers instead: {', '.join(listed)}. Install a font such as Noto Sans, which has most scripts",
             file=sys.stderr,
         )
     return [f"class {k}" if k in lost else legible(shortened(str(name))) for k, name in enumerate(classes)]
 
 
 def shortened(name, width=16):
-    """The name, with "…" in the place of what is wider than ``width`` letters."""
+    """The name, cut to the width of ``width`` letters with "…" at the end."""
     if width_of(name) <= width:
         return name
     kept = itertools.takewhile(lambda n: width_of(name[:n]) < width, range(1, len(name)))
@@ -142,7 +143,7 @@ def shortened(name, width=16):
 
 
 def width_of(name):
-    """In letters; a Chinese, Japanese or Korean letter is as wide as two."""
+    """Width in letters; a Chinese, Japanese or Korean letter counts as two."""
     wide = [letter for letter in name if unicodedata.east_asian_width(letter) in ("W", "F")]
     return len(name) + len(wide)
 
@@ -151,7 +152,7 @@ def width_of(name):
 
 
 def legend_below(figure, lines, entries, **look):
-    """A legend under all axes, in two columns where the figure is wide enough for them."""
+    """A legend under all axes, in two columns if the figure is wide enough."""
     entries = [shortened(entry, 100) for entry in entries]
     for columns in (2, 1):
         legend = figure.legend(lines, entries, loc="outside lower left", ncols=columns, **look)
@@ -161,8 +162,8 @@ def legend_below(figure, lines, entries, **look):
 
 
 def new_figure(height):
-    """An empty figure of README width. Without pyplot, which would look for a window system."""
-    import matplotlib.figure  # half a second to import: only where something is drawn
+    """An empty figure of README width, made without pyplot, which would look for a window system."""
+    import matplotlib.figure  # the import takes half a second: only if something is drawn
 
     matplotlib.rcParams.update(SIZES | {"legend.frameon": False})
     options = {"dpi": PIXELS_PER_INCH, "layout": "constrained", "facecolor": "white"}
@@ -178,7 +179,7 @@ def grid(figure, count, columns, **shared):
 
 
 def lay_out(figure):
-    """Give all parts of a figure their places, which stay; matplotlib would draw it once more for that."""
+    """Place all parts of a figure once and for all; otherwise matplotlib would draw it a second time."""
     if engine := figure.get_layout_engine():
         engine.execute(figure)
         figure.set_layout_engine(None)
@@ -188,15 +189,15 @@ def encoded(figure, kind):
     """The bytes of a figure as "png" or "svg"."""
     lay_out(figure)
     file = io.BytesIO()
-    # without the date two SVGs of one figure are equal
+    # without a date, two SVGs of one figure are equal
     figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
     return file.getvalue()
 
 
 def save(figure, path):
-    """Write the figure as PNG or SVG, by the end of the path, whole or not at all; returns the path.
+    """Write the figure as PNG or SVG, depending on the suffix, whole or not at all; returns the path.
 
-    Letters in an SVG are outlines: it looks the same where other fonts are installed.
+    Letters in an SVG are outlines, so that it looks the same with other installed fonts.
     """
     path = Path(path)
     kind = picture_path(path).suffix[1:]
@@ -208,7 +209,7 @@ def save(figure, path):
 
 
 def picture_path(text):
-    """The path of a picture that is to be written; UserError if it does not end in .png or .svg."""
+    """The path of a picture to write; UserError if it does not end in .png or .svg."""
     path = Path(text)
     if path.suffix not in (".png", ".svg"):
         raise UserError(f"a picture is a PNG or an SVG, but {path} does not end in .png or .svg")
@@ -252,7 +253,7 @@ PANEL_TITLES = {  # in the picture of several runs, a panel for each figure
 }
 ACCURACIES = "top1 student_top1 teacher_top1 top5 val_top1 finetune_top1 finetune_val_top1".split()
 SHARES = ("pseudo_label_accuracy", "uda_mask")  # logged as 0…1, shown in per cent
-# where ``label_ends`` writes: to the right of the axes, at a height of them
+# the place of the texts of ``label_ends``: to the right of the axes
 BESIDE = {"xycoords": "axes fraction", "xytext": (5, 0), "textcoords": "offset points", "va": "center"}
 
 
@@ -264,7 +265,8 @@ def series(run, key):
 
 
 def mean_series(runs, key):
-    """Steps, means and standard deviations of one figure over runs, as arrays, at the steps that all have.
+    """Steps, means and standard deviations of one figure over runs, as arrays, at the common steps of all
+    runs.
 
     The standard deviation (n − 1) of a single run is NaN.
     """
@@ -276,10 +278,11 @@ def mean_series(runs, key):
 
 
 def draw_curves(runs, groups=None):
-    """Losses, accuracies, pseudo labels and feedback of one run; of several, one panel per figure.
+    """Curves of one run: losses, accuracies, pseudo labels and feedback. Of several runs: one panel per
+    figure.
 
-    groups: {name: runs} that are one line, their mean, with a band of ± one standard deviation. Without it
-    each run is a line.
+    groups: {name: runs}; each group is one line, the mean of its runs, with a band of ± one standard
+        deviation. Without groups each run is a line.
     """
     for run in runs:
         if not run.records:
@@ -316,7 +319,7 @@ def _draw_run(run):
 
 
 def _panels_of(run):
-    """What a run has logged, by panel: {title: (label of the vertical axis, keys)}."""
+    """The logged figures of a run by panel: {title: (label of the vertical axis, keys)}."""
     keys = [key for key in dict.fromkeys(itertools.chain(*run.records)) if series(run, key)[0]]
     accuracies = [key for key in ACCURACIES if key in keys]
     if "top5" in keys and min(series(run, "top5")[1]) == 100:  # as with five classes or fewer
@@ -340,10 +343,10 @@ def _line_name(run, key):
 
 
 def _draw_comparison(groups):
-    """One line for each of the groups: {name: runs}."""
+    """One line for each group: {name: runs}."""
     keys = [key for key in PANEL_TITLES if any(len(mean_series(runs, key)[0]) for runs in groups.values())]
     if not keys:
-        raise UserError("curves of several runs show the steps that all have in common: there are none here")
+        raise UserError("these runs have no logged steps in common: draw the curves of each run by itself")
     figure = new_figure(0.6 + 2.6 * math.ceil(len(keys) / 2) + 0.12 * len(groups))
     entries = {legible(f"{name}  ({_about(runs)})"): runs for name, runs in groups.items()}
     lines = {}
@@ -412,8 +415,8 @@ def _finish_axes(axes, keys):
 
 
 def label_ends(figure, ends):
-    """Write a text to the right of each line's end, moved apart where they would overlap; nothing may be
-    added to the figure after it.
+    """Write a text to the right of each line's end, without overlaps. Call it last: it fixes the layout of
+    the figure.
 
     ends: {axes: {label of a line: text}}.
     """
@@ -425,7 +428,7 @@ def label_ends(figure, ends):
                 text.set(fontsize=8.5, annotation_clip=False)
                 texts.setdefault(axes, []).append((line, text))
 
-    lay_out(figure)  # with room for them: from now on positions in pixels are known
+    lay_out(figure)  # with room for the texts; positions in pixels are now known
     for axes, written in texts.items():
         heights = np.array([axes.transData.transform(line.get_xydata()[-1])[1] for line, _ in written])
         order = heights.argsort(kind="stable")
@@ -435,11 +438,11 @@ def label_ends(figure, ends):
 
 
 def moved_apart(heights, gap, top):
-    """Ascending heights with at least ``gap`` between two of them, up to ``top`` as far as that goes."""
+    """Ascending heights, moved to be at least ``gap`` apart and, as far as possible, at most ``top``."""
     heights = list(heights)
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + gap)
-    if heights and heights[-1] > top:  # the pile is pushed down again
+    if heights and heights[-1] > top:  # push the heights down again
         heights[-1] = top
         for i in range(len(heights) - 2, -1, -1):
             heights[i] = min(heights[i], heights[i + 1] - gap)
@@ -453,7 +456,7 @@ def draw_regions(panels, extent, points, classes):
     """Decision regions side by side, with the training points.
 
     panels: list of (title, (H, W) int64 regions from the bottom up, labelled ImageSet). extent: (left, right,
-    bottom, top) of the regions. points: (N, 2), the unlabelled ones. classes: names.
+    bottom, top) of the regions. points: (N, 2), the unlabelled points. classes: names.
     """
     from matplotlib.colors import ListedColormap
 
@@ -477,18 +480,18 @@ def draw_regions(panels, extent, points, classes):
     (unlabelled, *labelled), names = axes.get_legend_handles_labels()
     names = [*names[1:], names[0]]
     legend = figure.legend([*labelled, unlabelled], names, loc="outside lower center", ncols=len(names))
-    legend.legend_handles[-1].set(markersize=3, alpha=1)  # else it can hardly be seen
+    legend.legend_handles[-1].set(markersize=3, alpha=1)  # larger, to be visible
     return figure
 
 
 # ---------------------------------------------------------------------------------------------- confusion
 
 
-ROOM_FOR_COUNTS = 22  # points, of a cell with two lines
+ROOM_FOR_COUNTS = 22  # points: size of a cell with room for two lines
 
 
 def draw_confusion(panels, classes):
-    """Matrices side by side: rows in per cent of their class, below it the counts where there is room.
+    """Matrices side by side: each row in per cent of its class, with counts below if there is room.
 
     panels: list of (title, (K, K) int64 counts, row = true class). classes: K names.
     """
@@ -515,7 +518,7 @@ def draw_confusion(panels, classes):
         words += "; below it their number"
     bar.set_label(words, fontsize=9)
 
-    # the names of as many classes as there is room for, slanted where they would overlap
+    # names for as many classes as there is room, slanted if they would overlap
     every = max(1, round(18 / room))
     names, size, slant = names[::every], 9 if room > 20 else 7, {}
     if len(names) * max(map(width_of, names)) > 60 / columns:
@@ -546,13 +549,13 @@ def _write_numbers(axes, percent, counts, room):
 
 # ------------------------------------------------------------------------------------------------ classes
 
-MOST_LINES = 200  # that a picture of classes has room for
+MOST_LINES = 200  # largest number of classes in a picture
 
 
 def draw_classes(rows, classes, heading):
-    """A line for each class with a dot for each run at its accuracy, the lowest mean over the runs first.
+    """A line for each class, with a dot at the accuracy of each run; classes with the lowest mean come first.
 
-    rows: {name of a run: (K,) per cent}. classes: K names. Of more than 200 classes the lowest 200 are shown.
+    rows: {name of a run: (K,) per cent}. classes: K names. At most the 200 lowest classes are shown.
     """
     values, names = np.stack(list(rows.values())), np.array(class_names(classes))
     order = values.mean(axis=0).argsort(kind="stable")[:MOST_LINES]
@@ -567,7 +570,7 @@ def draw_classes(rows, classes, heading):
     cells = grid(figure, columns, columns, sharex=True)
     for axes, shown in zip(cells, np.array_split(order, columns), strict=True):
         for number, (row, entry) in enumerate(zip(values, entries, strict=True)):
-            # a marker and colour for each run, the first ones larger, so that none hides another
+            # a marker and colour for each run; later markers are smaller, so that none hides another
             look = {"color": COLOURS[number % len(COLOURS)], "markersize": largest * 0.82**number}
             look |= {"markeredgecolor": "white", "markeredgewidth": 0.5, "label": entry, "clip_on": False}
             axes.plot(row[shown], range(len(shown)), MARKERS[number % len(MARKERS)], zorder=3, **look)
@@ -637,13 +640,13 @@ def draw_features(sets, predicted, classes, heading, axis_words):
 
 
 def draw_augmentation(rows, operations, headings):
-    """Images and their views in rows; below, what the operations make of one image.
+    """Images and their views in rows; below, the result of each operation on one image.
 
     rows: {name: (N, 3, H, W) uint8}. operations: {title: (3, H, W) uint8}. headings: of the two parts.
     """
     count = len(next(iter(rows.values())))
 
-    # two parts, as high as square images make them
+    # the heights of the two parts follow from square images
     columns = math.ceil(len(operations) / 2)
     upper = len(rows) * (WIDTH - 0.6) / count + 0.4
     lower = 2 * ((WIDTH - 0.2) / columns + 0.36) + 0.4
@@ -664,7 +667,7 @@ def draw_augmentation(rows, operations, headings):
 
 
 def _show(axes, image):
-    """An image, (3, H, W) uint8, without a frame; the pixels of a small one can be told apart."""
+    """Draw an image, (3, H, W) uint8, without a frame; the pixels of a small image stay sharp."""
     small = min(image.shape[1:]) <= 64
     axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest" if small else None)
     axes.set(xticks=[], yticks=[])
@@ -703,7 +706,7 @@ def draw_calibration(calibration, heading):
     return figure
 
 
-ACROSS = 6  # images beside each other
+ACROSS = 6  # images in a row
 
 
 def draw_mistakes(rows, classes, heading):
@@ -717,15 +720,15 @@ def draw_mistakes(rows, classes, heading):
     sizes = [example.image.shape[1:] for examples in rows.values() for example in examples]
     tallest = min(
         1, max(height / width for height, width in sizes)
-    )  # of a width of 1; a taller one is narrower
-    cell = tallest * WIDTH / ACROSS + 0.13 * (2.5 + 2 * len(networks))  # an image and the lines below it
+    )  # height of an image of width 1; a taller image is made narrower
+    cell = tallest * WIDTH / ACROSS + 0.13 * (2.5 + 2 * len(networks))  # with the lines below
     heights = [0.35 + math.ceil(len(examples) / ACROSS) * cell for examples in rows.values()]
     figure = new_figure(0.4 + sum(heights))
     figure.suptitle(legible(heading), **HEADING)
     parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (title, examples) in zip(parts, rows.items(), strict=True):
         part.suptitle(title, **HEADING)
-        count = math.ceil(len(examples) / ACROSS) * ACROSS  # images are as large in all parts
+        count = math.ceil(len(examples) / ACROSS) * ACROSS  # images have the same size in all parts
         cells = grid(part, count, ACROSS)
         for axes in cells[len(examples) :]:
             axes.set_axis_off()

@@ -1,7 +1,7 @@
-"""What a person looks at after a run: whether its probabilities can be trusted, its mistakes, a page of all.
+"""The page of a run: calibration of the probabilities, mistakes, and the file report.html.
 
-``visualize.py`` reads the run and draws. Here the outputs of its networks are measured (``outputs_of``,
-``calibration``, ``mistakes``), and ``write`` fills the page, report.html.j2, with everything.
+``visualize.py`` reads the run and draws. This module analyses the outputs of its networks (``outputs_of``,
+``calibration``, ``mistakes``), and ``write`` fills the template report.html.j2.
 """
 
 import base64
@@ -28,7 +28,7 @@ from run.record import read_confusion
 
 
 class Outputs(NamedTuple):
-    """What the networks of a run say about the M test images that could be read."""
+    """The predictions of a run's networks for the M readable test images."""
 
     positions: torch.Tensor  # (M,) int64, in the test set
     targets: torch.Tensor  # (M,) int64
@@ -40,8 +40,8 @@ class Outputs(NamedTuple):
         return sum(self.probabilities.values()) / len(self.probabilities)
 
     def prediction(self, run):
-        """What predicts in a run, in words, and its (M, K) probabilities: the student's or, with --ensemble,
-        the mean of both networks'."""
+        """The predictor of a run, in words, and its (M, K) probabilities: the student or, with --ensemble,
+        the mean of both networks."""
         if run.args.get("ensemble") and TEACHER in self.probabilities:
             return "ensemble of teacher and student", self.ensemble
         return "student", self.probabilities[STUDENT]
@@ -62,7 +62,7 @@ class Calibration(NamedTuple):
     """Test images in M bins, by the probability of their predicted class."""
 
     counts: torch.Tensor  # (M,) int64, images
-    accuracy: torch.Tensor  # (M,) float64, share that is right, NaN in an empty bin
+    accuracy: torch.Tensor  # (M,) float64, share of correct predictions, NaN in an empty bin
     confidence: torch.Tensor  # (M,) float64, mean probability, NaN in an empty bin
     error: float  # the expected calibration error, 0 to 1
 
@@ -72,7 +72,7 @@ def calibration(probabilities, targets, bins=15):
 
     Guo et al., On Calibration of Modern Neural Networks (ICML 2017), equations 2 and 3: the confidence of an
     image is the largest of its probabilities. Bin m of M holds the images whose confidence lies in
-    ((m − 1) / M, m / M]; acc is the share of them that is right and conf the mean of their confidences.
+    ((m − 1) / M, m / M]; acc is their accuracy and conf the mean of their confidences.
     ECE = Σ_m |B_m| / n · |acc(B_m) − conf(B_m)|.
 
     Args:
@@ -95,7 +95,7 @@ THUMBNAIL = 160  # pixels, the longer side of an image on the page
 
 
 class Guess(NamedTuple):
-    """What a network takes an image for."""
+    """The prediction of a network for an image."""
 
     taken: str  # name of the most probable class
     probability: float  # of this class
@@ -103,31 +103,31 @@ class Guess(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A test image and what the networks say about it."""
+    """A test image and the predictions of the networks for it."""
 
     image: torch.Tensor  # (3, H, W) uint8, as the networks see it, but in the proportions of its file
     name: str  # path of its file, else its position in the test set
     true: str  # name of its class
-    guesses: dict  # {"teacher", "student", "ensemble": ``Guess``}, of the networks that there are
-    distance: float | None  # total variation distance of teacher and student, where there is a teacher
+    guesses: dict  # {"teacher", "student", "ensemble": ``Guess``}, as far as they exist
+    distance: float | None  # total variation distance of teacher and student; None without a teacher
 
 
 def total_variation(p, q):
     """The distance of distributions, (…, K) → (…), 0 to 1: half the sum over the classes of |p − q|.
 
-    It is the most that the two can differ about any set of classes.
+    It is the largest difference of the two distributions' probabilities over all sets of classes.
     """
     return (p - q).abs().sum(dim=-1) / 2
 
 
 def mistakes(outputs, dataset, count, prediction=None):
-    """The images worth a look: {title: up to ``count`` of ``Example``, the worst first}.
+    """Two lists of images: {title: up to ``count`` objects ``Example``, the worst first}.
 
-    They are the images on which teacher and student disagree most, if there is a teacher, and the images that
-    were taken for a wrong class with the largest probability.
+    The first has the images on which teacher and student disagree most, if there is a teacher. The second has
+    the images whose wrong class has the largest probability.
 
     Args:
-        prediction: of ``Outputs.prediction``; the student's by default.
+        prediction: result of ``Outputs.prediction``; by default the student's.
     """
     name, probabilities = prediction or (STUDENT, outputs.probabilities[STUDENT])
     networks = outputs.probabilities | {name: probabilities}
@@ -177,7 +177,7 @@ def in_proportion(image, size):
 
 
 def percent(share):
-    """A probability in words, on one line; one that only rounding makes 0 or 100 is not called so."""
+    """A probability as text without a line break; only exactly 0 and 1 become 0 and 100 %."""
     if 0.9995 <= share < 1:
         words = "> 99.9 %"
     elif 0 < share < 0.0005:
@@ -192,7 +192,7 @@ def hours(seconds):
 
 
 def inline(png):
-    """The bytes of a PNG as an address that holds them: the page needs no other file."""
+    """A data address with the bytes of a PNG, so that the page needs no other file."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
@@ -204,7 +204,7 @@ def thumbnail(image):
     return inline(file.getvalue())
 
 
-RESULT = {  # of summary.json: what a figure is called, and how it is written
+RESULT = {  # figures of summary.json: their names on the page, and their formats
     "top1": ("Test accuracy", "{:.2f} %"),
     "mean_class_top1": ("Mean of the accuracies of the classes", "{:.2f} %"),
     "top5": ("Right class among the five most probable", "{:.2f} %"),
@@ -224,9 +224,9 @@ RESULT = {  # of summary.json: what a figure is called, and how it is written
 
 
 def result_rows(text, things):
-    """The text of summary.json as a list of (words, value); what was not measured is left out."""
+    """The text of summary.json as a list of (words, value), without figures that were not measured."""
     summary, rows = dict(json.loads(text)), []
-    if summary["selection"] != "val":  # then it is the last network
+    if summary["selection"] != "val":  # then the best network is the last network
         summary["best_top1"] = None
     for name, (words, form) in RESULT.items():
         if summary.get(name) is not None:
@@ -240,13 +240,13 @@ def result_rows(text, things):
 
 
 def command_line(text):
-    """The command that made the run, of the text of args.json; None where earlier versions wrote none."""
+    """The command of the run, from the text of args.json; None if an earlier version wrote none."""
     command = json.loads(text).get("command")
     return command and shlex.join(["python", os.path.basename(command[0]), *command[1:]])
 
 
 def class_rows(counts, classes):
-    """Accuracy of each class and what it is most often taken for. counts: (K, K) int64, row = true class."""
+    """Accuracy and most frequent wrong prediction of each class. counts: (K, K) int64, row = true class."""
     rows = []
     for k, name in enumerate(classes):
         right, total, wrong = counts[k, k], counts[k].sum(), counts[k].copy()
@@ -269,10 +269,10 @@ def write(run, figures, outputs, dataset, checkpoint, missing):
     The page needs no other file and no network, and runs no script.
 
     Args:
-        figures: {"curves", "confusion", "calibration", "regions": figure}, as far as there are any.
+        figures: {"curves", "confusion", "calibration", "regions": figure}, as far as they exist.
         outputs, dataset: ``Outputs`` and ``Dataset``, None without a checkpoint.
-        checkpoint: path of the checkpoint that was measured.
-        missing: why there is no checkpoint, as a sentence without a full stop; None where there is one.
+        checkpoint: path of the checkpoint of ``outputs``.
+        missing: why there is no checkpoint, as a sentence without a full stop; None if there is a checkpoint.
 
     Raises:
         UserError: a file of the run is damaged or the page cannot be written; an earlier page stays whole.

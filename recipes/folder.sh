@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Transfer to your own images, 3 % of them labelled: a ResNet-18 with ImageNet weights of which only the head
-# learns, AdamW, one cycle, role-playing and an ensemble of the two networks, as TransferMPL has them (its views are
-# others). Needs --data-path. Without the download: --weights FILE, --no-pretrained --no-freeze-body, or
-# recipes/folder_small.sh. To train the body too, more slowly: --no-freeze-body --body-lr-scale 0.1.
+# Transfer to your own images, 3 % of them labelled. Needs --data-path. A ResNet-18 starts from ImageNet weights and
+# trains only its last layer. As in TransferMPL: AdamW, a one-cycle schedule, role-playing and an ensemble of the two
+# networks; the views differ from TransferMPL's. To do without the download, give --weights FILE or
+# --no-pretrained --no-freeze-body, or run recipes/folder_small.sh. To train the other layers, too, at a lower rate:
+# --no-freeze-body --body-lr-scale 0.1.
 # Time: not measured yet.
 root=$(cd "$(dirname "$0")/.." && pwd)
 exec python "$root/main.py" --dataset folder --num-labeled 0.03 --resize 224 --model resnet18 --pretrained \

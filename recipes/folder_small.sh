@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Your own images, 40 labels, from scratch at 32 pixels: no GPU, no download, minutes on two CPU cores. Needs
-# --data-path. UDA's single network, since a student had not caught up with its teacher after so few steps. In this
-# time the labels do most of the work (docs/log.md); where there is an hour or more: --method mpl --total-steps 10000.
+# --data-path. It trains a single network with UDA, because in so few steps a student does not catch up with its
+# teacher. Most of the accuracy comes from the labels (docs/log.md). If you have an hour or more, add
+# --method mpl --total-steps 10000.
 root=$(cd "$(dirname "$0")/.." && pwd)
 exec python "$root/main.py" --dataset folder --num-labeled 40 --resize 32 --model wrn-10-2 --amp --channels-last \
     --method uda --total-steps 600 --eval-step 200 --batch-size 16 --mu 4 --student-lr 0.05 --nesterov \

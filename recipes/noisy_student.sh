@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Noisy Student (Xie, Luong, Hovy, Le, CVPR 2020) on CIFAR-10 with 4,000 labels. Round 0 learns from the labels; in each
-# of the --rounds (3) after it a student learns, under noise, the soft labels of the round before, and is finetuned on
-# the labelled images. Stopped at any moment, the same command goes on where it was. Any flag can be overridden:
+# Noisy Student (Xie, Luong, Hovy, Le, CVPR 2020) on CIFAR-10 with 4,000 labels. Round 0 learns from the labels. Then
+# follow --rounds rounds (default: 3): a student learns, under noise, the soft labels of the last round's network and is
+# finetuned on the labelled images. The same command continues after a stop. Any flag can be overridden:
 #   bash recipes/noisy_student.sh --rounds 2 --name mine --student-model wrn-28-4 --seed 1
-# Round K is the run NAME-K. Published (for ImageNet): soft labels, a student no smaller than its teacher, three rounds,
-# RandAugment 2 27, dropout 0.5. This project's own: network, steps, rates and batches (near run_cifar10.sh), labels by
-# finetuning and not in each batch, no stochastic depth, no choice among the unlabelled images. Not yet run to the end.
+# Round K is the run NAME-K. As published (for ImageNet): soft labels, a student no smaller than its teacher, three
+# rounds, RandAugment 2 27, dropout 0.5. This project's choice: network, steps, rates and batches (close to
+# run_cifar10.sh), labelled images in finetuning instead of each batch, no stochastic depth, all unlabelled images used.
+# Not yet run to the end.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 name=noisy-student rounds=3 folder=checkpoint others=(--resume auto)

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# CIFAR-100 with 10,000 labels: Semi-Supervised Learning with Meta-Gradient (Zhang et al., AISTATS 2021), the command of
-# its README with mixup (ConvLarge, 400,000 steps; published error 30.74 %). Of its code are also the batches of 128 and
-# 128, momentum 0.9, the weight's ramp, batch norm, the central difference and the weights without moving average.
-# This project's own: --amp, --channels-last, --eval-step, no weight decay on batch norm, grey instead of black
-# borders, dropout of single activations instead of whole channels, and labelled images among the unlabelled ones.
+# CIFAR-100 with 10,000 labels: Semi-Supervised Learning with Meta-Gradient (Zhang et al., AISTATS 2021). The flags are
+# the command in the README of its code, with mixup (ConvLarge, 400,000 steps; published error 30.74 %), and the code's
+# defaults: 128 labelled and 128 unlabelled images a step, momentum 0.9, the ramp of the weight, batch norm, the central
+# difference, no moving average. This project's choice: --amp, --channels-last, --eval-step, no weight decay on batch
+# norm, grey instead of black borders, dropout of single activations instead of whole channels, and labelled images
+# that are also unlabelled images.
 # Not yet run to the end.
 root=$(cd "$(dirname "$0")/.." && pwd)
 exec python "$root/main.py" --name semimeta-cifar100-10k --dataset cifar100 --num-labeled 10000 --model convlarge --amp \

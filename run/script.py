@@ -1,7 +1,7 @@
-"""How every script begins and ends: Ctrl-C is one line at any moment, a user's error is one sentence.
+"""The start and end of every script: turns Ctrl-C and user errors into one-line messages.
 
-``begin`` stands before PyTorch is imported, which takes seconds. ``run`` is around the whole command, and
-``execute`` around that: it ends the process, whatever went wrong.
+A script calls ``begin`` before it imports PyTorch, which takes seconds. ``run`` runs the command and returns
+the exit status. ``execute`` calls ``run`` and ends the process, whatever went wrong.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import sys
 
 
 def begin(name):
-    """Until ``run``, Ctrl-C ends the script with one line: nothing is there to be tidied up."""
+    """Until ``run`` is called, Ctrl-C prints one line and ends the script: there is nothing to save."""
 
     def interrupted(*_):
         os.write(2, f"{name}: interrupted\n".encode())
@@ -21,11 +21,11 @@ def begin(name):
 
 
 def run(name, main, argv):
-    """``main(argv)``, with what a user can get wrong as one sentence on standard error.
+    """Call ``main(argv)``; a ``UserError`` becomes one sentence on standard error.
 
     Returns:
-        The exit status: 0, 2 after a ``UserError``, 3 where a loss was not finite, 130 after Ctrl-C, 141
-        where nobody reads on.
+        The exit status: 0, 2 after a ``UserError``, 3 if a loss is not finite, 130 after Ctrl-C, 141 if the
+        reader of the output has gone.
     """
     from utils import NonFiniteError, UserError
 
@@ -41,10 +41,10 @@ def run(name, main, argv):
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as behind … | head
+    except BrokenPipeError:  # as with … | head
         return 141
     except RuntimeError as error:
-        # raised wherever the program is when a worker has ended; what one raises is "Caught … in DataLoader"
+        # raised anywhere when a worker has died; an error that a worker raises is "Caught … in DataLoader"
         if "DataLoader worker (pid" not in str(error):
             raise
         print(
@@ -57,29 +57,29 @@ def run(name, main, argv):
 
 
 def execute(run, argv):
-    """``run(argv)``, then the end of the process: after an error that nobody foresaw with a traceback and
-    status 1.
+    """Call ``run(argv)`` and end the process with its status; after an unforeseen error, with a traceback
+    and status 1.
     """
     try:
         status = run(argv)
     except SystemExit as end:
         status = end.code or 0
     except Exception:
-        sys.excepthook(*sys.exc_info())  # which names the rank where there are several
-        _end(1)  # while the traceback still holds the loaders: to take them down could wait, too
+        sys.excepthook(*sys.exc_info())  # names the rank if there are several processes
+        _end(1)  # now, while the traceback keeps the loaders alive: shutting them down could block
     _end(status)
 
 
 def _end(status):
-    """No worker outlives the command, and after an error nothing delays the end.
+    """End the process so that no worker outlives it and, after an error, nothing delays the end.
 
-    Python's own exit waits: for workers, which ignore its SIGTERM, for threads, and for what libraries have
-    under way, such as an operation that other processes were to take part in.
+    Python's own exit waits for workers, which ignore its SIGTERM, for threads, and for unfinished operations
+    of libraries, such as a reduction that other processes do not join.
     """
-    import multiprocessing  # only now: ``begin`` comes first
+    import multiprocessing  # here and not above, since ``begin`` comes first
 
     if workers := multiprocessing.active_children():
-        if hasattr(signal, "SIGCHLD"):  # PyTorch's handler would raise an error for each of them
+        if hasattr(signal, "SIGCHLD"):  # PyTorch's handler would raise an error for each worker
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in workers:
             worker.kill()

@@ -559,7 +559,7 @@ def test_an_unreadable_image_met_later_saves_the_run_first(two_places, monkeypat
     capsys.readouterr()
     assert main.run(flags) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert "stopped after step 3; go on with --resume" in lines[-2]
+    assert "stopped after step 3; continue with --resume" in lines[-2]
     assert lines[-1].startswith(f"main.py: the image {bad} cannot be read")
     saved = load("checkpoint/run_last.pth.tar")
     assert saved["step"] == 3 and saved["loader"] == {"position": 3}

@@ -107,7 +107,7 @@ def test_compiling_keeps_batch_norms_of_other_kinds():
 
 def test_a_cuda_graph_needs_cuda_and_one_process(monkeypatch, capsys):
     runtime, step = Runtime("cpu", graphed=True), object()
-    assert "steps are taken as they are on cpu" in capsys.readouterr().err
+    assert "--cuda-graph needs CUDA and is ignored on cpu" in capsys.readouterr().err
     assert runtime.graph(step) is step
     monkeypatch.setattr(runtime, "world_size", 2)
     monkeypatch.setattr(runtime, "kind", "cuda")
