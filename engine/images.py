@@ -300,7 +300,7 @@ class _OtherSize(Exception):
     """An image does not have the size of the first one."""
 
 
-def read_images(image_set, size, workers, skip_unreadable):
+def read_images(image_set, size):
     """Read a set of files into one uint8 tensor, by a pool of threads (decoding releases Python's lock).
 
     Args:
@@ -311,7 +311,7 @@ def read_images(image_set, size, workers, skip_unreadable):
     """
     files, expected = image_set.files, None
     if size is None:
-        expected = next(filter(None, map(image_size, files)), None)
+        expected = next(filter(None, map(dimensions, files)), None)
         if expected is None or max(expected) > SMALL:
             return None
         size = max(expected)
@@ -323,12 +323,12 @@ def read_images(image_set, size, workers, skip_unreadable):
             try:
                 images[i] = read_whole(files[i], size, expected, image_set.reading)
             except DECODING_ERRORS as error:
-                if not skip_unreadable:
+                if not image_set.skip_unreadable:
                     raise UserError(f"{cannot_read(files[i], error)}: {REPAIR}") from error
                 readable[i] = False
 
     # Measured: small files spend their time in Python, so that two threads are slower than one.
-    pool = ThreadPoolExecutor(1 if expected else max(1, workers))
+    pool = ThreadPoolExecutor(1 if expected else max(1, image_set.workers))
     try:
         list(pool.map(read, range(0, len(files), 256)))
     except _OtherSize:
@@ -436,7 +436,7 @@ def _of_three_pieces(file, size, taken):
         taken.update(file.read(4 * piece if size <= 4 * piece else piece))
 
 
-def image_size(path):
+def dimensions(path):
     """(width, height) of an image as seen upright; None if it cannot be opened."""
     try:
         with Image.open(path) as image:
@@ -447,7 +447,7 @@ def image_size(path):
 
 def sizes_line(image_set):
     """The line about the sizes of the images of a set of files, from up to 200 of them."""
-    sizes = [image_size(path) for path in image_set.files[:: 1 + len(image_set) // 200]]
+    sizes = [dimensions(path) for path in image_set.files[:: 1 + len(image_set) // 200]]
     sizes = sorted(filter(None, sizes), key=lambda size: size[0] * size[1])
     if not sizes:
         return "no image could be opened to see its size"
@@ -481,10 +481,10 @@ def evenly_spaced(items, count):
     return items[:: max(1, math.ceil(len(items) / count))]
 
 
-def sampled_statistics(image_set, workers, skip_unreadable):
-    """The same for a set of files, from up to 1,000 evenly spaced ones, reduced."""
+def sampled_statistics(image_set):
+    """``channel_statistics`` of a set of files, from up to 1,000 evenly spaced ones, each made small."""
     sample = image_set.subset(evenly_spaced(range(len(image_set)), 1000))
-    return channel_statistics(read_images(sample, SMALL, workers, skip_unreadable).images)
+    return channel_statistics(read_images(sample, SMALL).images)
 
 
 def constant_lines(image_set, which):

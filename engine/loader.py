@@ -238,7 +238,7 @@ class TrainLoader:
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
-def part_of(image_set, rank, world_size):
+def share_of(image_set, rank, world_size):
     """The first position, and the last one + 1, of the part of a set that a process takes."""
     return rank * len(image_set) // world_size, (rank + 1) * len(image_set) // world_size
 
@@ -260,7 +260,7 @@ def batches(image_set, batch_size, device, rank=0, world_size=1):
             ``on_unreadable``.
     """
     device = torch.device(device)
-    start, stop = part_of(image_set, rank, world_size)
+    start, stop = share_of(image_set, rank, world_size)
     steps = math.ceil(math.ceil(len(image_set) / world_size) / batch_size)
     limits = [
         (min(first, stop), min(first + batch_size, stop))

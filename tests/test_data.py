@@ -23,6 +23,7 @@ from sklearn.datasets import load_digits
 
 import data
 from data import load_dataset, split_labels, write_labeled
+from engine.checkpoint import upgrade
 from engine.folders import image_tree, place_of, relative
 from engine.images import channel_statistics
 from utils import UserError
@@ -472,6 +473,7 @@ def test_a_run_of_an_early_version_keeps_its_test_images(tmp_path):
     """Whose checkpoint lists none: they were drawn class by class, a rounded share but at least one."""
     write_tree(tmp_path, {"a": 13, "b": 2, "c": 7})
     record = {"classes": ["a", "b", "c"], "mean": [0.5] * 3, "std": [0.2] * 3, "size": 10}
+    record = upgrade({"data": record})["data"]
     test = load_dataset("folder", tmp_path, num_labeled=3, record=record).test
     random, expected = np.random.RandomState(0), []
     for name, count, drawn in (("a", 13, 3), ("b", 2, 1), ("c", 7, 1)):
