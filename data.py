@@ -164,11 +164,11 @@ class Dataset:
     flip: bool
     size: int
     crop: str
-    labeled: ImageSet | None  # None, as the next two, where only the test set was asked for
-    unlabeled: ImageSet | None  # to learn from without labels: the labelled images are among them
-    val: ImageSet | None  # None also where a run has no validation images
-    test: ImageSet
-    labeled_indices: list  # positions of the labelled images
+    labeled: ImageSet | None = None  # None, as the next two, where only the test set was asked for
+    unlabeled: ImageSet | None = None  # to learn from without labels: the labelled images are among them
+    val: ImageSet | None = None  # None also where a run has no validation images
+    test: ImageSet | None = None
+    labeled_indices: list = field(default_factory=list)  # positions of the labelled images
     val_indices: list = field(default_factory=list)  # positions of the validation images
     copies: list = field(default_factory=list)  # positions of images left out as copies of test or val images
     path: str = ""  # folder of the files, absolute; "" for data sets without files
@@ -342,11 +342,7 @@ def _before_the_split(source, options):
         flip=source.flip,
         size=source.size,
         crop=source.crop,
-        labeled=None,
-        unlabeled=None,
-        val=None,
         test=source.test,
-        labeled_indices=[],
         path="" if name in WITHOUT_FILES else os.path.abspath(options.data_path),
         fingerprint=options.rule,
         notes=notes,
@@ -658,17 +654,8 @@ def _imagenet(options):
     notes = ignored_kinds(ignored) + lines
     if not options.record:
         notes += constant_lines(train, "the training images")
-    return Source(
-        classes,
-        *STATISTICS["imagenet"],
-        flip=True,
-        size=size,
-        crop="none",
-        train=train,
-        test=test,
-        notes=notes,
-        reading=reading,
-    )
+    found = {"train": train, "test": test, "notes": notes, "reading": reading}
+    return Source(classes, *STATISTICS["imagenet"], flip=True, size=size, crop="none", **found)
 
 
 def _folder(options):
@@ -680,14 +667,13 @@ def _folder(options):
     unlabelled images stay files until it is known which of them are left out.
     """
     found = _parts_of_folder(options)
-    seen = found.test if options.only_test else found.train
-    reading, lines = _scaled(options.reading, seen, options)
-    notes = [*found.notes, sizes_line(seen), *lines]
+    parts = found.train, found.test, found.val
+    first = found.test if options.only_test else found.train
+    reading, lines = _scaled(options.reading, first, options)
+    notes = [*found.notes, sizes_line(first), *lines]
 
     # small images into memory
-    train, test, val = (
-        part and options.as_files(part, reading) for part in (found.train, found.test, found.val)
-    )
+    train, test, val = (part and options.as_files(part, reading) for part in parts)
     first, small = test if options.only_test else train, None
     if options.resize is None or options.resize <= SMALL:
         small = read_images(first, options.resize)
@@ -696,10 +682,11 @@ def _folder(options):
         train, test, val = (part and replace(part, size=size) for part in (train, test, val))
     else:
         size, crop = small.images.shape[-1], "pad"
-        test = small if test is first else read_images(test, size)
-        train = small if train is first else None
+        train = None if options.only_test else small
+        test = small if options.only_test else read_images(test, size)
         val = val and read_images(val, size)
 
+    # what a run's record has, or what a new run needs
     mean = std = None
     if not options.record:
         mean, std = sampled_statistics(first) if small is None else channel_statistics(small.images)
@@ -707,20 +694,9 @@ def _folder(options):
         notes += constant_lines(train, "the training images")
     if not options.record or options.only_test:
         notes += constant_lines(test, "the test images")
-    return Source(
-        found.classes,
-        mean,
-        std,
-        flip=True,
-        size=size,
-        crop=crop,
-        train=train,
-        test=test,
-        val=val,
-        unread=found.unlabeled,
-        notes=notes,
-        reading=reading,
-    )
+    parts = {"train": train, "test": test, "val": val, "unread": found.unlabeled}
+    more = {"notes": notes, "reading": reading}
+    return Source(found.classes, mean, std, flip=True, size=size, crop=crop, **parts, **more)
 
 
 def _parts_of_folder(options):
@@ -754,7 +730,7 @@ def _parts_of_folder(options):
         else:
             way = f"put some into {test.names[0].split('/')[0]}/"
         notes.append(f"these classes have no test image: {listed(missing)}; {way}")
-    return found._replace(train=train, test=test, notes=tuple(notes))
+    return found._replace(train=train, test=test, val=None if only_test else found.val, notes=tuple(notes))
 
 
 def _scaled(reading, images, options):
@@ -825,16 +801,14 @@ def _downloaded(make, title, files, path, choices):
 
 
 def _known(targets, images, size):
-    """An ``ImageSet`` in memory that is known by its pixels before ``_fitted``."""
-    return ImageSet(targets, _fitted(images, size), fingerprints=pixel_prints(images))
+    """(N, 3, H, W) uint8 images as an ``ImageSet``, known by their pixels before they are resized.
 
-
-def _fitted(images, size):
-    """(N, 3, H, W) uint8 images, contiguous, resized to ``size`` x ``size`` unless it is None."""
-    images = images.contiguous()
-    if size in (None, images.shape[-1]):
-        return images
-    return torch.cat([resized(chunk, size) for chunk in images.split(1000)])
+    They become ``size`` x ``size`` pixels unless it is None.
+    """
+    prints, images = pixel_prints(images), images.contiguous()
+    if size not in (None, images.shape[-1]):
+        images = torch.cat([resized(chunk, size) for chunk in images.split(1000)])
+    return ImageSet(targets, images, fingerprints=prints)
 
 
 # ---------------------------------------------------------------------------- labelled and validation images

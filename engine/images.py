@@ -381,16 +381,15 @@ def prints_in_stages(files, workers=1):
 def pixel_prints(images):
     """(N,) int64 digests of images in memory: equal for equal pixels."""
 
-    def digest(chunk):
+    def numbers(chunk):
         rows = chunk.contiguous().reshape(len(chunk), -1).numpy()
         return [_number(hashlib.blake2b(row, digest_size=8)) for row in rows]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return torch.tensor([value for part in pool.map(digest, images.split(256)) for value in part])
+    return _by_threads(numbers, images, os.cpu_count())
 
 
 def _digests(digest, files, workers):
-    """(N,) int64 of a function of an open file, by threads: hashing and reading release Python's lock."""
+    """(N,) int64 of a function of an open file; for a file that cannot be read, of its path."""
 
     def number(path):
         taken = hashlib.blake2b(digest_size=8)
@@ -401,10 +400,14 @@ def _digests(digest, files, workers):
             taken.update(os.fsencode(path))
         return _number(taken)
 
+    return _by_threads(lambda chunk: [*map(number, chunk)], files, workers)
+
+
+def _by_threads(numbers, items, workers):
+    """(N,) int64 from a function of a chunk of items: hashing and reading release Python's lock."""
+    chunks = [items[i : i + 256] for i in range(0, len(items), 256)]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        chunks = [files[i : i + 256] for i in range(0, len(files), 256)]
-        digests = [value for part in pool.map(lambda chunk: [*map(number, chunk)], chunks) for value in part]
-    return torch.tensor(digests, dtype=torch.int64)
+        return torch.tensor([each for part in pool.map(numbers, chunks) for each in part], dtype=torch.int64)
 
 
 def _number(digest):
