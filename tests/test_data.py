@@ -12,6 +12,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 import zlib
+from dataclasses import MISSING, fields
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import data
+import main
 from data import load_dataset, split_labels, write_labeled
 from engine.checkpoint import upgrade
 from engine.folders import image_tree, place_of, relative
@@ -457,6 +459,16 @@ def test_copies_on_both_sides_stay_where_their_names_are(tmp_path):
     first = load_dataset("folder", tmp_path / "all", num_labeled=2)
     again = load_dataset("folder", tmp_path / "all", num_labeled=2, record=first.record())
     assert sides(first)[1] == sides(again)[1] == test
+
+
+def test_every_option_is_a_flag_with_the_same_default():
+    """A field that is called otherwise would never get its flag's value."""
+    flags = main.build_parser().flags
+    options = [each for each in fields(data.Options) if each.name not in ("record", "only_test")]
+    assert {each.name for each in options} < flags.keys()
+    for each in options:
+        if each.default is not MISSING:
+            assert each.default == flags[each.name].default
 
 
 def test_files_are_in_the_order_of_their_whole_paths(tmp_path):

@@ -451,6 +451,21 @@ def test_records_of_the_earlier_fingerprints_go_on(tmp_path):
     assert evaluated.test.names == first.test.names
 
 
+def test_a_record_without_fingerprints_of_the_labels_knows_its_moved_folder(tmp_path):
+    """As one version wrote it, which knew the images that it learned from by their fingerprints together."""
+    write_tree(tmp_path / "mine", {"cat": 20, "dog": 20})
+    first = load_dataset("folder", tmp_path / "mine", num_labeled=4)
+    record = first.record()
+    for key in ("labeled_prints", "labeled_targets", "val_prints", "val_targets", "tested_targets"):
+        del record[key]
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    options = {"num_labeled": 4, "record": upgrade({"data": record})["data"], "only_test": True}
+    test = load_dataset("folder", tmp_path / "moved", **options).test
+    assert test.names == first.test.names
+    (tmp_path / "moved" / test.names[0]).rename(tmp_path / "moved/cat/renamed.png")
+    assert "cat/renamed.png" in load_dataset("folder", tmp_path / "moved", **options).test.names
+
+
 def test_a_folder_that_was_a_class_stays_one(tmp_path):
     """A record of an earlier version, which took it for a class."""
     renamed = {"unlabeled": "some", "@home": "any", "test": "one"}
