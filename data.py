@@ -68,7 +68,7 @@ STATISTICS = {
 class Options:
     """What to read and how to split it: the data flags of ``main.py``, and for which run.
 
-    A default here is the value for runs that are older than the flag.
+    A run that is older than a flag has the default. Defaults are those of the flags.
     """
 
     # the images
