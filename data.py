@@ -4,13 +4,15 @@
 hands on a ``Dataset``: the labelled, unlabelled, validation and test images, each an ``ImageSet``. By then
 small images are in memory; of large ones only the paths are known, and ``engine/loader.py`` decodes them.
 
-A new data set needs one function that returns a ``Source`` and one line of ``READERS``.
+A new data set needs one function from ``Options`` to a ``Source``, and one line of ``READERS``. A new flag of
+the data needs an ``add(…)`` in ``main.py`` and a field of ``Options``, which every reader gets.
 """
 
 import math
 import os
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, fields, replace
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +64,68 @@ STATISTICS = {
 # ---------------------------------------------------------------------------------------------- containers
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to read and how to split it: the data flags of ``main.py``, and for which run.
+
+    A run that is older than a flag has the default. Defaults are those of the flags.
+    """
+
+    # the images
+    dataset: str  # one of NAMES
+    data_path: str = "data"  # folder that holds the data; downloads go there
+    num_classes: int | None = None  # how many there must be; None: any number
+    resize: int | None = None  # pixels, height and width; None: the data set's own size
+    workers: int = 2  # threads that read images into memory, or DataLoader processes that decode them
+    skip_unreadable: bool = False  # leave out images that cannot be decoded, with a line on standard error
+    value_range: tuple | None = None  # as in ``Reading``; None: the run's, else what the images have
+    max_megapixels: float = Reading.max_megapixels
+    svhn_extra: bool = False  # add SVHN's 531,131 ``extra`` images to the unlabelled ones, as in the paper
+    labels: str | None = None  # table of the images' classes instead of class folders, see engine/tables.py
+    label_columns: tuple | None = None  # its file column and its label column; None: found by the usual names
+    save_path: str = "checkpoint"  # folders of the program's own, which are no classes
+    results_path: str = "results"
+
+    # the split
+    test_fraction: float = 0.2  # of every class, set aside for testing if a folder has no ``test``
+    num_labeled: int | float | None  # how many over all classes (int), or a fraction of every class (float)
+    num_val: int = 0  # further labelled images, held out to choose among checkpoints
+    labeled_indices: str | None = None  # file of the labelled images (``write_labeled``) instead of a number
+    seed: int = 0  # of labelled and validation images; which images are for testing does not depend on it
+    unlabeled_path: str | None = None  # tree of further images without classes
+    unlabeled_mode: str = "add"  # to the training images; "only": instead of them
+    keep_test_copies: bool = False  # also learn from copies of test and validation images
+
+    # the run
+    record: dict | None = None  # ``Dataset.record()`` of the run that is continued or evaluated
+    only_test: bool = False  # read only the test images, and draw no labels
+
+    @property
+    def rule(self):
+        """The rule of the files' fingerprints, see ``images.fingerprints``: a run stays with its own."""
+        return self.record["fingerprint"] if self.record else "bytes"
+
+    @property
+    def learns_copies(self):
+        """Whether copies of test images are learned from: earlier versions did, and their runs go on so."""
+        record = self.record
+        earlier = bool(record) and (record["labeled"] is None or record["fingerprint"] == "pieces")
+        return self.keep_test_copies or earlier
+
+    @property
+    def reading(self):
+        """How files become pixels; the scale of deep images is None where it has yet to be looked for."""
+        value_range = self.value_range
+        if not value_range and self.record:
+            value_range = self.record["value_range"]
+        return Reading(tuple(value_range) if value_range else None, self.max_megapixels)
+
+    def as_files(self, images, reading, size=0):
+        """A set of files that are decoded when they are needed, as these options say."""
+        decoding = {"workers": self.workers, "skip_unreadable": self.skip_unreadable, "reading": reading}
+        return replace(images, size=size, **decoding)
+
+
 class Source(NamedTuple):
     """What a reader returns: a data set before it is split."""
 
@@ -75,13 +139,23 @@ class Source(NamedTuple):
     test: ImageSet
     val: ImageSet | None = None  # validation images of its own; None: they are drawn from the training images
     unlabeled: ImageSet | None = None  # further images to learn from, without their labels
+    unread: ImageSet | None = None  # files without classes, to be read when it is known which are left out
     notes: tuple = ()  # sentences for the user about what was found
     reading: Reading | None = None  # of files: with the scale of deep images that was found
+
+    @property
+    def has_names(self):
+        """Whether a run knows its images by their names and fingerprints, not by their positions."""
+        return self.train.names is not None
 
 
 @dataclass
 class Dataset:
-    """A data set, split for semi-supervised learning."""
+    """A data set, split for semi-supervised learning.
+
+    Positions count the training images, then those of ``Source.val`` or, where there are none, of
+    ``Source.unlabeled``.
+    """
 
     name: str
     classes: list  # the next six: as in Source
@@ -90,13 +164,13 @@ class Dataset:
     flip: bool
     size: int
     crop: str
-    labeled: ImageSet | None  # None, as the next two, where only the test set was asked for
-    unlabeled: ImageSet | None  # every training image except the validation images
-    val: ImageSet | None
-    test: ImageSet
-    labeled_indices: list  # positions of the labelled images in the training set
-    val_indices: list = field(default_factory=list)  # and of the validation images
-    copies: list = field(default_factory=list)  # of training images that are left out, see ``load_dataset``
+    labeled: ImageSet | None = None  # None, as the next two, where only the test set was asked for
+    unlabeled: ImageSet | None = None  # to learn from without labels: the labelled images are among them
+    val: ImageSet | None = None  # None also where a run has no validation images
+    test: ImageSet | None = None
+    labeled_indices: list = field(default_factory=list)  # positions of the labelled images
+    val_indices: list = field(default_factory=list)  # positions of the validation images
+    copies: list = field(default_factory=list)  # positions of images left out as copies of test or val images
     path: str = ""  # folder of the files, absolute; "" for data sets without files
     fingerprint: str = "bytes"  # the rule by which files are known, see ``images.fingerprints``
     notes: list = field(default_factory=list)  # sentences for the user about what was found
@@ -111,13 +185,12 @@ class Dataset:
 
         Returns:
             dict of plain values and tensors: "name", "classes", "mean", "std", "size", "crop", "path",
-            "value_range" (low and high of deep images, None without).
+            "value_range" (low and high of deep images, None without), "fingerprint" (the files' rule).
             Of a folder also "labeled", "val", "test": lists of names; "labeled_prints", "labeled_targets",
-            "val_prints", "val_targets": (N,) int64 fingerprints and classes of these images; "trained",
-            "tested": (N,) int64 fingerprints of the images that the networks learn from or are chosen by, and
-            of the test images; "fingerprint": their rule, not there in records of the earlier rule. Of other
-            data sets "labeled", "val": int64 positions; "test": how many; "copies": int64 positions of images
-            that are left out, among the training images followed by the further unlabelled ones.
+            "val_prints", "val_targets", "tested", "tested_targets": (N,) int64 fingerprints and classes of
+            the labelled, validation and test images; "trained": (N,) int64 fingerprints of the images that
+            the networks learn from or are chosen by. Of other data sets "labeled", "val": int64 positions;
+            "test": how many; "copies": int64 positions of the images that are left out.
         """
         content = {
             "name": self.name,
@@ -128,237 +201,95 @@ class Dataset:
             "crop": self.crop,
             "path": self.path,
             "value_range": self.reading.value_range and list(self.reading.value_range),
+            "fingerprint": self.fingerprint,
         }
         if self.labeled.names is None:
-            content |= {"labeled": torch.tensor(self.labeled_indices), "test": len(self.test)}
-            content |= {"copies": torch.tensor(self.copies, dtype=torch.int64)}
-            return content | {"val": torch.tensor(self.val_indices) if self.val else None}
-        content |= {"fingerprint": "bytes"} if self.fingerprint == "bytes" else {}
-        for kind, part in (("labeled", self.labeled), ("val", self.val or self.labeled.subset([]))):
-            content |= {f"{kind}_prints": part.fingerprints, f"{kind}_targets": part.targets}
+            return content | {
+                "labeled": torch.tensor(self.labeled_indices),
+                "val": torch.tensor(self.val_indices) if self.val else None,
+                "test": len(self.test),
+                "copies": torch.tensor(self.copies, dtype=torch.int64),
+            }
+        val = self.val or self.labeled.subset([])
         learned = [part for part in (self.labeled, self.unlabeled, self.val) if part is not None]
         return content | {
             "labeled": self.labeled.names,
+            "labeled_prints": self.labeled.fingerprints,
+            "labeled_targets": self.labeled.targets,
             "val": self.val.names if self.val else None,
+            "val_prints": val.fingerprints,
+            "val_targets": val.targets,
             "test": self.test.names,
-            "trained": torch.cat([part.fingerprints for part in learned]).unique(),
             "tested": self.test.fingerprints,
             "tested_targets": self.test.targets,
+            "trained": torch.cat([part.fingerprints for part in learned]).unique(),
         }
 
 
 # -------------------------------------------------------------------------------------------- load_dataset
 
-# keywords of load_dataset that a run passes on from its flags as they are
-OPTIONS = ("num_labeled", "num_val", "seed", "unlabeled_path", "unlabeled_mode", "test_fraction", "workers")
-OPTIONS += ("skip_unreadable", "svhn_extra", "labels", "label_columns", "keep_test_copies")
-OPTIONS += ("save_path", "results_path", "value_range", "max_megapixels")
 
-
-def load_dataset(
-    name,
-    data_path="data",
-    *,
-    num_labeled,
-    num_val=0,
-    seed=0,
-    resize=None,
-    labeled_indices=None,
-    unlabeled_path=None,
-    unlabeled_mode="add",
-    test_fraction=0.2,
-    workers=2,
-    skip_unreadable=False,
-    svhn_extra=False,
-    labels=None,
-    label_columns=(),
-    keep_test_copies=False,
-    save_path="checkpoint",
-    results_path="results",
-    value_range=None,
-    max_megapixels=Reading.max_megapixels,
-    record=None,
-    only_test=False,
-):
-    """Read a data set and split its training images into labelled, unlabelled and validation images.
+def read_data(args, record=None, labels_given=False):
+    """The data set of a command or, if it evaluates, the test images alone.
 
     Args:
-        name: one of ``NAMES``.
-        data_path: folder that holds the data; downloads go there.
-        num_labeled: labelled images over all classes (int), or a fraction of every class (float). Not used
-            with ``labeled_indices``.
-        num_val: further labelled images, held out from the training images to choose among checkpoints; int
-            or float, as above.
-        seed: of the split into labelled and unlabelled. Points, test sets and the test part of a folder are
-            the same for every seed.
-        resize: pixels, height and width of the images (default: 16 for digits, 32 for CIFAR and SVHN, 96 for
-            STL-10, 224 for ImageNet; for a folder the size of its images up to 64, else 224).
-        labeled_indices: file of the labelled images, as written by ``write_labeled``.
-        unlabeled_path: any tree of images without classes, added to the unlabelled set
-            (``unlabeled_mode="add"``) or replacing it (``"only"``). Default: ``unlabeled`` inside a folder.
-        test_fraction: part of every class that is set aside for testing if a folder has no ``test``.
-        workers: threads that read images into memory, or DataLoader processes that decode them.
-        skip_unreadable: leave out images that cannot be decoded, with a line on standard error.
-        svhn_extra: add SVHN's 531,131 ``extra`` images to the unlabelled ones, as in the paper.
-        labels: table of the images' classes, in the place of class folders (see tables.py).
-        label_columns: names of its file column and its label column; empty: found by the usual names.
-        keep_test_copies: also learn from copies of test and validation images, which are else left out.
-        save_path, results_path: folders of the program's own, which are no classes.
-        value_range: low and high of deep images, the values that become levels 0 and 255 (default: as in the
-            record; for a new run what ``find_value_range`` finds in its training images).
-        max_megapixels: images with more pixels cannot be read.
-        record: ``Dataset.record()`` of the run that is continued or evaluated: classes, statistics, and the
-            labelled, validation and test images are those of the run. Checkpoints of early versions recorded
-            no images; these are then drawn as those versions drew them.
-        only_test: read only the test set and draw no labels. A folder without ``test`` that holds none of the
-            run's images is a test set as a whole.
+        args: the flags of a command line or of a run. Flags that came after the run may be missing.
+        record: what a checkpoint knows of its data; its labelled images are those of the run.
+        labels_given: --labeled-indices was given now, to be compared with the run's labelled images.
+    """
+    known = {each.name: getattr(args, each.name) for each in fields(Options) if hasattr(args, each.name)}
+    if record:
+        known["resize"] = known.get("resize") or record["size"] or None
+        if record["labeled"] is not None and not labels_given:
+            known["labeled_indices"] = None
+    return load_dataset(**known, record=record, only_test=args.evaluate)
+
+
+def load_dataset(dataset, data_path="data", **options):
+    """Read a data set and split its training images into labelled, unlabelled and validation images.
+
+    With the record of a run, classes, statistics, and the labelled, validation and test images are those of
+    the run. A folder without ``test`` that holds none of the run's images is a test set as a whole.
+
+    Args:
+        dataset, data_path, options: see ``Options``.
 
     Raises:
         UserError: the data is missing, cannot be split as asked, or is not that of the record; or the run of
             the record was trained on test images.
     """
-    if name not in READERS:
-        raise UserError(f"data set '{name}' is not known: use one of {', '.join(NAMES)}")
-    if resize is not None and resize < 1:
-        raise UserError(f"images cannot be resized to {resize} pixels: use 1 or more")
-    if labels and name != "folder":
-        raise UserError(f"--labels {labels} is for images of your own: give --dataset folder, not {name}")
-    rule = "bytes" if not record else record.get("fingerprint", "pieces")
-    value_range = value_range or (record or {}).get("value_range")
-    reading = Reading(value_range and tuple(value_range), max_megapixels)
-    source = READERS[name](
-        data_path,
-        resize,
-        test_fraction=test_fraction,
-        workers=workers,
-        skip_unreadable=skip_unreadable,
-        svhn_extra=svhn_extra,
-        labels=labels,
-        label_columns=label_columns,
-        unlabeled_path=unlabeled_path,
-        own_paths=(save_path, results_path),
-        rule=rule,
-        reading=reading,
-        record=record,
-        only_test=only_test,
-    )
-    if record and list(source.classes) != list(record["classes"]):
-        raise UserError(
-            f"the classes of {name} are {listed(source.classes)}, "
-            f"those of the run {listed(record['classes'])}"
-        )
-    dataset = Dataset(
-        name=name,
-        classes=list(source.classes),
-        mean=list(record["mean"] if record else source.mean),
-        std=list(record["std"] if record else source.std),
-        flip=source.flip,
-        size=source.size,
-        crop=source.crop,
-        labeled=None,
-        unlabeled=None,
-        val=None,
-        test=source.test,
-        labeled_indices=[],
-        path="" if name in WITHOUT_FILES else os.path.abspath(data_path),
-        fingerprint=rule,
-        notes=list(source.notes),
-        reading=source.reading or reading,
-    )
-    if reading.value_range:
-        dataset.notes.append(value_range_line(reading.value_range))
-    if record and "tested" in record and source.test.fingerprints is not None:
-        before, now = record["tested"], source.test.fingerprints
-        if not torch.equal(before.sort().values, now.sort().values):
-            dataset.notes.append(
-                f"{len(now):,} test images, {int(torch.isin(now, before).sum()):,} of them among the "
-                f"{len(before):,} that the run was measured on"
-            )
-    if only_test:
+    options = Options(dataset=dataset, data_path=data_path, **options)
+    source = read_source(options)
+    dataset = _before_the_split(source, options)
+    if options.only_test:
         return dataset
-
-    # a run goes on with the images that it began with: earlier versions kept copies of test images
-    train, positional = source.train, source.train.names is None
-    of_before = bool(record) and ("copies" if positional else "fingerprint") not in record
-    keeps = keep_test_copies or of_before
-    if keeps and not record:
+    if options.keep_test_copies and not options.record:
         dataset.notes += _leak(source)
 
-    # labelled and validation images; positions are in the training images, followed by a folder's val/
-    pool = train if source.val is None else train.extended(source.val)
-    if record and "labeled" in record:
-        labeled, val = recorded_images(record, pool, data_path)
-        if labeled_indices is not None and read_labeled(labeled_indices, pool, source.classes) != labeled:
-            raise UserError(
-                f"{labeled_indices} lists other labelled images than the {len(labeled)} that the run has "
-                "learned from: leave --labeled-indices out, or start a new run"
-            )
-    else:
-        given = None if labeled_indices is None else read_labeled(labeled_indices, train, source.classes)
-        labeled, val = split_labels(
-            train.targets,
-            num_labeled,
-            num_val,
-            len(source.classes),
-            seed,
-            classes=source.classes,
-            labeled=given,
-            names=train.names if record is None else None,
-            prints=train.fingerprints,
-            copies=[] if keeps else _copies(train, [source.test, source.val]),
-        )
-        if source.val is not None:
-            val = [len(train) + i for i in _own_validation(source, num_val, keeps, dataset.notes)]
+    # labelled and validation images
+    pool = source.train if source.val is None else source.train.extended(source.val)
+    labeled, val = _labeled_and_val(source, pool, options, dataset.notes)
     dataset.labeled_indices, dataset.val_indices = labeled, val
     dataset.labeled = pool.subset(labeled)
     dataset.val = pool.subset(val) if val else None
 
-    # unlabelled images: the training images, the data set's further ones, those that the user adds
-    further = source.unlabeled if positional else None
-    if positional and record:
-        dataset.copies = torch.as_tensor(record.get("copies", [])).tolist()
-    elif not keeps:
-        found = _copies(train, [dataset.test, dataset.val])
-        if further is not None:
-            found += [len(train) + i for i in _copies(further, [dataset.test, dataset.val])]
-        dataset.copies = sorted({*found} - {*labeled, *val})
-    kept = np.setdiff1d(np.arange(len(train)), dataset.copies)
-    learned = train.targets[kept]
-    moved = [
-        i for i in labeled if i >= len(train)
-    ]  # labelled images that now lie beside the validation images
-    dataset.unlabeled = _part(pool, [*np.setdiff1d(kept, val), *moved])
-    if further is not None:
-        kept = np.setdiff1d(np.arange(len(further)), np.array(dataset.copies, dtype=int) - len(train))
-        dataset.unlabeled = dataset.unlabeled.extended(_part(further, kept))
+    # unlabelled images: the data set's own, without copies, then folders of further ones
+    dataset.copies = _to_be_left_out(dataset, source, options)
+    dataset.unlabeled = _unlabeled(dataset, source, pool)
     if dataset.copies:
         dataset.notes.append(
             f"images left out as copies of test or validation images: {len(dataset.copies):,}"
-            + ("" if record else " (--keep-test-copies keeps them)")
+            + ("" if options.record else " (--keep-test-copies keeps them)")
         )
-    added = [] if positional or source.unlabeled is None else [(source.unlabeled, data_path)]
-    if unlabeled_path is not None:
-        added.append((_tree(unlabeled_path, dataset, None if positional else rule, workers), unlabeled_path))
-    if unlabeled_mode == "only" and not added:
-        raise UserError(
-            f"--unlabeled-mode only needs images without labels: put them into a folder unlabeled/ in "
-            f"'{data_path}', or name their folder with --unlabeled-path DIR"
-        )
-    for number, (images, place) in enumerate(added):
-        if not record:  # there may be no deep image among the training images
-            dataset.reading, lines = scaled(dataset.reading, images.files, workers)
-            dataset.notes += lines
-        decoding = {"workers": workers, "skip_unreadable": skip_unreadable, "reading": dataset.reading}
-        images = replace(images, size=dataset.size, **decoding)
-        images = _unlabeled_images(images, place, dataset, train, keep_test_copies)
-        if not record:
-            dataset.notes += constant_lines(images, f"the images in '{place}'")
-        replaces = number == 0 and unlabeled_mode == "only"
-        dataset.unlabeled = images if replaces else dataset.unlabeled.extended(images)
-    dataset.notes += _class_sizes(learned, source.classes)
+    further = _further_folders(dataset, source, options)
+    own = [] if options.unlabeled_mode == "only" else [dataset.unlabeled]
+    dataset.unlabeled = reduce(ImageSet.extended, [*own, *further])
 
-    if record and train.names is not None and "trained" in record:
-        before, now = record["trained"], dataset.record()["trained"]
+    # what the user should know
+    kept = np.setdiff1d(np.arange(len(source.train)), dataset.copies)
+    dataset.notes += _class_sizes(source.train.targets[kept], source.classes)
+    if options.record and "trained" in options.record:
+        before, now = options.record["trained"], dataset.record()["trained"]
         if not torch.equal(before, now):
             dataset.notes.append(
                 f"the images to learn from are not those that the run had before: {len(before):,} different "
@@ -367,9 +298,102 @@ def load_dataset(
     return dataset
 
 
-def _part(images, positions):
-    """The images at these positions; the set itself where these are all."""
-    return images if len(positions) == len(images) else images.subset(positions)
+def read_source(options):
+    """What the reader of a data set finds, if it is what the options ask for."""
+    name, record, resize = options.dataset, options.record, options.resize
+    if name not in READERS:
+        raise UserError(f"data set '{name}' is not known: use one of {', '.join(NAMES)}")
+    if resize is not None and resize < 1:
+        raise UserError(f"images cannot be resized to {resize} pixels: use 1 or more")
+    if options.labels and name != "folder":
+        raise UserError(
+            f"--labels {options.labels} is for images of your own: give --dataset folder, not {name}"
+        )
+    source = READERS[name](options)
+    count = len(source.classes)
+    if record and list(source.classes) != list(record["classes"]):
+        raise UserError(
+            f"the classes of {name} are {listed(source.classes)}, "
+            f"those of the run {listed(record['classes'])}"
+        )
+    if options.num_classes not in (None, count):
+        raise UserError(f"--num-classes {options.num_classes}, but {name} has {count} classes")
+    return source
+
+
+def _before_the_split(source, options):
+    """A ``Dataset`` before its training images are split."""
+    name, record, reading = options.dataset, options.record, options.reading
+    notes = list(source.notes)
+    if reading.value_range:
+        notes.append(value_range_line(reading.value_range))
+    if record and "tested" in record and source.test.fingerprints is not None:
+        before, now = record["tested"], source.test.fingerprints
+        if not torch.equal(before.sort().values, now.sort().values):
+            notes.append(
+                f"{len(now):,} test images, {int(torch.isin(now, before).sum()):,} of them among the "
+                f"{len(before):,} that the run was measured on"
+            )
+    return Dataset(
+        name=name,
+        classes=list(source.classes),
+        mean=list(record["mean"] if record else source.mean),
+        std=list(record["std"] if record else source.std),
+        flip=source.flip,
+        size=source.size,
+        crop=source.crop,
+        test=source.test,
+        path="" if name in WITHOUT_FILES else os.path.abspath(options.data_path),
+        fingerprint=options.rule,
+        notes=notes,
+        reading=source.reading or reading,
+    )
+
+
+def _labeled_and_val(source, pool, options, notes):
+    """Positions of the labelled and of the validation images in the pool: those of the run, or drawn now."""
+    train, record, given = source.train, options.record, options.labeled_indices
+    if record and record["labeled"] is not None:
+        labeled, val = recorded_images(record, pool, options.data_path)
+        if given is not None and read_labeled(given, pool, source.classes) != labeled:
+            raise UserError(
+                f"{given} lists other labelled images than the {len(labeled)} that the run has "
+                "learned from: leave --labeled-indices out, or start a new run"
+            )
+        return labeled, val
+    labeled, val = split_labels(
+        train.targets,
+        options.num_labeled,
+        options.num_val,
+        len(source.classes),
+        options.seed,
+        classes=source.classes,
+        labeled=None if given is None else read_labeled(given, train, source.classes),
+        names=None if record else train.names,  # early versions, which recorded no images, drew by position
+        prints=train.fingerprints,
+        copies=[] if options.learns_copies else _copies(train, [source.test, source.val]),
+    )
+    if source.val is not None:
+        val = [len(train) + i for i in _own_validation(source, options, notes)]
+    return labeled, val
+
+
+def _own_validation(source, options, notes):
+    """Positions of the images in a folder's val/ that choose among checkpoints: no copies of test images."""
+    val = source.val
+    if options.num_val:
+        raise UserError(
+            f"there are validation images already, such as {val.names[0]}: "
+            f"leave out --num-val {options.num_val}"
+        )
+    copies = [] if options.learns_copies else _copies(val, [source.test])
+    if len(copies) == len(val):
+        raise UserError(
+            f"all validation images are copies of test images, such as {val.names[0]}: replace or remove them"
+        )
+    if copies:
+        notes.append(f"{len(copies):,} of {len(val):,} validation images are copies of test images: left out")
+    return np.setdiff1d(np.arange(len(val)), copies).tolist()
 
 
 def _copies(images, held_out):
@@ -383,7 +407,7 @@ def _copies(images, held_out):
 def _leak(source):
     """The warning about test images among the images to learn from, in a list."""
     test = source.test
-    learned = [part for part in (source.train, source.unlabeled) if part is not None]
+    learned = [part for part in (source.train, source.unlabeled, source.unread) if part is not None]
     twins = _copies(test, learned)
     if not twins:
         return []
@@ -394,28 +418,12 @@ def _leak(source):
     ]
 
 
-def _own_validation(source, num_val, keeps, notes):
-    """Positions of the images in a folder's val/ that choose among checkpoints: no copies of test images."""
-    val = source.val
-    if num_val:
-        raise UserError(
-            f"there are validation images already, such as {val.names[0]}: leave out --num-val {num_val}"
-        )
-    copies = [] if keeps else _copies(val, [source.test])
-    if len(copies) == len(val):
-        raise UserError(
-            f"all validation images are copies of test images, such as {val.names[0]}: replace or remove them"
-        )
-    if copies:
-        notes.append(f"{len(copies):,} of {len(val):,} validation images are copies of test images: left out")
-    return np.setdiff1d(np.arange(len(val)), copies).tolist()
-
-
 def _class_sizes(targets, classes):
     """Lines about the classes: how many training images each has, and a warning if they are unequal."""
     sizes = np.bincount(targets, minlength=len(classes)).tolist()
     shown = ", ".join(f"{name}: {size:,}" for name, size in list(zip(classes, sizes, strict=True))[:10])
-    lines = [f"training images of {len(classes)} classes: {shown}" + ", …" * (len(classes) > 10)]
+    more = ", …" if len(classes) > 10 else ""
+    lines = [f"training images of {len(classes)} classes: {shown}{more}"]
     if max(sizes) > 2 * min(sizes):
         most, least = classes[int(np.argmax(sizes))], classes[int(np.argmin(sizes))]
         lines.append(
@@ -426,15 +434,112 @@ def _class_sizes(targets, classes):
     return lines
 
 
+# -------------------------------------------------------------------------------------- unlabelled images
+
+
+def _to_be_left_out(dataset, source, options):
+    """Positions of copies of test and validation images: none of them is learned from without its label."""
+    if options.record and not source.has_names:
+        return torch.as_tensor(options.record["copies"]).tolist()
+    if options.learns_copies:
+        return []
+    held_out = [dataset.test, dataset.val]
+    copies = {*_copies(source.train, held_out)}
+    if source.unlabeled is not None:
+        copies |= {len(source.train) + i for i in _copies(source.unlabeled, held_out)}
+    return sorted(copies - {*dataset.labeled_indices, *dataset.val_indices})
+
+
+def _unlabeled(dataset, source, pool):
+    """The images to learn from without labels, before folders of further ones are added."""
+    count = len(source.train)
+    kept = np.setdiff1d(np.arange(count), [*dataset.copies, *dataset.val_indices])
+    moved = [i for i in dataset.labeled_indices if i >= count]  # since the run began, into val/
+    unlabeled = _part(pool, [*kept, *moved])
+    if source.unlabeled is None:
+        return unlabeled
+    kept = np.setdiff1d(np.arange(len(source.unlabeled)), np.array(dataset.copies, dtype=int) - count)
+    return unlabeled.extended(_part(source.unlabeled, kept))
+
+
+def _part(images, positions):
+    """The images at these positions; the set itself where these are all."""
+    return images if len(positions) == len(images) else images.subset(positions)
+
+
+def _further_folders(dataset, source, options):
+    """The images without classes in folders of their own, a set for each folder that there is."""
+    found, path = [], options.unlabeled_path
+    if source.unread is not None:
+        found.append((source.unread, options.data_path))
+    if path is not None:
+        if dataset.size == 0:
+            raise UserError("two moons are points: --unlabeled-path needs a data set of images")
+        files, _ = image_tree(path, "--unlabeled-path")
+        prints = fingerprints(files, options.workers, options.rule) if source.has_names else None
+        names = relative(files, path)
+        found.append((ImageSet([-1] * len(files), files=files, names=names, fingerprints=prints), path))
+    if options.unlabeled_mode == "only" and not found:
+        raise UserError(
+            f"--unlabeled-mode only needs images without labels: put them into a folder unlabeled/ in "
+            f"'{options.data_path}', or name their folder with --unlabeled-path DIR"
+        )
+    further = []
+    for images, place in found:
+        # there may be no deep image among the training images
+        dataset.reading, lines = _scaled(dataset.reading, images, options)
+        dataset.notes += lines
+        images = options.as_files(images, dataset.reading, dataset.size)
+        images = _without_held_out(images, place, dataset, source, options.keep_test_copies)
+        if not options.record:
+            dataset.notes += constant_lines(images, f"the images in '{place}'")
+        further.append(images)
+    return further
+
+
+def _without_held_out(images, place, dataset, source, keeps_copies):
+    """Files without classes as an ``ImageSet`` of the same kind as the training images.
+
+    Test and validation images are left out: for files and folders those with the same content, for other data
+    sets those with the same pixels.
+
+    Args:
+        place: their folder, for messages.
+        keeps_copies: whether test and validation images are kept.
+    """
+    held_out = [part for part in (dataset.test, dataset.val) if part is not None]
+    in_memory = source.train.in_memory
+    if in_memory and not source.has_names:
+        images = read_images(images, dataset.size)
+        images, *held_out = (replace(x, fingerprints=pixel_prints(x.images)) for x in (images, *held_out))
+    elif not source.has_names:
+        images, *held_out = _compared([images, *held_out], images.workers)
+    count, copies = len(images), [] if keeps_copies else _copies(images, held_out)
+    if len(copies) == count:
+        raise UserError(f"all images in '{place}' are test or validation images: correct --unlabeled-path")
+    images = images.subset(np.setdiff1d(np.arange(count), copies))
+    if in_memory and not images.in_memory:
+        images = read_images(images, dataset.size)
+    if copies:
+        dataset.notes.append(
+            f"{len(copies)} of {count} images in '{place}' are test or validation images: left out"
+        )
+    return images
+
+
+def _compared(parts, workers):
+    """Sets of files with numbers as fingerprints that tell copies among all of them."""
+    prints = prints_in_stages([file for part in parts for file in part.files], workers)
+    prints = prints.split([len(part) for part in parts])
+    return [replace(part, fingerprints=known) for part, known in zip(parts, prints, strict=True)]
+
+
 # ----------------------------------------------------------------------------------------------- the readers
 #
-# One function per data set, all called as reader(path, resize, **options) with the options of load_dataset
-# that concern reading: test_fraction, workers, skip_unreadable, svhn_extra, labels, label_columns,
-# unlabeled_path, own_paths, rule, reading, record, only_test. Each names the options that it uses. ``resize``
-# is None for the data set's own size.
+# One function per data set, which takes ``Options`` and returns a ``Source``.
 
 
-def _two_moons(path, resize, **_):
+def _two_moons(_):
     """Two interleaved half circles: 2 x 1,000 points each for training and testing, Gaussian noise of 0.1.
 
     Both axes are scaled to mean 0 and standard deviation 1 over the training points.
@@ -457,11 +562,11 @@ def _two_moons(path, resize, **_):
     return Source(classes, (0.0, 0.0), (1.0, 1.0), flip=False, size=0, crop="none", train=train, test=test)
 
 
-def _digits(path, resize, **_):
+def _digits(options):
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels: 1,297 for training, 500 for testing."""
     from sklearn.datasets import load_digits
 
-    size = resize or 16
+    size = options.resize or 16
     values, targets = load_digits(return_X_y=True)  # (1797, 64) in 0..16
     order = np.random.RandomState(0).permutation(len(targets))
     images = torch.from_numpy(values[order]).float().view(-1, 1, 8, 8) * (255 / 16)
@@ -472,34 +577,31 @@ def _digits(path, resize, **_):
         ImageSet(targets[order[part]], images[part], fingerprints=prints[part])
         for part in (slice(1297), slice(1297, None))
     )
-    mean, std = channel_statistics(train.images)
-    classes = [str(k) for k in range(10)]
-    return Source(classes, mean, std, flip=False, size=size, crop="pad", train=train, test=test)
+    return _in_memory([str(k) for k in range(10)], channel_statistics(train.images), train, test, flip=False)
 
 
-def _cifar10(path, resize, **_):
+def _cifar10(options):
     """CIFAR-10: 50,000 training and 10,000 test images of 32x32 pixels."""
     from torchvision.datasets import CIFAR10
 
-    return _cifar(CIFAR10, "CIFAR-10", "cifar-10-python.tar.gz", path, resize, STATISTICS["cifar10"])
+    return _cifar(CIFAR10, "CIFAR-10", "cifar-10-python.tar.gz", options)
 
 
-def _cifar100(path, resize, **_):
+def _cifar100(options):
     """CIFAR-100: 50,000 training and 10,000 test images of 32x32 pixels."""
     from torchvision.datasets import CIFAR100
 
-    return _cifar(CIFAR100, "CIFAR-100", "cifar-100-python.tar.gz", path, resize, STATISTICS["cifar100"])
+    return _cifar(CIFAR100, "CIFAR-100", "cifar-100-python.tar.gz", options)
 
 
-def _cifar(make, title, archive, path, resize, statistics):
-    parts = _downloaded(make, title, archive, path, [{"train": True}, {"train": False}])
+def _cifar(make, title, archive, options):
+    parts = _downloaded(make, title, archive, options.data_path, [{"train": True}, {"train": False}])
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts]
-    train, test = (_known(part.targets, x, resize) for part, x in zip(parts, images, strict=True))
-    size = train.images.shape[-1]
-    return Source(parts[0].classes, *statistics, flip=True, size=size, crop="pad", train=train, test=test)
+    train, test = (_known(part.targets, x, options.resize) for part, x in zip(parts, images, strict=True))
+    return _in_memory(parts[0].classes, STATISTICS[options.dataset], train, test)
 
 
-def _svhn(path, resize, *, svhn_extra, **_):
+def _svhn(options):
     """SVHN: 73,257 training and 26,032 test images of house numbers, 32x32 pixels, which are never mirrored.
 
     With ``svhn_extra`` 531,131 easier images are learned from without their labels.
@@ -508,102 +610,55 @@ def _svhn(path, resize, *, svhn_extra, **_):
 
     files = "train_32x32.mat and test_32x32.mat"
     splits = [{"split": "train"}, {"split": "test"}]
-    if svhn_extra:
+    if options.svhn_extra:
         files = "train_32x32.mat, test_32x32.mat and extra_32x32.mat"
         splits.append({"split": "extra"})
-    parts = _downloaded(SVHN, "SVHN", files, path, splits)
-    train, test, *extra = (_known(part.labels, torch.from_numpy(part.data), resize) for part in parts)
-    return Source(
-        [str(k) for k in range(10)],
-        *STATISTICS["svhn"],
-        flip=False,
-        size=train.images.shape[-1],
-        crop="pad",
-        train=train,
-        test=test,
-        unlabeled=extra[0] if extra else None,
-    )
+    parts = _downloaded(SVHN, "SVHN", files, options.data_path, splits)
+    sets = [_known(part.labels, torch.from_numpy(part.data), options.resize) for part in parts]
+    return _in_memory([str(k) for k in range(10)], STATISTICS["svhn"], *sets, flip=False)
 
 
-def _stl10(path, resize, **_):
+def _stl10(options):
     """STL-10: 5,000 training and 8,000 test images of 96x96 pixels, and 100,000 images without labels."""
     from torchvision.datasets import STL10
 
     splits = [{"split": "train"}, {"split": "test"}, {"split": "unlabeled"}]
-    parts = _downloaded(STL10, "STL-10", "stl10_binary.tar.gz", path, splits)
-    train, test, unlabeled = (_known(part.labels, torch.from_numpy(part.data), resize) for part in parts)
-    mean, std = channel_statistics(train.images)
-    return Source(
-        parts[0].classes,
-        mean,
-        std,
-        flip=True,
-        size=train.images.shape[-1],
-        crop="pad",
-        train=train,
-        test=test,
-        unlabeled=unlabeled,
-    )
+    parts = _downloaded(STL10, "STL-10", "stl10_binary.tar.gz", options.data_path, splits)
+    sets = [_known(part.labels, torch.from_numpy(part.data), options.resize) for part in parts]
+    return _in_memory(parts[0].classes, channel_statistics(sets[0].images), *sets)
 
 
-def _imagenet(path, resize, *, workers, skip_unreadable, reading, record, only_test, **_):
+def _in_memory(classes, statistics, train, test, unlabeled=None, flip=True):
+    """The ``Source`` of small images in memory."""
+    size = train.images.shape[-1]
+    return Source(classes, *statistics, flip, size, "pad", train=train, test=test, unlabeled=unlabeled)
+
+
+def _imagenet(options):
     """ImageNet in torchvision's layout: ``train/<class>/*`` and ``val/<class>/*``, decoded by workers.
 
     The files are compared with each other when a run begins; its record keeps which ones are copies.
     """
+    path, size, ignored = options.data_path, options.resize or 224, Counter()
     for part in ("train", "val"):
         if not os.path.isdir(os.path.join(path, part)):
             raise UserError(
                 f"'{path}' has no folder '{part}': --dataset imagenet needs train/ and val/ with one folder "
                 "per class in each"
             )
-    size = resize or 224
-    ignored = Counter()
     classes, parts = class_folders(path, [os.path.join(path, part) for part in ("train", "val")], ignored)
-    prints, notes = [None, None], ignored_kinds(ignored)
-    if not record:
-        reading, lines = scaled(reading, parts[0].files, workers)
-        notes += lines
-    if not record and not only_test:
-        prints = prints_in_stages([file for part in parts for file in part.files], workers)
-        prints = prints.split([len(part) for part in parts])
-    decoding = {"size": size, "workers": workers, "skip_unreadable": skip_unreadable, "reading": reading}
-    train, test = (
-        replace(part, names=None, fingerprints=known, **decoding)
-        for part, known in zip(parts, prints, strict=True)
-    )
-    if not record:
+    reading, lines = _scaled(options.reading, parts[0], options)
+    if not options.record and not options.only_test:
+        parts = _compared(parts, options.workers)
+    train, test = (replace(options.as_files(part, reading, size), names=None) for part in parts)
+    notes = ignored_kinds(ignored) + lines
+    if not options.record:
         notes += constant_lines(train, "the training images")
-    return Source(
-        classes,
-        *STATISTICS["imagenet"],
-        flip=True,
-        size=size,
-        crop="none",
-        train=train,
-        test=test,
-        notes=notes,
-        reading=reading,
-    )
+    found = {"train": train, "test": test, "notes": notes, "reading": reading}
+    return Source(classes, *STATISTICS["imagenet"], flip=True, size=size, crop="none", **found)
 
 
-def _folder(
-    path,
-    resize,
-    *,
-    test_fraction,
-    workers,
-    skip_unreadable,
-    labels,
-    label_columns,
-    unlabeled_path,
-    own_paths,
-    rule,
-    reading,
-    record,
-    only_test,
-    **_,
-):
+def _folder(options):
     """Any folder of class folders, parts with the usual names or one level that is split here; or any folder
     of images whose classes are in the table ``labels``.
 
@@ -611,90 +666,87 @@ def _folder(
     each as a whole and stretched to a square. Otherwise workers decode crops of ``resize`` or 224 pixels. The
     unlabelled images stay files until it is known which of them are left out.
     """
+    found = _parts_of_folder(options)
+    parts = found.train, found.test, found.val
+    first = found.test if options.only_test else found.train
+    reading, lines = _scaled(options.reading, first, options)
+    notes = [*found.notes, sizes_line(first), *lines]
+
+    # small images into memory
+    train, test, val = (part and options.as_files(part, reading) for part in parts)
+    first, small = test if options.only_test else train, None
+    if options.resize is None or options.resize <= SMALL:
+        small = read_images(first, options.resize)
+    if small is None:
+        size, crop = options.resize or 224, "none"
+        train, test, val = (part and replace(part, size=size) for part in (train, test, val))
+    else:
+        size, crop = small.images.shape[-1], "pad"
+        train = None if options.only_test else small
+        test = small if options.only_test else read_images(test, size)
+        val = val and read_images(val, size)
+
+    # what a run's record has, or what a new run needs
+    mean = std = None
+    if not options.record:
+        mean, std = sampled_statistics(first) if small is None else channel_statistics(small.images)
+    if not options.record and not options.only_test:
+        notes += constant_lines(train, "the training images")
+    if not options.record or options.only_test:
+        notes += constant_lines(test, "the test images")
+    parts = {"train": train, "test": test, "val": val, "unread": found.unlabeled}
+    more = {"notes": notes, "reading": reading}
+    return Source(found.classes, mean, std, flip=True, size=size, crop=crop, **parts, **more)
+
+
+def _parts_of_folder(options):
+    """``_folder`` before any pixel is read, as ``Found``: with fingerprints and with test images."""
+    path, record, only_test = options.data_path, options.record, options.only_test
     if not os.path.isdir(path):
         raise UserError(f"there is no folder '{path}': give the folder of your images with --data-path")
-    if labels:
-        found = find_table(labels, path, label_columns, record and record["classes"], only_test)
+    if options.labels:
+        classes = record["classes"] if record else None
+        found = find_table(options.labels, path, options.label_columns, classes, only_test)
     else:
-        found = find_folders(path, record, only_test, unlabeled_path, own_paths)
-    classes, train, test, val, notes = found.classes, found.train, found.test, found.val, list(found.notes)
-    for part in (train, test, val, found.unlabeled):
-        if part is not None:
-            part.fingerprints = fingerprints(part.files, workers, rule)
+        own_folders = (options.save_path, options.results_path)
+        found = find_folders(path, record, only_test, options.unlabeled_path, own_folders)
+    for part in filter(None, (found.train, found.test, found.val, found.unlabeled)):
+        part.fingerprints = fingerprints(part.files, options.workers, options.rule)
+    train, test, notes = found.train, found.test, list(found.notes)
     if not only_test:
-        notes += _in_two_classes([part for part in (train, test, val) if part is not None], classes)
+        notes += _in_two_classes(filter(None, (train, test, found.val)))
     if test is None:
-        train, test, more = split_folder(train, path, classes, test_fraction, record, only_test)
+        train, test, more = split_folder(train, path, found.classes, options.test_fraction, record, only_test)
         notes += more
     if record and "trained" in record:
         refuse_trained(test, record, path)
-    if not only_test:
-        counts = np.bincount(test.targets, minlength=len(classes))
-        missing = [name for name, count in zip(classes, counts, strict=True) if count == 0]
-        way = "a larger --test-fraction or a folder test/ helps"
-        if found.test is not None:
-            way = f"put some into {test.names[0].split('/')[0]}/"
-            way = "give some of their rows the split test" if labels else way
-        notes += [f"these classes have no test image: {listed(missing)}; {way}"] if missing else []
-    notes.append(sizes_line(test if only_test else train))
-
-    if not record:
-        reading, lines = scaled(reading, train.files, workers)
-        notes += lines
-    train, test, val = (part and replace(part, reading=reading) for part in (train, test, val))
-    first = None
-    if resize is None or resize <= SMALL:
-        first = read_images(test if only_test else train, resize, workers, skip_unreadable)
-    if first is not None:
-        size, crop = first.images.shape[-1], "pad"
-        mean, std = (None, None) if record else channel_statistics(first.images)
-        if only_test:
-            test = first
+    tested = set(test.targets.tolist())
+    missing = [name for k, name in enumerate(found.classes) if k not in tested]
+    if missing and not only_test:
+        if found.test is None:
+            way = "a larger --test-fraction or a folder test/ helps"
+        elif options.labels:
+            way = "give some of their rows the split test"
         else:
-            train, test = first, read_images(test, size, workers, skip_unreadable)
-            val = val and read_images(val, size, workers, skip_unreadable)
-    else:
-        size, crop = resize or 224, "none"
-        mean, std = (None, None) if record else sampled_statistics(train, workers, skip_unreadable)
-        decoding = {"size": size, "workers": workers, "skip_unreadable": skip_unreadable}
-        test = replace(test, **decoding)
-        train = None if only_test else replace(train, **decoding)
-        val = val and replace(val, **decoding)
-    if not record:
-        notes += constant_lines(train, "the training images")
-    if not record or only_test:
-        notes += constant_lines(test, "the test images")
-    return Source(
-        classes,
-        mean,
-        std,
-        flip=True,
-        size=size,
-        crop=crop,
-        train=train,
-        test=test,
-        val=val,
-        unlabeled=found.unlabeled,
-        notes=notes,
-        reading=reading,
-    )
+            way = f"put some into {test.names[0].split('/')[0]}/"
+        notes.append(f"these classes have no test image: {listed(missing)}; {way}")
+    return found._replace(train=train, test=test, val=None if only_test else found.val, notes=tuple(notes))
 
 
-def scaled(reading, files, workers):
-    """The reading with the scale of the deep images among files, if it has none yet, and notes."""
-    if reading.value_range:
+def _scaled(reading, images, options):
+    """The reading with the scale of the deep images among new files, if it has none yet, and notes."""
+    if options.record or reading.value_range:
         return reading, []
-    value_range, line = find_value_range(files, reading, workers)
+    value_range, line = find_value_range(images.files, reading, options.workers)
     return replace(reading, value_range=value_range), [line] if line else []
 
 
-def _in_two_classes(parts, classes):
+def _in_two_classes(parts):
     """The warning about the same picture in two classes, in a list."""
     first, twice = {}, {}
     for part in parts:
-        for name, number, target in zip(
-            part.names, part.fingerprints.tolist(), part.targets.tolist(), strict=True
-        ):
+        keys = zip(part.names, part.fingerprints.tolist(), part.targets.tolist(), strict=True)
+        for name, number, target in keys:
             known, known_target = first.setdefault(number, (name, target))
             if target != known_target:
                 twice.setdefault(number, (known, name))
@@ -749,61 +801,14 @@ def _downloaded(make, title, files, path, choices):
 
 
 def _known(targets, images, size):
-    """An ``ImageSet`` in memory that is known by its pixels before ``_fitted``."""
-    return ImageSet(targets, _fitted(images, size), fingerprints=pixel_prints(images))
+    """(N, 3, H, W) uint8 images as an ``ImageSet``, known by their pixels before they are resized.
 
-
-def _fitted(images, size):
-    """(N, 3, H, W) uint8 images, contiguous, resized to ``size`` x ``size`` unless it is None."""
-    images = images.contiguous()
-    if size in (None, images.shape[-1]):
-        return images
-    return torch.cat([resized(chunk, size) for chunk in images.split(1000)])
-
-
-# -------------------------------------------------------------------------------------- unlabelled images
-
-
-def _tree(path, dataset, rule, workers):
-    """The files of a tree without classes as an ``ImageSet``; with fingerprints unless ``rule`` is None."""
-    if dataset.size == 0:
-        raise UserError("two moons are points: --unlabeled-path needs a data set of images")
-    files, _ = image_tree(path, "--unlabeled-path")
-    prints = rule and fingerprints(files, workers, rule)
-    return ImageSet([-1] * len(files), files=files, names=relative(files, path), fingerprints=prints)
-
-
-def _unlabeled_images(extra, place, dataset, train, keeps_copies):
-    """Files without classes as an ``ImageSet`` of the same kind as the training images.
-
-    Test and validation images are left out: for files and folders those with the same content, for other data
-    sets those with the same pixels.
-
-    Args:
-        place: their folder, for messages.
-        keeps_copies: whether test and validation images are kept.
+    They become ``size`` x ``size`` pixels unless it is None.
     """
-    held_out = [part for part in (dataset.test, dataset.val) if part is not None]
-    if train.names is None and train.in_memory:
-        extra = read_images(extra, dataset.size, extra.workers, extra.skip_unreadable)
-        extra, *held_out = (replace(x, fingerprints=pixel_prints(x.images)) for x in (extra, *held_out))
-    elif train.names is None:
-        prints = prints_in_stages([f for x in (extra, *held_out) for f in x.files], extra.workers)
-        prints = prints.split([len(x) for x in (extra, *held_out)])
-        extra, *held_out = (
-            replace(x, fingerprints=p) for x, p in zip((extra, *held_out), prints, strict=True)
-        )
-    count, copies = len(extra), [] if keeps_copies else _copies(extra, held_out)
-    if len(copies) == count:
-        raise UserError(f"all images in '{place}' are test or validation images: correct --unlabeled-path")
-    extra = extra.subset(np.setdiff1d(np.arange(count), copies))
-    if train.in_memory and not extra.in_memory:
-        extra = read_images(extra, dataset.size, extra.workers, extra.skip_unreadable)
-    if copies:
-        dataset.notes.append(
-            f"{len(copies)} of {count} images in '{place}' are test or validation images: left out"
-        )
-    return extra
+    prints, images = pixel_prints(images), images.contiguous()
+    if size not in (None, images.shape[-1]):
+        images = torch.cat([resized(chunk, size) for chunk in images.split(1000)])
+    return ImageSet(targets, images, fingerprints=prints)
 
 
 # ---------------------------------------------------------------------------- labelled and validation images
@@ -826,9 +831,10 @@ def split_labels(
 
     Args:
         targets: (N,) classes of the training images, 0 to num_classes - 1.
-        num_labeled, num_val: counts (int), divided evenly over the classes; or fractions of every class
-            (float), rounded, at least one image each. The count N takes every image, and so does the fraction
-            1.0, less the validation images.
+        num_labeled: a count (int), divided evenly over the classes; or a fraction of every class (float),
+            rounded, at least one image each. The count N takes every image, and so does the fraction 1.0,
+            less the validation images.
+        num_val: a count.
         seed: of ``numpy.random.RandomState``, whose streams never change, so that splits do not either.
         classes: names for messages.
         labeled: positions that are labelled already; only the validation images are drawn.
@@ -847,53 +853,55 @@ def split_labels(
     targets = np.asarray(targets)
     classes = classes or [str(k) for k in range(num_classes)]
     eligible = ~np.isin(np.arange(len(targets)), copies)
-    sizes = np.bincount(targets[eligible], minlength=num_classes).tolist()
-    passed = np.bincount(targets[~eligible], minlength=num_classes).tolist()
-    beside = [f" beside {n} copies of test or validation images" if n else "" for n in passed]
+    random = np.random.RandomState(seed)
+    orders, passed = (
+        [],
+        [],
+    )  # of each class the images in the order in which they are drawn, and how many copies
+    for k in range(num_classes):
+        order = np.flatnonzero(targets == k)
+        if names is None:
+            order = random.permutation(order)
+        else:
+            order = np.array(sorted(order, key=lambda i: place_of(f"{seed}/{names[i]}")), dtype=np.int64)
+        orders.append(order[eligible[order]])
+        passed.append(len(order) - len(orders[-1]))
+
+    sizes = [len(order) for order in orders]
     per_val = _per_class(num_val, sizes, len(targets), "--num-val", classes)
-    if labeled is None:
+    if labeled is not None:
+        chosen = [order[np.isin(order, labeled)] for order in orders]
+        per_label = [len(taken) for taken in chosen]
+    else:
         per_label = _per_class(num_labeled, sizes, len(targets), "--num-labeled", classes)
         if isinstance(num_labeled, float):  # a fraction leaves room for validation
-            per_label = [
-                min(n, max(1, size - v)) for n, size, v in zip(per_label, sizes, per_val, strict=True)
-            ]
-    else:
-        labeled = np.asarray(labeled)[eligible[labeled]]
-        per_label = np.bincount(targets[labeled], minlength=num_classes).tolist()
-    for name, size, n, v, more in zip(classes, sizes, per_label, per_val, beside, strict=True):
+            limits = zip(per_label, sizes, per_val, strict=True)
+            per_label = [min(n, max(1, size - v)) for n, size, v in limits]
+        chosen = [order[:n] for order, n in zip(orders, per_label, strict=True)]
+    for name, size, n, v, more in zip(classes, sizes, per_label, per_val, passed, strict=True):
+        beside = f" beside {more} copies of test or validation images" if more else ""
         if size == 0:
-            raise UserError(f"class '{name}' has no training images{more}: add some or remove the class")
+            raise UserError(f"class '{name}' has no training images{beside}: add some or remove the class")
         if n == 0:
-            raise UserError(f"class '{name}' has no labelled image{more}: add at least one")
+            raise UserError(f"class '{name}' has no labelled image{beside}: add at least one")
         if n + v > size:
             raise UserError(
-                f"class '{name}' has {size} training images{more}, too few for {n} labelled and {v} "
+                f"class '{name}' has {size} training images{beside}, too few for {n} labelled and {v} "
                 "validation images: lower --num-labeled or --num-val, or add images"
             )
 
-    random = np.random.RandomState(seed)
-    chosen, rests = [], []
-    for k in range(num_classes):
-        members = np.flatnonzero(targets == k)
-        if names is None:
-            order = random.permutation(members)
-        else:
-            order = np.array(sorted(members, key=lambda i: place_of(f"{seed}/{names[i]}")), dtype=np.int64)
-        order = order[eligible[order]]
-        taken = order[: per_label[k]] if labeled is None else order[np.isin(order, labeled)]
-        rests.append(order[np.isin(order, taken, invert=True)])
-        chosen += taken.tolist()
-    val = []
-    for name, rest, count in zip(classes, rests, per_val, strict=True):
+    labeled, val = np.concatenate(chosen), []
+    for name, order, taken, count in zip(classes, orders, chosen, per_val, strict=True):
+        rest = order[~np.isin(order, taken)]
         if prints is not None and count:
-            rest = rest[~torch.isin(prints[rest], prints[chosen]).numpy()]
+            rest = rest[~torch.isin(prints[rest], prints[labeled]).numpy()]
         if len(rest) < count:
             raise UserError(
                 f"class '{name}' has {len(rest)} training images that are no copies of labelled ones, too "
                 f"few for {count} validation images: lower --num-labeled or --num-val, or add images"
             )
         val += rest[:count].tolist()
-    return sorted(chosen), sorted(val)
+    return sorted(labeled.tolist()), sorted(val)
 
 
 def _per_class(number, sizes, total, flag, classes):
@@ -972,11 +980,6 @@ def read_labeled(path, train, classes):
     return sorted(indices)
 
 
-def keys_of(record, kind):
-    """(fingerprint, class) of each "labeled" or "val" image of a run."""
-    return list(zip(record[f"{kind}_prints"].tolist(), record[f"{kind}_targets"].tolist(), strict=True))
-
-
 def recorded_images(record, train, path):
     """Positions in the training set of the labelled and the validation images of a run, two sorted lists.
 
@@ -991,29 +994,30 @@ def recorded_images(record, train, path):
                 "same data"
             )
         return positions
-    here = {}
+    here = defaultdict(list)  # positions of each image, known by its fingerprint and class
     for i, key in enumerate(zip(train.fingerprints.tolist(), train.targets.tolist(), strict=True)):
-        here.setdefault(key, []).append(i)
+        here[key].append(i)
+    classes_now = {number: target for number, target in here}
     found = []
-    for kind in ("labeled", "val"):
-        names, positions, gone = record[kind] or [], [], []
-        for name, key in zip(names, keys_of(record, kind), strict=True):
-            same = here.get(key, [])  # of copies of one image the one that still has this name, or any
+    for kind, word in (("labeled", "labelled"), ("val", "validation")):
+        positions, gone = [], []
+        prints, targets = record[f"{kind}_prints"].tolist(), record[f"{kind}_targets"].tolist()
+        for name, *key in zip(record[kind] or [], prints, targets, strict=True):
+            same = here[tuple(key)]  # of copies of one image the one that still has this name, or any
             same.sort(key=lambda i: train.names[i] != name, reverse=True)
-            positions.append(same.pop()) if same else gone.append(name)
+            positions.append(same.pop()) if same else gone.append((name, *key))
+        for name, number, target in gone:
+            if number in classes_now:
+                now, was = record["classes"][classes_now[number]], record["classes"][target]
+                raise UserError(
+                    f"{name} is labelled '{now}' now and was '{was}' when the run began: start a new run "
+                    "under another --name, or put the label back"
+                )
         if gone:
-            other = {number: target for number, target in here}
-            for name, (number, was) in zip(names, keys_of(record, kind), strict=True):
-                if name in gone and number in other:
-                    now, was = (record["classes"][k] for k in (other[number], was))
-                    raise UserError(
-                        f"{name} is labelled '{now}' now and was '{was}' when the run began: start a new run "
-                        "under another --name, or put the label back"
-                    )
             raise UserError(
-                f"{len(gone)} of the run's {len(names)} {'labelled' if kind == 'labeled' else 'validation'} "
-                f"images are not among the training images of '{path}' any more, under this or another name, "
-                f"such as {gone[0]}: put them back, or give the folder that the run was started with"
+                f"{len(gone)} of the run's {len(record[kind])} {word} images are not among the training "
+                f"images of '{path}' any more, under this or another name, such as {gone[0][0]}: put them "
+                "back, or give the folder that the run was started with"
             )
         found.append(sorted(positions))
     return found

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 import utils
 from augmentation import ImageViews, PointViews
-from data import NAMES, OPTIONS, load_dataset, write_labeled
+from data import NAMES, read_data, write_labeled
 from engine.checkpoint import Checkpoint, load_state
 from engine.evaluation import gathered, measure_accuracy, measure_splits, predictions, score
 from engine.learner import Learner, sgd
@@ -59,7 +59,6 @@ from run.record import (
     summarize,
     summarize_together,
 )
-from utils import UserError
 
 # ---------------------------------------------------------------- flags
 
@@ -590,26 +589,7 @@ def evaluate(runtime, found):
         print("\n".join(result_lines(summary)))
 
 
-# ---------------------------------------------------------------- data, views and networks of a command line
-
-
-def read_data(args, record, labels_given):
-    """The data set of the command line; ``record``: what a checkpoint knows of its own."""
-    recorded = bool(record) and "labeled" in record
-    dataset = load_dataset(
-        args.dataset,
-        args.data_path,
-        resize=args.resize or (record["size"] or None if record else None),
-        labeled_indices=args.labeled_indices if labels_given or not recorded else None,
-        record=record,
-        only_test=args.evaluate,
-        **{name: getattr(args, name) for name in OPTIONS},
-    )
-    if args.num_classes not in (None, dataset.num_classes):
-        raise UserError(
-            f"--num-classes {args.num_classes}, but {args.dataset} has {dataset.num_classes} classes"
-        )
-    return dataset
+# ---------------------------------------------------------------- views of a command line
 
 
 def build_views(args, dataset, runtime):

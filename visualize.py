@@ -29,6 +29,7 @@ import json
 import math
 import os
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -122,8 +123,8 @@ def load(run, data_path=None, save_path=None, dataset=None, only_test=True):
     state = runtime.load(path)
     if not isinstance(state, dict) or "avg_state_dict" not in state:
         raise UserError(f"{path} holds no student: it is not a checkpoint of this program")
-    dataset = dataset or read_dataset(run, state.get("data"), data_path, only_test)
     saved, networks = Checkpoint(state, path), {}
+    dataset = dataset or read_dataset(run, saved.get("data"), data_path, only_test)
     for title, role in ((TEACHER, "teacher"), (STUDENT, "student")):
         if role == "student" or "teacher_state_dict" in state:
             network = saved.network(role, dataset.num_classes, dataset.size)
@@ -135,14 +136,12 @@ def load(run, data_path=None, save_path=None, dataset=None, only_test=True):
 
 def read_dataset(run, record, data_path=None, only_test=True):
     """The data set of a run, in the same parts; ``record``: what its checkpoint knows of it."""
-    options = {name: run.args[name] for name in ("resize", *data.OPTIONS) if name in run.args}
-    if record and not options.get("resize"):
-        options["resize"] = record["size"] or None
+    args = Namespace(**run.args | {"evaluate": only_test})
+    args.data_path = data_path or args.data_path
     indices = run.folder / "labeled_indices.txt"  # earlier versions wrote it and recorded nothing
-    if indices.exists() and not only_test and "labeled" not in (record or {}):
-        options["labeled_indices"] = str(indices)
-    path = data_path or run.args["data_path"]
-    return data.load_dataset(run.args["dataset"], path, record=record, only_test=only_test, **options)
+    if indices.exists():
+        args.labeled_indices = str(indices)
+    return data.read_data(args, record)
 
 
 # ------------------------------------------------------------------------------------------------- curves

@@ -106,7 +106,20 @@ def upgrade(content):
     if "predicting" not in content:
         both = known.get("ensemble") and "teacher_state_dict" in content
         content["predicting"] = ["student", "teacher"] if both else ["student"]
+    if isinstance(content.get("data"), dict):
+        content["data"] = EARLIER_DATA | content["data"]
+        if "trained" in content["data"]:
+            content["data"].setdefault("labeled_prints", content["data"]["trained"])
     return content
+
+
+# What ``data.Dataset.record`` did not say in earlier versions, which also learned from copies of test images.
+EARLIER_DATA = {
+    "labeled": None,  # the labelled images are to be drawn as those versions drew them
+    "copies": (),  # none were left out
+    "fingerprint": "pieces",  # the files' rule, see ``images.fingerprints``
+    "value_range": None,  # deep images had no scale of their own, see ``images.Reading``
+}
 
 
 def well_formed(content):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.files import read_content, write_atomically
-from engine.loader import batches, part_of
+from engine.loader import batches, share_of
 from models import mean_prediction
 from utils import UserError, tell
 
@@ -57,7 +57,7 @@ def gathered(parts, image_set, runtime):
         if found is None:
             found = rows.new_empty(len(image_set), rows.shape[1])
         for rank, each in enumerate(rows.chunk(runtime.world_size)):
-            start, stop = part_of(image_set, rank, runtime.world_size)
+            start, stop = share_of(image_set, rank, runtime.world_size)
             place = found[start + number * len(each) : stop][: len(each)]
             place.copy_(each[: len(place)])  # the last batch is padded
     return found

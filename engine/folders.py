@@ -58,35 +58,19 @@ def find_folders(root, record=None, only_test=False, unlabeled_path=None, taken=
     """
     classes = list(record["classes"]) if record else None
     taken = [path for path in (unlabeled_path, *taken) if path]
-    parts, others = _by_part(root, classes, taken)
-    places = {part: _innermost(_only_one(root, part, names), part) for part, names in parts.items()}
-    if "val" in places and "test" not in places:
-        places["test"] = places.pop("val")
-    one_level = not places.keys() & {"train", "test"}
-    if one_level:
-        places["train"] = root
-    elif not (only_test and "test" in places):
-        _refuse_unclear(root, places, others)
-    split_here = "test" not in places
-    if "train" in places and not one_level:
-        inside, _ = _by_part(places["train"], classes, taken)
-        for name in inside.get("unlabeled", ()):
-            here = os.path.join(places["train"], name)
-            _only_one(root, "unlabeled", [places[part] for part in places if part == "unlabeled"] + [here])
-            places["unlabeled"] = here
-    shown = {part: os.path.relpath(place, root) + "/" for part, place in places.items()}
+    places, others = _places(root, classes, taken, only_test)
+    one_level, split_here = places.get("train") == root, "test" not in places
 
     # the parts that this run does not use
+    why = {}
+    if only_test or (record and record.get("val") is None):
+        why["val"] = "the run was started without it"
+    if unlabeled_path:
+        why["unlabeled"] = "--unlabeled-path names another folder"
+    elif only_test or (record and record["fingerprint"] == "pieces"):  # the rule of versions that ignored it
+        why["unlabeled"] = "the run was started without it"
     unused = [] if one_level else [f"{name}/" for name in others]
-    if "val" in places and (only_test or (record and record.get("val") is None)):
-        unused.append(f"{shown['val']} (the run was started without it)")
-        del places["val"]
-    if "unlabeled" in places and unlabeled_path:
-        unused.append(f"{shown['unlabeled']} (--unlabeled-path names another folder)")
-        del places["unlabeled"]
-    elif "unlabeled" in places and (only_test or (record and "fingerprint" not in record)):
-        unused.append(f"{shown['unlabeled']} (the run was started without it)")
-        del places["unlabeled"]
+    unused += [f"{_shown(places.pop(part), root)} ({why[part]})" for part in why if part in places]
 
     # the images
     base = places["train"] if split_here else root  # the same names as if that folder had been given
@@ -96,25 +80,56 @@ def find_folders(root, record=None, only_test=False, unlabeled_path=None, taken=
     known, (train, test, val) = class_folders(base, folders, ignored, classes, taken)
     unlabeled = None
     if "unlabeled" in places:
-        files = [
-            path for path, _ in _image_files(places["unlabeled"], _ancestors(places["unlabeled"]), ignored)
-        ]
+        place = places["unlabeled"]
+        files = [path for path, _ in _image_files(place, _ancestors(place), ignored)]
         unlabeled = ImageSet([-1] * len(files), files=files, names=relative(files, root)) if files else None
 
     # what the user should know
     notes = []
-    if len(places) > one_level and not only_test:
-        words = WORDS_OF_PARTS | ({"train": "training and test images"} if split_here else {})
-        said = {part: f"{words[part]} in {shown[part]}" for part in WORDS_OF_PARTS if part in places}
-        if one_level:
-            said["train"] = "training and test images in the other folders, one for each class"
-        if val is not None:
-            said["val"] += " (they choose the checkpoint, as with --num-val)"
-        notes.append(f"'{root}' has {', '.join(said.values())}")
-    if unused and not only_test:
+    if not only_test and (len(places) > 1 or not one_level):
+        notes.append(f"'{root}' has {', '.join(_described(root, places))}")
+    if not only_test and unused:
         notes.append(f"not used of '{root}': {listed(unused)}")
-    notes += ignored_kinds(ignored)
-    return Found(known, train, test, val, unlabeled, tuple(notes))
+    return Found(known, train, test, val, unlabeled, (*notes, *ignored_kinds(ignored)))
+
+
+def _places(root, classes, taken, only_test):
+    """{part: its folder}, and the names of the folders in ``root`` that are no parts.
+
+    Without folders of training and test images, these are the classes, and "train" is ``root``.
+    """
+    parts, others = _by_part(root, classes, taken)
+    places = {part: _innermost(_only_one(root, part, names), part) for part, names in parts.items()}
+    if "val" in places and "test" not in places:
+        places["test"] = places.pop("val")
+    if not places.keys() & {"train", "test"}:
+        return places | {"train": root}, others
+    if not (only_test and "test" in places):
+        _refuse_unclear(root, places, others)
+    if "train" in places:
+        inside, _ = _by_part(places["train"], classes, taken)
+        for name in inside.get("unlabeled", ()):
+            before = [places["unlabeled"]] if "unlabeled" in places else []
+            here = os.path.join(places["train"], name)
+            _only_one(root, "unlabeled", [*before, here])
+            places["unlabeled"] = here
+    return places, others
+
+
+def _described(root, places):
+    """What each part of a folder is used for, a list of texts."""
+    said = {part: f"{WORDS_OF_PARTS[part]} in {_shown(place, root)}" for part, place in places.items()}
+    if "test" not in places:
+        said["train"] = f"training and test images in {_shown(places['train'], root)}"
+    if places.get("train") == root:
+        said["train"] = "training and test images in the other folders, one for each class"
+    if "val" in places:
+        said["val"] += " (they choose the checkpoint, as with --num-val)"
+    return [said[part] for part in WORDS_OF_PARTS if part in said]
+
+
+def _shown(place, root):
+    return os.path.relpath(place, root) + "/"
 
 
 def part_of(name):
@@ -400,7 +415,7 @@ def split_folder(found, root, classes, test_fraction, record, only_test):
     """
     if not 0 < test_fraction < 1:
         raise UserError(f"--test-fraction {test_fraction} leaves no images to train or to test: use e.g. 0.2")
-    if record and "labeled" not in record:
+    if record and record["labeled"] is None:
         testing = _split_by_position(found.targets.numpy(), len(classes), test_fraction)
         train, test = found.subset(np.flatnonzero(~testing)), found.subset(np.flatnonzero(testing))
         return None if only_test else train, test, []
@@ -425,7 +440,7 @@ def split_folder(found, root, classes, test_fraction, record, only_test):
         names = set(record["test"])
         named = np.array([name in names for name in found.names], dtype=bool)
         # the run's folder in another place, not one that shares an image; "trained" also counts other folders
-        parts = (record.get("labeled_prints", record["trained"]), record["tested"])
+        parts = (record["labeled_prints"], record["tested"])
         moved = all(torch.isin(part, found.fingerprints).float().mean() > 0.5 for part in parts)
         if only_test and not moved and os.path.abspath(root) != record["path"]:
             return None, found, [f"'{root}' is not the run's folder: all of its images are test images"]
@@ -463,6 +478,10 @@ def refuse_trained(test, record, root):
 
 def place_of(name):
     """A number in [0, 1), uniformly distributed, that depends only on a name: the same on every machine."""
-    # macOS stores an accent as a character of its own, other systems do not
-    key = unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")
+    key = composed(name).encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64
+
+
+def composed(name):
+    """A name with accents in one form: macOS stores them as characters of their own, other systems do not."""
+    return unicodedata.normalize("NFC", name)

@@ -300,7 +300,7 @@ class _OtherSize(Exception):
     """An image does not have the size of the first one."""
 
 
-def read_images(image_set, size, workers, skip_unreadable):
+def read_images(image_set, size):
     """Read a set of files into one uint8 tensor, by a pool of threads (decoding releases Python's lock).
 
     Args:
@@ -311,7 +311,7 @@ def read_images(image_set, size, workers, skip_unreadable):
     """
     files, expected = image_set.files, None
     if size is None:
-        expected = next(filter(None, map(image_size, files)), None)
+        expected = next(filter(None, map(dimensions, files)), None)
         if expected is None or max(expected) > SMALL:
             return None
         size = max(expected)
@@ -323,12 +323,12 @@ def read_images(image_set, size, workers, skip_unreadable):
             try:
                 images[i] = read_whole(files[i], size, expected, image_set.reading)
             except DECODING_ERRORS as error:
-                if not skip_unreadable:
+                if not image_set.skip_unreadable:
                     raise UserError(f"{cannot_read(files[i], error)}: {REPAIR}") from error
                 readable[i] = False
 
     # Measured: small files spend their time in Python, so that two threads are slower than one.
-    pool = ThreadPoolExecutor(1 if expected else max(1, workers))
+    pool = ThreadPoolExecutor(1 if expected else max(1, image_set.workers))
     try:
         list(pool.map(read, range(0, len(files), 256)))
     except _OtherSize:
@@ -381,16 +381,15 @@ def prints_in_stages(files, workers=1):
 def pixel_prints(images):
     """(N,) int64 digests of images in memory: equal for equal pixels."""
 
-    def digest(chunk):
+    def numbers(chunk):
         rows = chunk.contiguous().reshape(len(chunk), -1).numpy()
         return [_number(hashlib.blake2b(row, digest_size=8)) for row in rows]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return torch.tensor([value for part in pool.map(digest, images.split(256)) for value in part])
+    return _by_threads(numbers, images, os.cpu_count())
 
 
 def _digests(digest, files, workers):
-    """(N,) int64 of a function of an open file, by threads: hashing and reading release Python's lock."""
+    """(N,) int64 of a function of an open file; for a file that cannot be read, of its path."""
 
     def number(path):
         taken = hashlib.blake2b(digest_size=8)
@@ -401,10 +400,14 @@ def _digests(digest, files, workers):
             taken.update(os.fsencode(path))
         return _number(taken)
 
+    return _by_threads(lambda chunk: [*map(number, chunk)], files, workers)
+
+
+def _by_threads(numbers, items, workers):
+    """(N,) int64 from a function of a chunk of items: hashing and reading release Python's lock."""
+    chunks = [items[i : i + 256] for i in range(0, len(items), 256)]
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        chunks = [files[i : i + 256] for i in range(0, len(files), 256)]
-        digests = [value for part in pool.map(lambda chunk: [*map(number, chunk)], chunks) for value in part]
-    return torch.tensor(digests, dtype=torch.int64)
+        return torch.tensor([each for part in pool.map(numbers, chunks) for each in part], dtype=torch.int64)
 
 
 def _number(digest):
@@ -436,7 +439,7 @@ def _of_three_pieces(file, size, taken):
         taken.update(file.read(4 * piece if size <= 4 * piece else piece))
 
 
-def image_size(path):
+def dimensions(path):
     """(width, height) of an image as seen upright; None if it cannot be opened."""
     try:
         with Image.open(path) as image:
@@ -447,7 +450,7 @@ def image_size(path):
 
 def sizes_line(image_set):
     """The line about the sizes of the images of a set of files, from up to 200 of them."""
-    sizes = [image_size(path) for path in image_set.files[:: 1 + len(image_set) // 200]]
+    sizes = [dimensions(path) for path in image_set.files[:: 1 + len(image_set) // 200]]
     sizes = sorted(filter(None, sizes), key=lambda size: size[0] * size[1])
     if not sizes:
         return "no image could be opened to see its size"
@@ -481,10 +484,10 @@ def evenly_spaced(items, count):
     return items[:: max(1, math.ceil(len(items) / count))]
 
 
-def sampled_statistics(image_set, workers, skip_unreadable):
-    """The same for a set of files, from up to 1,000 evenly spaced ones, reduced."""
+def sampled_statistics(image_set):
+    """``channel_statistics`` of a set of files, from up to 1,000 evenly spaced ones, each made small."""
     sample = image_set.subset(evenly_spaced(range(len(image_set)), 1000))
-    return channel_statistics(read_images(sample, SMALL, workers, skip_unreadable).images)
+    return channel_statistics(read_images(sample, SMALL).images)
 
 
 def constant_lines(image_set, which):

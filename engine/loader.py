@@ -164,7 +164,7 @@ class TrainLoader:
                 stream = _Stream(len(image_set), name, seed, 16 * count * runtime.world_size, slicing)
                 share = _Share(name, image_set.to(home), stream, count, runtime.rank, runtime.world_size)
                 self.shares.append(share)
-        self.truth_known = bool((dataset.unlabeled.targets >= 0).any())  # of at least one unlabelled image
+        self.truth_known = bool((dataset.unlabeled.targets >= 0).any())  # the class of an unlabelled image
         self.decoded = None  # iterator over what the workers decode; started by the first batch
         self.skipped = set()  # messages about unreadable files, each printed once
         self.before = {}  # images and positions of each share in the latest batch of files
@@ -238,7 +238,7 @@ class TrainLoader:
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
-def part_of(image_set, rank, world_size):
+def share_of(image_set, rank, world_size):
     """The first position, and the last one + 1, of the part of a set that a process takes."""
     return rank * len(image_set) // world_size, (rank + 1) * len(image_set) // world_size
 
@@ -260,7 +260,7 @@ def batches(image_set, batch_size, device, rank=0, world_size=1):
             ``on_unreadable``.
     """
     device = torch.device(device)
-    start, stop = part_of(image_set, rank, world_size)
+    start, stop = share_of(image_set, rank, world_size)
     steps = math.ceil(math.ceil(len(image_set) / world_size) / batch_size)
     limits = [
         (min(first, stop), min(first + batch_size, stop))
@@ -320,7 +320,8 @@ class _Reader:
         self.size, self.crop, self.reading = size, crop, reading
 
     def __getitems__(self, requests):
-        """(n, 3, size, size) uint8, (n,) int64, and a list of (position, message) of unreadable files."""
+        """Images (n, 3, size, size) uint8, positions in the set (n,) int64, and a list of (index among them,
+        message) for files that cannot be read."""
         images = torch.zeros(len(requests), 3, self.size, self.size, dtype=torch.uint8)
         images = images.contiguous(memory_format=torch.channels_last)  # as they are decoded
         unreadable = []
@@ -366,8 +367,8 @@ def _decode(chunks, reader, workers, device, ahead):
 
 
 def _gather(decoded, count, device):
-    """The next ``count`` decoded images, on the device, their positions, on the host, and the list of the
-    unreadable."""
+    """The next ``count`` decoded images, on the device, their positions, on the host, and a list of
+    (index among them, message) for files that cannot be read."""
     images, positions, unreadable = [], [], []
     for start in range(0, count, CHUNK):
         some_images, some_positions, some_unreadable = next(decoded)
@@ -388,7 +389,7 @@ def _stop_or_skip(unreadable, image_set, skipped):
     """``_stop`` for unreadable files or, if the set skips such files, one line for each new one.
 
     Args:
-        unreadable: list of (position, message).
+        unreadable: list of (index in the batch, message).
         skipped: set of the messages printed so far; grows.
     """
     for _, message in unreadable:

@@ -10,12 +10,11 @@ import io
 import itertools
 import os
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from engine.folders import Found, image_tree, listed, part_of, relative
+from engine.folders import Found, composed, image_tree, listed, part_of, relative
 from engine.images import IMAGE_SUFFIXES, ImageSet, reason
 from utils import UserError
 
@@ -55,7 +54,7 @@ def find_table(path, root, columns=(), classes=None, only_test=False):
     row_of = _files_of_rows(rows, _Tree(files, root, os.path.dirname(os.path.abspath(path))), path)
     labelled = {file: row for file, row in row_of.items() if row.label and row.part != "unlabeled"}
     classes = _classes([*labelled.values()], path, label_column, classes)
-    number = {_composed(name): k for k, name in enumerate(classes)}
+    number = {composed(name): k for k, name in enumerate(classes)}
 
     parts = {}
     for part in ("train", "test", "val"):
@@ -97,7 +96,7 @@ def _classes(rows, path, column, known):
     if not rows:
         raise UserError(f"no row of {path} has a label in the column '{column}': fill in some")
     if known:
-        names = set(map(_composed, known))
+        names = set(map(composed, known))
         for row in rows:
             if row.label not in names:
                 raise UserError(
@@ -165,7 +164,7 @@ def read_rows(path, columns=()):
                 )
             cells += [""] * (len(header) - len(cells))
             part = "train" if split is None else cells[split].strip()
-            rows.append(Row(reader.line_num, cells[file], _composed(cells[label].strip()), part))
+            rows.append(Row(reader.line_num, cells[file], composed(cells[label].strip()), part))
     except csv.Error as error:
         raise UserError(f"line {reader.line_num} of {path} cannot be read: {error}") from error
     if not rows:
@@ -243,11 +242,6 @@ def _checked(row, path):
     return row._replace(part=part)
 
 
-def _composed(name):
-    """A name with accents in one form: a Mac stores them as characters of their own, other systems do not."""
-    return unicodedata.normalize("NFC", name)
-
-
 # --------------------------------------------------------------------------------------- the files of a table
 
 
@@ -286,7 +280,7 @@ class _Tree:
         """``beside``: the folder of the table, absolute."""
         self.root, self.places = root, (os.path.abspath(root), beside)
         self.tops = [os.path.join(place, "") for place in (self.places[0], os.path.realpath(root))]
-        names = [_composed(name) for name in relative(files, root)]
+        names = [composed(name) for name in relative(files, root)]
         self.indices = []  # of full names, then of names without suffix: {name: files}, {last part: names}
         for spelled in (names, [os.path.splitext(name)[0] for name in names]):
             files_of, names_of = defaultdict(list), defaultdict(list)
@@ -333,12 +327,12 @@ class _Tree:
 
     def _named(self, name):
         """The file of this name in the folder of images, with or without suffix."""
-        name = _composed(name)
+        name = composed(name)
         return next((files_of[name] for files_of, _ in self.indices if name in files_of), [])
 
     def _ending(self, name, part):
         """The files at any depth whose name ends like this; a folder of test images has none for training."""
-        name = _composed(name)
+        name = composed(name)
         for files_of, names_of in self.indices:
             near = {full for full in names_of.get(name.rpartition("/")[2], ()) if full.endswith(f"/{name}")}
             if part in ("train", "unlabeled"):
@@ -359,7 +353,7 @@ def _spellings(written):
     Label Studio writes ``/data/upload/1/ab12cd34-cat.jpg``, where the name of the file stands behind eight
     letters and a dash, or ``/data/local-files/?d=folder/cat.jpg``; addresses of the web may end in a query.
     """
-    names = [written, _plain(written)]
+    names = [written, _with_slashes(written)]
     text = names[1]
     if "://" in text or text.startswith("/data/"):
         path, _, query = text.partition("?")
@@ -370,7 +364,7 @@ def _spellings(written):
     return dict.fromkeys(names)
 
 
-def _plain(written):
+def _with_slashes(written):
     return written.strip().replace("\\", "/")
 
 

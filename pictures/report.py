@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from engine.evaluation import predictions
 from engine.files import read_checked, write_atomically
-from engine.images import image_size
+from engine.images import dimensions
 from engine.loader import batches
 from pictures.drawing import STUDENT, TEACHER, encoded, method_of, things_of
 from run.record import read_confusion
@@ -154,7 +154,7 @@ def examples_of(rows, outputs, networks, dataset):
     for i, row in enumerate(rows.tolist()):
         image, true, guesses, distance = images[i], shown.targets[i].item(), {}, None
         if files and dataset.crop == "pad":  # the networks see the whole image, stretched to a square
-            image = in_proportion(image, image_size(files[i]))
+            image = in_proportion(image, dimensions(files[i]))
         for network, probabilities in networks.items():
             p = probabilities[row]
             guesses[network] = Guess(dataset.classes[p.argmax()], p.max().item(), p[true].item())

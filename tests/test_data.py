@@ -12,6 +12,7 @@ import unicodedata
 import urllib.error
 import urllib.request
 import zlib
+from dataclasses import MISSING, fields
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import data
+import main
 from data import load_dataset, split_labels, write_labeled
+from engine.checkpoint import upgrade
 from engine.folders import image_tree, place_of, relative
 from engine.images import channel_statistics
 from utils import UserError
@@ -458,6 +461,16 @@ def test_copies_on_both_sides_stay_where_their_names_are(tmp_path):
     assert sides(first)[1] == sides(again)[1] == test
 
 
+def test_every_option_is_a_flag_with_the_same_default():
+    """A field that is called otherwise would never get its flag's value."""
+    flags = main.build_parser().flags
+    options = [each for each in fields(data.Options) if each.name not in ("record", "only_test")]
+    assert {each.name for each in options} < flags.keys()
+    for each in options:
+        if each.default is not MISSING:
+            assert each.default == flags[each.name].default
+
+
 def test_files_are_in_the_order_of_their_whole_paths(tmp_path):
     """Checkpoints know the images of some data sets by their positions."""
     names = ("a/x.png", "a-b.png", "a/1/z.png", "a/1.png", "B.png")
@@ -472,6 +485,7 @@ def test_a_run_of_an_early_version_keeps_its_test_images(tmp_path):
     """Whose checkpoint lists none: they were drawn class by class, a rounded share but at least one."""
     write_tree(tmp_path, {"a": 13, "b": 2, "c": 7})
     record = {"classes": ["a", "b", "c"], "mean": [0.5] * 3, "std": [0.2] * 3, "size": 10}
+    record = upgrade({"data": record})["data"]
     test = load_dataset("folder", tmp_path, num_labeled=3, record=record).test
     random, expected = np.random.RandomState(0), []
     for name, count, drawn in (("a", 13, 3), ("b", 2, 1), ("c", 7, 1)):

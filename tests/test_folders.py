@@ -19,6 +19,7 @@ import main
 import visualize
 from data import Dataset, load_dataset, split_labels, write_labeled
 from engine import images
+from engine.checkpoint import upgrade
 from engine.folders import image_tree, place_of
 from run.record import read_run
 
@@ -405,9 +406,10 @@ def test_stages_tell_files_apart_by_size_ends_and_content(tmp_path):
 
 
 def old_record(dataset, files, **changed):
-    """The record that an earlier version would have written of this data set."""
+    """The record that an earlier version would have written of this data set, as a checkpoint is read."""
     record = dataset.record() | changed
     del record["fingerprint"]
+    record = upgrade({"data": record})["data"]
     old = dict(zip(files, images.fingerprints(files, 1, "pieces").tolist(), strict=True))
 
     def prints(part):
@@ -443,10 +445,25 @@ def test_records_of_the_earlier_fingerprints_go_on(tmp_path):
     assert "unlabeled/ (the run was started without it)" in said(again)
     assert not any("not those that the run had" in note or "measured on" in note for note in again.notes)
     written = again.record()
-    assert "fingerprint" not in written  # the run stays with its rule
+    assert written["fingerprint"] == "pieces"  # the run stays with its rule
     assert torch.equal(written["trained"], record["trained"])
     evaluated = load_dataset("folder", tmp_path, **options, record=written, only_test=True)
     assert evaluated.test.names == first.test.names
+
+
+def test_a_record_without_fingerprints_of_the_labels_knows_its_moved_folder(tmp_path):
+    """As one version wrote it, which knew the images that it learned from by their fingerprints together."""
+    write_tree(tmp_path / "mine", {"cat": 20, "dog": 20})
+    first = load_dataset("folder", tmp_path / "mine", num_labeled=4)
+    record = first.record()
+    for key in ("labeled_prints", "labeled_targets", "val_prints", "val_targets", "tested_targets"):
+        del record[key]
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    options = {"num_labeled": 4, "record": upgrade({"data": record})["data"], "only_test": True}
+    test = load_dataset("folder", tmp_path / "moved", **options).test
+    assert test.names == first.test.names
+    (tmp_path / "moved" / test.names[0]).rename(tmp_path / "moved/cat/renamed.png")
+    assert "cat/renamed.png" in load_dataset("folder", tmp_path / "moved", **options).test.names
 
 
 def test_a_folder_that_was_a_class_stays_one(tmp_path):
@@ -508,6 +525,7 @@ def test_stl10_learns_from_no_test_image(tmp_path, monkeypatch):
     assert len(again.unlabeled) == 56 and again.copies == dataset.copies
     assert len(load_dataset("stl10", tmp_path, num_labeled=20, record=whole.record()).unlabeled) == 60
     of_before = {key: value for key, value in whole.record().items() if key != "copies"}
+    of_before = upgrade({"data": of_before})["data"]
     assert len(load_dataset("stl10", tmp_path, num_labeled=20, record=of_before).unlabeled) == 60
 
 

@@ -22,11 +22,12 @@ import main
 import predict
 from augmentation import GREY, OPERATIONS, Draws, ImageViews, RandAugment, fill_level
 from data import load_dataset
+from engine.checkpoint import upgrade
 from engine.folders import image_tree
 from engine.images import (
     ORIENTATION,
     Reading,
-    image_size,
+    dimensions,
     levels,
     opened,
     read_crop,
@@ -131,7 +132,7 @@ def check_same_pixels(path, expected):
     """Every way to read the file gives what it gives for an upright PNG of the expected pixels."""
     upright = path.with_name("upright.png")
     Image.fromarray(np.ascontiguousarray(expected)).save(upright)
-    assert image_size(path) == expected.shape[1::-1] == image_size(upright)
+    assert dimensions(path) == expected.shape[1::-1] == dimensions(upright)
     for crop in ("pad", "none"):
         assert torch.equal(read_image(path, 48, crop), read_image(upright, 48, crop))
     for seed in range(4):
@@ -325,6 +326,7 @@ def test_a_record_of_an_earlier_version_reads_as_that_version_did(tmp_path):
     Image.fromarray(np.full((20, 20), 77.9, np.float32)).save(root / "test/dark/float.tif")
     record = load_dataset("folder", str(root), num_labeled=1.0, workers=0).record()
     del record["value_range"]
+    record = upgrade({"data": record})["data"]
     dataset = load_dataset("folder", str(root), num_labeled=1.0, workers=0, record=record)
     with Image.open(root / "test/dark/0.png") as file:
         wanted = (np.asarray(file) / 257).round()
@@ -625,7 +627,7 @@ def test_more_than_500_megapixels_are_not_read_unless_allowed(tmp_path):
             Image.DecompressionBombError, match="600 megapixels, more than --max-megapixels 500"
         ):
             read()
-    assert image_size(tmp_path / "a.png") == (30000, 20000)
+    assert dimensions(tmp_path / "a.png") == (30000, 20000)
     assert Reading().max_megapixels == 500 == main.build_parser().get_default("max_megapixels")
     assert predict.build_parser().get_default("max_megapixels") == 500
 

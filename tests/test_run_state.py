@@ -1090,7 +1090,7 @@ def test_the_result_comes_before_the_pictures_and_survives_them(here, monkeypatc
     assert found == [counted("results/run")]
 
 
-@pytest.mark.parametrize("place", ["load_dataset", "train_loop", "visualize"])
+@pytest.mark.parametrize("place", ["read_data", "train_loop", "visualize"])
 def test_ctrl_c_is_one_line_and_130(place, here, monkeypatch, capsys):
     def pressed(*_, **__):
         raise KeyboardInterrupt
