@@ -33,7 +33,7 @@ from engine.evaluation import gathered, measure_accuracy, measure_splits, predic
 from engine.learner import Learner, sgd
 from engine.loader import TrainLoader
 from engine.runtime import Runtime
-from methods import METHODS, network_name, saved_members
+from methods import METHODS
 from methods.feedback import ESTIMATORS
 from methods.uda import UDA_LOSSES
 from models import disable_dropout, head_of
@@ -244,7 +244,7 @@ def train(args, runtime, saved, labels_given):
     torch.manual_seed(args.seed)  # the same initial weights in every process
     method = members = None
     if args.finetune:
-        members = saved_members(args, runtime, saved, dataset, dataset.size)
+        members = saved_members(args, runtime, saved, dataset.num_classes, dataset.size)
     else:
         shares = identity.class_shares(args, runtime, dataset)
         method = METHODS[args.method](args, dataset.num_classes, dataset.size, runtime, shares)
@@ -343,7 +343,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     def checkpoint(step, *kinds):
         state.update(meters=meters.state_dict(), loader=loader.state_dict())
         content = method.state_dict() | state
-        names = {role: network_name(vars(args), role) for role in ("teacher", "student")}
+        names = {role: method.network_name(args, role) for role in ("teacher", "student")}
         content |= {"networks": names, "predicting": list(method.members)}
         content |= {"step": step + 1, "args": vars(args), "data": record_of_data}
         identity.save(args, runtime, log, content, kinds)
@@ -474,7 +474,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
 
     def checkpoint(step, *kinds):
         content = {
-            "networks": {"student": network_name(vars(args), "student")},
+            "networks": {"student": METHODS[args.method].network_name(args, "student")},
             "predicting": ["student"],
             "avg_state_dict": network.state_dict(),
             "optimizer": learner.optimizer.state_dict(),
@@ -558,7 +558,7 @@ def evaluate(runtime, found):
         first = first or dataset
         identity.check_same_test(first, dataset, paths[0], each.resume)
         size = record["size"] if record else dataset.size
-        members = saved_members(each, runtime, saved, dataset, size)
+        members = saved_members(each, runtime, saved, dataset.num_classes, size)
         views = build_views(each, dataset, runtime)
         for role, network in members.items():
             name = role if len(found) == 1 else f"{role}{number}"
@@ -610,6 +610,22 @@ def read_data(args, record, labels_given):
             f"--num-classes {args.num_classes}, but {args.dataset} has {dataset.num_classes} classes"
         )
     return dataset
+
+
+def saved_members(args, runtime, saved, num_classes, size):
+    """The networks that predict, {role: network}, on the device: of a checkpoint, but which they are and how
+    they are built is as the command line says."""
+    method = METHODS[args.method]
+    roles = method.predicting_roles(args)
+    if "finetune_step" in saved and len(roles) > 1:
+        utils.tell(runtime, f"{args.resume} holds the finetuned student alone: it is no ensemble")
+        roles = ["student"]
+    names = {role: method.network_name(args, role) for role in roles}
+    options = ("stochastic_depth", "freeze_body", "bn_momentum", "bn_eps")
+    options = {name: getattr(args, name) for name in options}
+    checkpoint = Checkpoint(saved | {"networks": names, "predicting": roles}, args.resume)
+    members = checkpoint.members(num_classes, size, **options)
+    return {role: runtime.place(network) for role, network in members.items()}
 
 
 def build_views(args, dataset, runtime):

@@ -123,11 +123,10 @@ def load(run, data_path=None, save_path=None, dataset=None, only_test=True):
     if not isinstance(state, dict) or "avg_state_dict" not in state:
         raise UserError(f"{path} holds no student: it is not a checkpoint of this program")
     dataset = dataset or read_dataset(run, state.get("data"), data_path, only_test)
-    saved, networks = Checkpoint(state, path), {}
-    for title, role in ((TEACHER, "teacher"), (STUDENT, "student")):
-        if role == "student" or "teacher_state_dict" in state:
-            network = saved.network(role, dataset.num_classes, dataset.size)
-            networks[title] = runtime.place(network).eval()
+    titles = {"teacher": TEACHER, "student": STUDENT}
+    roles = [role for role in titles if role == "student" or "teacher_state_dict" in state]
+    members = Checkpoint(state | {"predicting": roles}, path).members(dataset.num_classes, dataset.size)
+    networks = {titles[role]: runtime.place(network).eval() for role, network in members.items()}
     points = dataset.size == 0
     views = PointViews(0, 0) if points else ImageViews(dataset.size, dataset.mean, dataset.std)
     return networks, dataset, views, runtime

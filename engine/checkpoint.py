@@ -65,10 +65,10 @@ class Checkpoint(dict):
     def weights(self, role="student"):
         """The weights that predict: of the student or the teacher, those of its moving average where it has
         one; UserError without any."""
-        average = "avg_state_dict" if role == "student" else "teacher_avg_state_dict"
-        for name in (average, f"{role}_state_dict"):
-            if isinstance(self.get(name), dict) and self[name]:
-                return self[name]
+        for key in (average_key(role), role):
+            weights = self.get(f"{key}_state_dict")
+            if isinstance(weights, dict) and weights:
+                return weights
         raise UserError(f"{self.path} holds no {role}: it is not a checkpoint of this program and --method")
 
     def network(self, role, num_classes, image_size, model=None, **options):
@@ -92,9 +92,14 @@ class Checkpoint(dict):
         load_state(network, weights, self.path)
         return network
 
-    def members(self, num_classes, image_size):
+    def members(self, num_classes, image_size, **options):
         """{role: ``network``} of the networks whose mean probabilities are the prediction."""
-        return {role: self.network(role, num_classes, image_size) for role in self["predicting"]}
+        return {role: self.network(role, num_classes, image_size, **options) for role in self["predicting"]}
+
+
+def average_key(role):
+    """What the keys of a role's moving average start with."""
+    return "avg" if role == "student" else f"{role}_avg"
 
 
 def upgrade(content):

@@ -10,7 +10,7 @@ import sys
 from data import STATISTICS
 from engine.checkpoint import Checkpoint
 from engine.runtime import Runtime
-from methods import METHODS, network_name
+from methods import METHODS
 from methods.feedback import ESTIMATORS
 from models import TIMM, timm_statistics
 from run.identity import candidates, check_name, default_name
@@ -415,7 +415,7 @@ def expected_statistics(args):
             return saved["data"]["mean"], saved["data"]["std"]
     if args.normalize == "imagenet":
         return STATISTICS["imagenet"]
-    names = {network_name(vars(args), role) for role in ("teacher", "student")}
+    names = {METHODS[args.method].network_name(args, role) for role in ("teacher", "student")}
     try:
         expected = {
             timm_statistics(name) if name.startswith(TIMM) else STATISTICS["imagenet"] for name in names

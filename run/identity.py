@@ -9,7 +9,7 @@ import torch
 
 from engine.checkpoint import Checkpoint
 from engine.files import writing
-from methods import METHODS, network_name
+from methods import METHODS
 from models import count_flops, count_parameters
 from utils import UserError, say, tell
 
@@ -265,7 +265,7 @@ def describe_run(args, runtime, dataset, method, folder, step):
         if role == "perceptron":
             name, inputs = "five layers on class distributions", (dataset.num_classes,)
         else:
-            name, inputs = network_name(vars(args), role), shape
+            name, inputs = method.network_name(args, role), shape
         learning = sum(p.numel() for p in learner.parameters.values())
         total, operations = count_parameters(learner.network), count_flops(learner.network, inputs)
         frozen = f" ({learning:,} learn)" if learning < total else ""
