@@ -38,7 +38,7 @@ import torch
 
 import data
 from augmentation import TABLE, Draws, ImageViews, PointViews
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import Checkpoint, file_name
 from engine.evaluation import measure_accuracy, predictions
 from engine.loader import batches
 from engine.runtime import Runtime
@@ -78,7 +78,7 @@ def checkpoint_path(run, save_path=None):
         there = os.path.relpath(run.args["save_path"], run.args["results_path"])
         places.append(os.path.normpath(run.folder.parent / there))
     kind = "finetune_best" if run.args.get("finetune") else "best"
-    paths = [os.path.join(place, f"{run.args['name']}_{kind}.pth.tar") for place in places]
+    paths = [os.path.join(place, file_name(run.args["name"], kind)) for place in places]
     return next(filter(os.path.isfile, paths), paths[0])
 
 
@@ -86,7 +86,7 @@ def stopped_before_its_evaluation(run, path):
     """A sentence where a run has saved, but not its best at ``path``; None else."""
     if isinstance(path, list) or os.path.isfile(path):
         return None
-    last = path.replace("_best.pth.tar", "_last.pth.tar")
+    last = path.replace(file_name("", "best"), file_name("", "last"))
     stopped = f"{run.name} was stopped before its first evaluation: --resume auto continues it"
     return stopped if os.path.isfile(last) else None
 

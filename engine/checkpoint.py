@@ -21,12 +21,24 @@
 | `finetune_step`, `finetune_top1`, `optimizer`, `scaler` | of finetuning, whose network is `avg_state_dict` |
 
 Random states are not among them: they follow from the seed and the step.
+
+Which checkpoints a run has, and how their files are called, stands in ``KINDS``.
 """
 
 import torch
 
 from models import build_model
 from utils import UserError
+
+# The checkpoints of a run, NAME_KIND.pth.tar: after the last step that was taken, and after the best
+# evaluation. In the order in which --resume auto prefers them. --keep adds one after each evaluation, stepN.
+KINDS = ("last", "finetune_last", "best", "finetune_best")
+SUFFIX = ".pth.tar"
+
+
+def file_name(name, kind):
+    """The file of a run's checkpoint: kind is one of ``KINDS``, or stepN."""
+    return f"{name}_{kind}{SUFFIX}"
 
 
 class Checkpoint(dict):

@@ -8,7 +8,7 @@ import os
 import sys
 
 from data import STATISTICS
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import Checkpoint, file_name
 from engine.runtime import Runtime
 from methods import METHODS
 from methods.feedback import ESTIMATORS
@@ -472,7 +472,7 @@ def read_checkpoint(args, path, runtime, starts):
                 raise UserError(
                     f"there is no checkpoint {paths[0]} to go on from, and no --dataset to start a run with"
                 )
-            name = os.path.basename(paths[0]).removesuffix("_last.pth.tar")
+            name = os.path.basename(paths[0]).removesuffix(file_name("", "last"))
             tell(runtime, f"no checkpoint of {name}: starting at step 0")
             return None, None
     return path, Checkpoint.read(path, runtime)

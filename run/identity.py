@@ -7,7 +7,7 @@ import re
 
 import torch
 
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import KINDS, SUFFIX, Checkpoint, file_name
 from engine.files import writing
 from methods import METHODS
 from models import count_flops, count_parameters
@@ -17,7 +17,7 @@ from utils import UserError, say, tell
 def default_name(args):
     """The name of the data set; of a folder, the folder's own; of an evaluation, its checkpoint's."""
     if args.evaluate and args.resume:
-        return os.path.basename(args.resume).removesuffix(".pth.tar")
+        return os.path.basename(args.resume).removesuffix(SUFFIX)
     if args.dataset == "folder":
         return os.path.basename(os.path.abspath(args.data_path)).lstrip(".") or "folder"
     return args.dataset
@@ -43,14 +43,13 @@ def check_name(name, trains=False):
 
 def checkpoint_path(args, kind):
     """``checkpoint/NAME_KIND.pth.tar``."""
-    return os.path.join(args.save_path, f"{args.name}_{kind}.pth.tar")
+    return os.path.join(args.save_path, file_name(args.name, kind))
 
 
 def checkpoints_of(args):
     """All checkpoints of the run's name that there are: {path: step in the name, None without one}."""
-    pattern = re.compile(
-        re.escape(args.name) + r"_(?:last|best|finetune_last|finetune_best|step(\d{8,}))\.pth\.tar"
-    )
+    kinds = rf"_(?:{'|'.join(KINDS)}|step(\d{{8,}}))"
+    pattern = re.compile(re.escape(args.name) + kinds + re.escape(SUFFIX))
     names = os.listdir(args.save_path) if os.path.isdir(args.save_path) else []
     found = filter(None, map(pattern.fullmatch, names))
     return {os.path.join(args.save_path, match[0]): match[1] and int(match[1]) for match in found}
@@ -127,8 +126,7 @@ def candidates(args, resume):
     if resume != "auto":
         return [resume] if resume else []
     name = args.name or default_name(argparse.Namespace(**vars(args) | {"resume": None}))
-    kinds = ("last", "finetune_last", "best", "finetune_best")
-    paths = [os.path.join(args.save_path, f"{check_name(name)}_{kind}.pth.tar") for kind in kinds]
+    paths = [os.path.join(args.save_path, file_name(check_name(name), kind)) for kind in KINDS]
     left = of_other_runs(paths)
     return [path for path in paths if path not in left]
 
