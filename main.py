@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 import utils
 from augmentation import ImageViews, PointViews
-from data import NAMES, OPTIONS, load_dataset, write_labeled
+from data import NAMES, OPTIONS, POINTS, load_dataset, write_labeled
 from engine.checkpoint import Checkpoint, load_state
 from engine.evaluation import gathered, measure_accuracy, measure_splits, predictions, score
 from engine.learner import Learner, sgd
@@ -116,7 +116,7 @@ def build_parser():
     add("--randaug", type=between(int, 0, 100), nargs=2, default=[2, 16], metavar=("LAYERS", "MAGNITUDE"), help="operations per image in the strong view, and their strength, 10 for the full range (CIFAR-10 recipe: 2 16)", only=lambda args: on_images(args) and (METHODS[args.method].uses_strong_view or args.labeled_view == "strong"))
     add("--labeled-view", default="weak", choices=("weak", "strong"), help="augmentation of the labelled images (strong: RandAugment, as in the paper's Table 10)", only=on_images)
     add("--mixup-alpha", type=rate, default=0.0, metavar="F", help="mix labelled images, shares from Beta(F, F), in the loss of the teacher or only network; 0: none (semimeta recipe: 1)", only=of("supervised uda fixmatch mpl semimeta"))
-    add("--jitter", type=rate, nargs=2, default=[0.0, 0.3], metavar=("WEAK", "STRONG"), help="two moons: standard deviation of the noise of each view", only=on("twomoons"))
+    add("--jitter", type=rate, nargs=2, default=[0.0, 0.3], metavar=("WEAK", "STRONG"), help="two moons: standard deviation of the noise of each view", only=on(*POINTS))
 
     add = parser.group("networks")
     add("--model", help="wrn-DEPTH-WIDTH, mlp-2-8-8-2, convlarge, efficientnet-b0 to -l2, a classifier of torchvision, or timm/NAME (default: by data set, wrn-28-2)", identity=True)
@@ -203,6 +203,7 @@ def main(argv):
     """From a command line to a trained, finetuned or evaluated network; UserError for invalid input."""
     parser = build_parser()
     args, given = parser.parse_given(argv)
+    arguments.check_resumed(args)
     runs = []  # the arguments of a run and its checkpoint; several to be evaluated together
     if not args.resume:
         runs.append((arguments.resolve(parser, args, given), None))  # checked before a device is started

@@ -44,7 +44,6 @@ from engine.files import csv_text, write_atomically, write_csv, writing
 from engine.folders import image_tree, listed, relative
 from engine.images import (
     IMAGE_SUFFIXES,
-    SMALL,
     ImageSet,
     Reading,
     constant_lines,
@@ -130,8 +129,7 @@ def read_classifier(args, runtime):
     known, images = saved["args"], saved["data"]
     if images["size"] == 0:
         raise UserError(f"{path} was trained on points: predict.py needs a network for images")
-    crop = images.get("crop", "none" if images["size"] > SMALL else "pad")  # early versions recorded none
-    value_range = images.get("value_range")  # early versions recorded none
+    crop, value_range = images["crop"], images["value_range"]
     statistics = [*images["mean"], *images["std"]]
     if isinstance(value_range, list):
         statistics += value_range

@@ -188,7 +188,7 @@ def regions_of(runs, data_path=None, save_path=None, dataset=None):
     ``dataset`` saves reading it again.
     """
     for run in runs:
-        if run.args["dataset"] != "twomoons":
+        if run.args["dataset"] not in data.POINTS:
             raise UserError(f"{run.folder} is not a two-moons run: decision regions need points in the plane")
     panels, methods = [], [method_of(run) for run in runs]
     for run in runs:
@@ -359,7 +359,7 @@ def calibration_of(run, outputs):
 
 def mistakes_of(run, count, data_path=None, save_path=None):
     """The figure of up to ``count`` test images of each kind of ``report.mistakes``."""
-    if run.args["dataset"] == "twomoons":
+    if run.args["dataset"] in data.POINTS:
         raise UserError(f"{run.folder} is of points, which are no pictures: draw its regions")
     networks, dataset, views, runtime = load(run, data_path, save_path)
     outputs = report.outputs_of(networks, dataset, views, runtime)
@@ -382,7 +382,7 @@ def report_of(run, data_path=None, save_path=None):
         networks, dataset, views, runtime = load(run, data_path, save_path)
         outputs = report.outputs_of(networks, dataset, views, runtime)
         figures["calibration"] = calibration_of(run, outputs)
-        if run.args["dataset"] == "twomoons":
+        if run.args["dataset"] in data.POINTS:
             figures["regions"] = regions_of([run], data_path, save_path)
     return report.write(run, figures, outputs, dataset, checkpoint, missing)
 
@@ -575,7 +575,7 @@ def finished_run(folder, dataset=None):
     """
     run = read_run(folder)
     paths = [save(draw_curves([run]), run.folder / "curves.png")] if run.records else []
-    if run.args["dataset"] == "twomoons":
+    if run.args["dataset"] in data.POINTS:
         return [*paths, save(regions_of([run], dataset=dataset), run.folder / "regions.png")]
     return [*paths, save(confusion_of([run]), run.folder / "confusion.png")]
 
@@ -636,7 +636,7 @@ PICTURE = {"type": picture_path, "metavar": "FILE"}
 OUT = argument("--out", **PICTURE, help="PNG or SVG to write (default: a PNG in the folder of the run)")
 CHECKPOINTS = argument("--save-path", metavar="DIR", help="folder of the checkpoints (default: as in the run)")
 DATA = argument("--data-path", metavar="DIR", help="folder of the data set (default: as in the run)")
-IMAGE_SETS = [name for name in data.NAMES if name != "twomoons"]
+IMAGE_SETS = [name for name in data.NAMES if name not in data.POINTS]
 
 COMMANDS = {
     "curves": Command(

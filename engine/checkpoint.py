@@ -27,6 +27,7 @@ Which checkpoints a run has, and how their files are called, stands in ``KINDS``
 
 import torch
 
+from engine.images import SMALL
 from models import build_model
 from utils import UserError
 
@@ -114,9 +115,25 @@ def average_key(role):
     return "avg" if role == "student" else f"{role}_avg"
 
 
+# flags that came later, with the values that say what was done without them
+LATER_FLAGS = {
+    "value_range": None,
+    "freeze_body": False,
+    "body_lr_scale": 1.0,
+    "bn_momentum": 0.01,
+    "bn_eps": None,
+}
+
+
 def upgrade(content):
     """The content of a checkpoint of an earlier version with the keys of today's."""
     known = content.get("args") if isinstance(content.get("args"), dict) else {}
+    if known:
+        known = content["args"] = LATER_FLAGS | known
+    images = content.get("data")
+    if isinstance(images, dict) and isinstance(images.get("size"), int):
+        crop = "none" if images["size"] > SMALL else "pad"
+        content["data"] = {"crop": crop, "value_range": None} | images
     if "networks" not in content:
         names = {"teacher": known.get("model"), "student": known.get("student_model") or known.get("model")}
         content["networks"] = {role: name for role, name in names.items() if isinstance(name, str)}

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import POINTS
 from engine.files import write_atomically, writing
 from utils import UserError
 
@@ -54,7 +55,7 @@ def method_of(run):
 
 def things_of(run):
     """What the data set of a run consists of: points or images."""
-    return "points" if run.args["dataset"] == "twomoons" else "images"
+    return "points" if run.args["dataset"] in POINTS else "images"
 
 
 def names_of(runs):

@@ -229,8 +229,7 @@ def finetuned_before(args, runtime, saved, run, base):
         return {}
     found = Checkpoint.read(path, runtime)
     names = ["freeze_body", "body_lr_scale", *(name for name in vars(args) if name.startswith("finetune_"))]
-    theirs = {"freeze_body": False, "body_lr_scale": 1.0} | found["args"]  # flags that came later
-    same = all(theirs.get(name) == getattr(args, name) for name in names)
+    same = all(found["args"].get(name) == getattr(args, name) for name in names)
     if found.get("run") == run and found["step"] == base and same and "loader" in found:
         return found
     if args.finetune and not args.overwrite:
