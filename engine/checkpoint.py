@@ -158,13 +158,12 @@ def well_formed(content):
     return named and isinstance(content.get("args", {}), dict) and (described or "data" not in content)
 
 
-def load_state(module, state, path, advice="give the --model and --num-classes that it was trained with"):
-    """``module.load_state_dict`` with a sentence instead of a list when the network is another one.
-
-    Raises:
-        UserError: names or shapes differ; the message ends with the advice.
-    """
+def load_state(module, state, path):
+    """``module.load_state_dict``; UserError, a sentence instead of a list, where names or shapes differ."""
     try:
         module.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the network in {path} is not the one asked for: {advice}") from error
+        raise UserError(
+            f"the network in {path} is not the one asked for: give the --model and --num-classes that it was "
+            "trained with"
+        ) from error

@@ -23,6 +23,7 @@ import main
 import utils
 import visualize
 from data import load_dataset
+from engine.checkpoint import Checkpoint
 from engine.evaluation import measure_accuracy, predictions
 from engine.runtime import Runtime
 from methods import METHODS as METHOD_CLASSES
@@ -439,11 +440,10 @@ def test_the_teacher_of_pseudo_labels_is_the_network_in_its_file(supervised, her
     assert summary("run")["teacher_top1"] == expected
 
 
-def norms(**args):
+def norms(words=(), saved=None, path=None):
     """(epsilon, momentum) of the batch norms that a command builds for ResNet-18."""
-    arguments = main.parse_arguments(
-        ["--dataset", "folder", "--model", "resnet18", *args.pop("words", ())], **args
-    )
+    words = ["--dataset", "folder", "--model", "resnet18", *words]
+    arguments = main.parse_arguments(words, Checkpoint(saved) if saved else None, path)
     network = build_network(arguments, 3, 80, "student")
     return {(m.eps, m.momentum) for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)}
 
