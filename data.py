@@ -768,6 +768,7 @@ READERS = {
     "folder": _folder,
 }
 NAMES = tuple(READERS)
+POINTS = ("twomoons",)  # of points in the plane, not of images
 WITHOUT_FILES = ("twomoons", "digits")  # come with the program and its libraries
 
 

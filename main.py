@@ -27,13 +27,13 @@ import torch.nn.functional as F
 
 import utils
 from augmentation import ImageViews, PointViews
-from data import NAMES, read_data, write_labeled
+from data import NAMES, POINTS, read_data, write_labeled
 from engine.checkpoint import Checkpoint, load_state
 from engine.evaluation import gathered, measure_accuracy, measure_splits, predictions, score
 from engine.learner import Learner, sgd
 from engine.loader import TrainLoader
 from engine.runtime import Runtime
-from methods import METHODS, network_name, saved_members
+from methods import METHODS
 from methods.feedback import ESTIMATORS
 from methods.uda import UDA_LOSSES
 from models import disable_dropout, head_of
@@ -115,7 +115,7 @@ def build_parser():
     add("--randaug", type=between(int, 0, 100), nargs=2, default=[2, 16], metavar=("LAYERS", "MAGNITUDE"), help="operations of RandAugment per image of the strong view, and their strength; 10 is the full range (CIFAR-10 recipe: 2 16)", only=lambda args: on_images(args) and (METHODS[args.method].uses_strong_view or args.labeled_view == "strong"))
     add("--labeled-view", default="weak", choices=("weak", "strong"), help="view of the labelled images; strong: with RandAugment, as in the paper's Table 10", only=on_images)
     add("--mixup-alpha", type=rate, default=0.0, metavar="F", help="mixup of labelled images, with shares from Beta(F, F), in the loss of the teacher or of the only network; 0: none (semimeta recipe: 1)", only=of("supervised uda fixmatch mpl semimeta"))
-    add("--jitter", type=rate, nargs=2, default=[0.0, 0.3], metavar=("WEAK", "STRONG"), help="two moons: standard deviation of the noise in the weak and in the strong view (recipe: 0 0.15)", only=on("twomoons"))
+    add("--jitter", type=rate, nargs=2, default=[0.0, 0.3], metavar=("WEAK", "STRONG"), help="two moons: standard deviation of the noise in the weak and in the strong view (recipe: 0 0.15)", only=on(*POINTS))
 
     add = parser.group("networks")
     add("--model", help="wrn-DEPTH-WIDTH, mlp-2-8-8-2, convlarge, efficientnet-b0 to -l2, a classifier of torchvision, or timm/NAME (default: depends on the data set)", identity=True)
@@ -202,6 +202,7 @@ def main(argv):
     """From a command line to a trained, finetuned or evaluated network; UserError for invalid input."""
     parser = build_parser()
     args, given = parser.parse_given(argv)
+    arguments.check_resumed(args)
     runs = []  # the arguments of a run and its checkpoint; several to be evaluated together
     if not args.resume:
         runs.append((arguments.resolve(parser, args, given), None))  # checked before a device is started
@@ -243,7 +244,7 @@ def train(args, runtime, saved, labels_given):
     torch.manual_seed(args.seed)  # the same initial weights in every process
     method = members = None
     if args.finetune:
-        members = saved_members(args, runtime, saved, dataset, dataset.size)
+        members = saved_members(args, runtime, saved, dataset.num_classes, dataset.size)
     else:
         shares = identity.class_shares(args, runtime, dataset)
         method = METHODS[args.method](args, dataset.num_classes, dataset.size, runtime, shares)
@@ -342,7 +343,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     def checkpoint(step, *kinds):
         state.update(meters=meters.state_dict(), loader=loader.state_dict())
         content = method.state_dict() | state
-        names = {role: network_name(vars(args), role) for role in ("teacher", "student")}
+        names = {role: method.network_name(args, role) for role in ("teacher", "student")}
         content |= {"networks": names, "predicting": list(method.members)}
         content |= {"step": step + 1, "args": vars(args), "data": record_of_data}
         identity.save(args, runtime, log, content, kinds)
@@ -473,7 +474,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
 
     def checkpoint(step, *kinds):
         content = {
-            "networks": {"student": network_name(vars(args), "student")},
+            "networks": {"student": METHODS[args.method].network_name(args, "student")},
             "predicting": ["student"],
             "avg_state_dict": network.state_dict(),
             "optimizer": learner.optimizer.state_dict(),
@@ -557,7 +558,7 @@ def evaluate(runtime, found):
         first = first or dataset
         identity.check_same_test(first, dataset, paths[0], each.resume)
         size = record["size"] if record else dataset.size
-        members = saved_members(each, runtime, saved, dataset, size)
+        members = saved_members(each, runtime, saved, dataset.num_classes, size)
         views = build_views(each, dataset, runtime)
         for role, network in members.items():
             name = role if len(found) == 1 else f"{role}{number}"
@@ -590,6 +591,22 @@ def evaluate(runtime, found):
 
 
 # ---------------------------------------------------------------- views of a command line
+
+
+def saved_members(args, runtime, saved, num_classes, size):
+    """The networks that predict, {role: network}, on the device: of a checkpoint, but which they are and how
+    they are built is as the command line says."""
+    method = METHODS[args.method]
+    roles = method.predicting_roles(args)
+    if "finetune_step" in saved and len(roles) > 1:
+        utils.tell(runtime, f"{args.resume} holds the finetuned student alone: it is no ensemble")
+        roles = ["student"]
+    names = {role: method.network_name(args, role) for role in roles}
+    options = ("stochastic_depth", "freeze_body", "bn_momentum", "bn_eps")
+    options = {name: getattr(args, name) for name in options}
+    checkpoint = Checkpoint(saved | {"networks": names, "predicting": roles}, args.resume)
+    members = checkpoint.members(num_classes, size, **options)
+    return {role: runtime.place(network) for role, network in members.items()}
 
 
 def build_views(args, dataset, runtime):

@@ -458,6 +458,14 @@ def _first_line(error):
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def _nothing_published(name):
+    """The ValueError for a network whose weights nobody publishes."""
+    return ValueError(
+        f"there are no published weights for {name}: give a file with --weights FILE, or leave --pretrained "
+        "out"
+    )
+
+
 def _not_downloaded(name, url, error):
     """The ValueError for a failed download of weights; it says what to do without internet."""
     return ValueError(
@@ -471,10 +479,7 @@ def _download_state(name):
     try:
         weights = _torchvision().get_model_weights(name.replace("-", "_")).DEFAULT
     except ValueError as error:
-        raise ValueError(
-            f"there are no published weights for {name}: "
-            "give a file with --weights FILE, or leave --pretrained out"
-        ) from error
+        raise _nothing_published(name) from error
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:  # no internet, or a damaged file
@@ -485,10 +490,7 @@ def _download_timm_state(name, num_classes, image_size):
     """The state dict with timm's weights for `name`; ValueError without weights, or without internet."""
     config = _timm_config(name)
     if not config.has_weights:
-        raise ValueError(
-            f"there are no published weights for {name}: "
-            "give a file with --weights FILE, or leave --pretrained out"
-        )
+        raise _nothing_published(name)
     url = config.url
     if config.hf_hub_id:  # timm looks there first
         file = config.hf_hub_filename or "model.safetensors"
@@ -812,12 +814,3 @@ class ModelEMA:
             a, b = zip(*copied, strict=True)
             torch._foreach_copy_(a, b)
         self.updates += 1
-
-    def state_dict(self):
-        """The network's state and the number of updates, to continue exactly."""
-        return {"network": self.network.state_dict(), "updates": self.updates}
-
-    def load_state_dict(self, state):
-        """Continue from a result of `state_dict`; RuntimeError if it belongs to another network."""
-        self.network.load_state_dict(state["network"])
-        self.updates.fill_(state["updates"])

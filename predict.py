@@ -44,7 +44,6 @@ from engine.files import csv_text, write_atomically, write_csv, writing
 from engine.folders import image_tree, listed, relative
 from engine.images import (
     IMAGE_SUFFIXES,
-    SMALL,
     ImageSet,
     Reading,
     constant_lines,
@@ -105,12 +104,7 @@ class Classifier(NamedTuple):
 
     network: torch.nn.Module  # of a run with --ensemble both of its networks
     classes: list  # K names
-    mean: list  # per channel, of images / 255
-    std: list
-    size: int  # pixels, height and width
-    crop: str  # "pad" or "none", as in ``data.Dataset``
-    value_range: list | None  # low and high of deep images, as in ``images.Reading``
-    record: dict  # what the run knows of its images: ``data.Dataset.record``
+    images: dict  # what the run knows of its images: ``data.Dataset.record``
 
 
 def read_classifier(args, runtime):
@@ -130,8 +124,7 @@ def read_classifier(args, runtime):
     known, images = saved["args"], saved["data"]
     if images["size"] == 0:
         raise UserError(f"{path} was trained on points: predict.py needs a network for images")
-    crop = images.get("crop", "none" if images["size"] > SMALL else "pad")  # early versions recorded none
-    value_range = images.get("value_range")  # early versions recorded none
+    crop, value_range = images["crop"], images["value_range"]
     statistics = [*images["mean"], *images["std"]]
     if isinstance(value_range, list):
         statistics += value_range
@@ -164,16 +157,7 @@ def read_classifier(args, runtime):
         amp = False
     runtime.configure(amp, dtype, chosen("channels_last"))
     network = Ensemble(members) if len(members) > 1 else members[0]
-    return Classifier(
-        runtime.place(network).eval(),
-        classes,
-        images["mean"],
-        images["std"],
-        images["size"],
-        crop,
-        value_range,
-        images,
-    )
+    return Classifier(runtime.place(network).eval(), classes, images)
 
 
 # ---------------------------------------------------------------- from images to rows
@@ -199,8 +183,8 @@ def classify(args):
     named, notes = named_images(args.paths)
     classifier = read_classifier(args, runtime)
     images = image_set(args, classifier, named)
-    if classifier.value_range:
-        notes.append(value_range_line(classifier.value_range))
+    if value_range := classifier.images["value_range"]:
+        notes.append(value_range_line(value_range))
     which = f"the images in '{args.paths[0]}'" if len(args.paths) == 1 else "the images"
     tell(runtime, *notes, *constant_lines(images, which))
     folders = class_folders(args, classifier.classes) if args.copy_to else None
@@ -259,7 +243,7 @@ def named_images(paths):
 
 def known_images(images, classifier):
     """{file: (class, part)} of the images that the run has labels for; part is "train", "val" or "test"."""
-    record, known = classifier.record, {}
+    record, known = classifier.images, {}
     if "tested_targets" not in record:  # not of files, or of an earlier version
         return {}
     for kind, part in (("labeled", "train"), ("val", "val"), ("tested", "test")):
@@ -277,22 +261,23 @@ def image_set(args, classifier, named):
     def natural(file):
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", named[file])]
 
-    files = sorted(named, key=natural)
+    files, value_range = sorted(named, key=natural), classifier.images["value_range"]
     return ImageSet(
         [-1] * len(files),
         files=files,
-        size=classifier.size,
-        crop=classifier.crop,
+        size=classifier.images["size"],
+        crop=classifier.images["crop"],
         workers=args.workers,
         skip_unreadable=True,
-        reading=Reading(classifier.value_range and tuple(classifier.value_range), args.max_megapixels),
+        reading=Reading(value_range and tuple(value_range), args.max_megapixels),
         names=[named[file] for file in files],
     )
 
 
 def predicted(args, runtime, classifier, images):
     """Yields a ``Prediction`` for each image that can be read; UserError if there is none."""
-    views = ImageViews(classifier.size, classifier.mean, classifier.std, crop=classifier.crop, randaug=None)
+    size, mean, std, crop = (classifier.images[name] for name in ("size", "mean", "std", "crop"))
+    views = ImageViews(size, mean, std, crop=crop, randaug=None)
     beside_rows = sys.stdout.isatty() and not (args.out or args.uncertain)
     progress = Progress("predicting", len(images), active=not beside_rows, unit="image")
     paths, readable = zip(images.files, images.names, strict=True), 0
@@ -389,7 +374,7 @@ class Deployed(torch.nn.Module):
     def __init__(self, classifier):
         super().__init__()
         self.network = classifier.network
-        scale, shift = normalization(classifier.mean, classifier.std)
+        scale, shift = normalization(classifier.images["mean"], classifier.images["std"])
         self.register_buffer("scale", scale)
         self.register_buffer("shift", shift)
 
@@ -409,9 +394,10 @@ def export(args):
         raise UserError("--export to ONNX needs two more packages: pip install onnx onnxscript")
     args.amp = args.channels_last = False
     classifier = read_classifier(args, Runtime("cpu", alone=True))
-    module = Deployed(classifier).eval()
-    facts = {name: json.dumps(getattr(classifier, name)) for name in ("classes", "value_range")}
-    images = torch.zeros(2, 3, classifier.size, classifier.size, dtype=torch.uint8)
+    module, size = Deployed(classifier).eval(), classifier.images["size"]
+    facts = {"classes": classifier.classes, "value_range": classifier.images["value_range"]}
+    facts = {name: json.dumps(value) for name, value in facts.items()}
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     program = torch.export.export(module, (images,), dynamic_shapes=({0: torch.export.Dim("N")},))
     if suffix == ".pt2":
         buffer = io.BytesIO()  # written to a full disk, torch's archive would end the whole process

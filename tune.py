@@ -42,7 +42,7 @@ from optuna.trial import TrialState
 import main as program
 from engine.files import write_atomically, writing
 from engine.folders import find_folders
-from pictures.drawing import BLUE, GREEN, GREY, HEADING, TITLE, VERMILION, grid, legible, new_figure, save
+from pictures.drawing import BLUE, GREEN, GREY, TITLE, VERMILION, bare, grid, new_figure, save
 from run import arguments, identity
 from run.arguments import Parser, between
 from run.record import read_run
@@ -229,8 +229,8 @@ def open_study(name, folder, flags, space, args, given):
         UserError: the study, or runs of its name, are of another search; its file is damaged.
     """
     identity.make_folder(folder)
-    properties = program.build_parser().flags
-    settings = {arguments.flag(key): getattr(args, key) for key in given if not properties[key].quiet}
+    parser = program.build_parser()
+    settings = {arguments.flag(key): getattr(args, key) for key in given if not parser.flags[key].quiet}
     settings |= {f"--search of {arguments.flag(key)}": search.text for key, search in space.items()}
     path = folder / "study.db"
     url = sqlalchemy.URL.create("sqlite", database=str(path)).render_as_string()
@@ -248,7 +248,7 @@ def open_study(name, folder, flags, space, args, given):
                 raise UserError(f"{name} was begun {how}: give another --study")
             optuna.delete_study(study_name="search", storage=storage)
             study = optuna.create_study(**about)
-            first = default_values(program.build_parser(), args, space)
+            first = default_values(parser, args, space)
             if drawn := ", ".join(arguments.flag(key) for key in space if key not in first):
                 print(
                     f"the first trial draws {drawn}: the default lies outside of the search", file=sys.stderr
@@ -420,18 +420,15 @@ def draw_search(tuning):
         "first trial": (complete[: complete[0].number == 0], {"marker": "s", "color": GREEN}),
         "best": ([best], {"marker": "D", "color": VERMILION}),
     }
-    figure = new_figure(0.6 + 2.7 * math.ceil((1 + len(tuning.space)) / 2))
     heading = f"{tuning.name}: {len(tuning.trials())} trials, best {best.value:.2f} % on validation data"
-    figure.suptitle(legible(heading), **HEADING)
+    figure = new_figure(0.6 + 2.7 * math.ceil((1 + len(tuning.space)) / 2), heading)
     cells = grid(figure, 1 + len(tuning.space), 2, sharey=True)
     for axes, name in zip(cells, [None, *tuning.space], strict=True):
         for label, (trials, look) in kinds.items():
             places = [position(trial, name, tuning.space[name]) if name else trial.number for trial in trials]
             if trials:
                 axes.plot(places, [*map(accuracy_of, trials)], label=label, linestyle="none", **look)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(True, color="#E6E6E6", linewidth=0.7)
-        axes.set_axisbelow(True)
+        bare(axes)
         axes.margins(0.06)
     for axes in cells[::2]:
         axes.set_ylabel("validation accuracy (%)")

@@ -39,7 +39,7 @@ import torch
 
 import data
 from augmentation import TABLE, Draws, ImageViews, PointViews
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import Checkpoint, file_name
 from engine.evaluation import measure_accuracy, predictions
 from engine.loader import batches
 from engine.runtime import Runtime
@@ -70,16 +70,27 @@ from utils import UserError
 # ------------------------------------------------------------------------------------------ reading a run
 
 
-def checkpoint_path(run, save_path=None):
+def located(run, data_path=None, save_path=None):
+    """The run, with its data and its checkpoints in these folders where they are given."""
+    args = dict(run.args)
+    if data_path:
+        args["data_path"] = data_path
+    if save_path:
+        args["save_path"] = save_path
+        args.pop("results_path", None)  # the checkpoints are looked for nowhere else
+    return run._replace(args=args)
+
+
+def checkpoint_path(run):
     """The checkpoint that a run selected: the best on the validation images, without them the last."""
     if run.args.get("evaluate"):
         return run.args["resume"]
-    places = [save_path or run.args["save_path"]]
-    if not save_path and "results_path" in run.args:  # where it lies beside the results, if both were moved
+    places = [run.args["save_path"]]
+    if "results_path" in run.args:  # where it lies beside the results, if both were moved
         there = os.path.relpath(run.args["save_path"], run.args["results_path"])
         places.append(os.path.normpath(run.folder.parent / there))
     kind = "finetune_best" if run.args.get("finetune") else "best"
-    paths = [os.path.join(place, f"{run.args['name']}_{kind}.pth.tar") for place in places]
+    paths = [os.path.join(place, file_name(run.args["name"], kind)) for place in places]
     return next(filter(os.path.isfile, paths), paths[0])
 
 
@@ -87,7 +98,7 @@ def stopped_before_its_evaluation(run, path):
     """A sentence where a run has saved, but not its best at ``path``; None else."""
     if isinstance(path, list) or os.path.isfile(path):
         return None
-    last = path.replace("_best.pth.tar", "_last.pth.tar")
+    last = path.replace(file_name("", "best"), file_name("", "last"))
     stopped = f"{run.name} was stopped before its first evaluation: --resume auto continues it"
     return stopped if os.path.isfile(last) else None
 
@@ -104,13 +115,13 @@ def missing_checkpoint(run, path):
     return None
 
 
-def load(run, data_path=None, save_path=None, dataset=None, only_test=True):
+def load(run, dataset=None, only_test=True):
     """What measuring a run takes: {TEACHER: network, STUDENT: network}, ``Dataset``, views and ``Runtime``.
 
     Methods without a teacher have the student alone. ``dataset`` saves reading it again; ``only_test`` reads
     the test images alone, which needs no labels. UserError for a checkpoint that is not one of the run.
     """
-    path = checkpoint_path(run, save_path)
+    path = checkpoint_path(run)
     if missing := missing_checkpoint(run, path):
         raise UserError(missing)
     # the run's precision and memory order, on the device that there is
@@ -123,23 +134,22 @@ def load(run, data_path=None, save_path=None, dataset=None, only_test=True):
     state = runtime.load(path)
     if not isinstance(state, dict) or "avg_state_dict" not in state:
         raise UserError(f"{path} holds no student: it is not a checkpoint of this program")
-    saved, networks = Checkpoint(state, path), {}
-    dataset = dataset or read_dataset(run, saved.get("data"), data_path, only_test)
-    for title, role in ((TEACHER, "teacher"), (STUDENT, "student")):
-        if role == "student" or "teacher_state_dict" in state:
-            network = saved.network(role, dataset.num_classes, dataset.size)
-            networks[title] = runtime.place(network).eval()
+    titles = {"teacher": TEACHER, "student": STUDENT}
+    roles = [role for role in titles if role == "student" or "teacher_state_dict" in state]
+    saved = Checkpoint(state | {"predicting": roles}, path)
+    dataset = dataset or read_dataset(run, saved.get("data"), only_test)
+    members = saved.members(dataset.num_classes, dataset.size)
+    networks = {titles[role]: runtime.place(network).eval() for role, network in members.items()}
     points = dataset.size == 0
     views = PointViews(0, 0) if points else ImageViews(dataset.size, dataset.mean, dataset.std)
     return networks, dataset, views, runtime
 
 
-def read_dataset(run, record, data_path=None, only_test=True):
+def read_dataset(run, record, only_test=True):
     """The data set of a run, in the same parts; ``record``: what its checkpoint knows of it."""
     args = Namespace(**run.args | {"evaluate": only_test})
-    args.data_path = data_path or args.data_path
     indices = run.folder / "labeled_indices.txt"  # earlier versions wrote it and recorded nothing
-    if indices.exists():
+    if indices.exists() and not only_test:
         args.labeled_indices = str(indices)
     return data.read_data(args, record)
 
@@ -182,17 +192,17 @@ def decision_regions(network, extent, resolution):
     return logits.argmax(dim=1).view(rows, resolution).cpu().numpy()
 
 
-def regions_of(runs, data_path=None, save_path=None, dataset=None):
+def regions_of(runs, dataset=None):
     """The figure of one run (teacher and student) or several (the student of each).
 
     ``dataset`` saves reading it again.
     """
     for run in runs:
-        if run.args["dataset"] != "twomoons":
+        if run.args["dataset"] not in data.POINTS:
             raise UserError(f"{run.folder} is not a two-moons run: decision regions need points in the plane")
     panels, methods = [], [method_of(run) for run in runs]
     for run in runs:
-        networks, moons, views, runtime = load(run, data_path, save_path, dataset, only_test=False)
+        networks, moons, views, runtime = load(run, dataset, only_test=False)
         if len(runs) > 1:
             name = method_of(run) if methods.count(method_of(run)) == 1 else run.name
             networks = {name: networks[STUDENT]}
@@ -251,9 +261,9 @@ def confusion_of(runs):
     return draw_confusion(panels, classes)
 
 
-def roles_of(run, data_path=None, save_path=None):
+def roles_of(run):
     """The figure of teacher, student and their ensemble, the mean of both networks' probabilities."""
-    networks, dataset, views, runtime = load(run, data_path, save_path)
+    networks, dataset, views, runtime = load(run)
     if TEACHER not in networks:
         raise UserError(f"the checkpoint of {run.name} holds no teacher: draw confusion without --roles")
     outputs, k = report.outputs_of(networks, dataset, views, runtime), dataset.num_classes
@@ -319,13 +329,13 @@ def project(features, kind):
     return points, PROJECTIONS[kind]
 
 
-def features_of(run, data_path=None, save_path=None, projection="tsne"):
+def features_of(run, projection="tsne"):
     """The figure of the student's penultimate features of labelled, unlabelled and test images in 2-D.
 
     All are projected together; of many images an even sample. An evaluation has test images alone.
     """
     only_test = bool(run.args.get("evaluate"))
-    networks, dataset, views, runtime = load(run, data_path, save_path, only_test=only_test)
+    networks, dataset, views, runtime = load(run, only_test=only_test)
     kinds = {"test": dataset.test, "unlabelled": dataset.unlabeled, "labelled": dataset.labeled}
     found = {}
     for kind, image_set in itertools.islice(kinds.items(), 1 if only_test else 3):
@@ -357,11 +367,11 @@ def calibration_of(run, outputs):
     return draw_calibration(report.calibration(prediction, outputs.targets), heading)
 
 
-def mistakes_of(run, count, data_path=None, save_path=None):
+def mistakes_of(run, count):
     """The figure of up to ``count`` test images of each kind of ``report.mistakes``."""
-    if run.args["dataset"] == "twomoons":
+    if run.args["dataset"] in data.POINTS:
         raise UserError(f"{run.folder} is of points, which are no pictures: draw its regions")
-    networks, dataset, views, runtime = load(run, data_path, save_path)
+    networks, dataset, views, runtime = load(run)
     outputs = report.outputs_of(networks, dataset, views, runtime)
     rows = report.mistakes(outputs, dataset, count, outputs.prediction(run))
     if not any(rows.values()):
@@ -369,9 +379,9 @@ def mistakes_of(run, count, data_path=None, save_path=None):
     return draw_mistakes(rows, dataset.classes, f"{run.name} ({method_of(run)}): test images worth a look")
 
 
-def report_of(run, data_path=None, save_path=None):
+def report_of(run):
     """Write the page of a run; returns the path. Without a checkpoint it shows the files of the folder."""
-    checkpoint = checkpoint_path(run, save_path)
+    checkpoint = checkpoint_path(run)
     missing = missing_checkpoint(run, checkpoint)
     figures, outputs, dataset = {}, None, None
     if run.records and not run.args.get("evaluate"):
@@ -379,11 +389,11 @@ def report_of(run, data_path=None, save_path=None):
     if (run.folder / "confusion.json").exists():
         figures["confusion"] = confusion_of([run])
     if not missing:
-        networks, dataset, views, runtime = load(run, data_path, save_path)
+        networks, dataset, views, runtime = load(run)
         outputs = report.outputs_of(networks, dataset, views, runtime)
         figures["calibration"] = calibration_of(run, outputs)
-        if run.args["dataset"] == "twomoons":
-            figures["regions"] = regions_of([run], data_path, save_path)
+        if run.args["dataset"] in data.POINTS:
+            figures["regions"] = regions_of([run])
     return report.write(run, figures, outputs, dataset, checkpoint, missing)
 
 
@@ -575,7 +585,7 @@ def finished_run(folder, dataset=None):
     """
     run = read_run(folder)
     paths = [save(draw_curves([run]), run.folder / "curves.png")] if run.records else []
-    if run.args["dataset"] == "twomoons":
+    if run.args["dataset"] in data.POINTS:
         return [*paths, save(regions_of([run], dataset=dataset), run.folder / "regions.png")]
     return [*paths, save(confusion_of([run]), run.folder / "confusion.png")]
 
@@ -601,12 +611,12 @@ def confusion_command(runs, args):
         return saved(confusion_of(runs), "confusion", args)
     if len(runs) > 1:
         raise UserError("--roles compares the networks of one run: give one folder")
-    return saved(roles_of(runs[0], args.data_path, args.save_path), "confusion_roles", args)
+    return saved(roles_of(runs[0]), "confusion_roles", args)
 
 
 def calibration_command(runs, args):
     (run,) = runs
-    outputs = report.outputs_of(*load(run, args.data_path, args.save_path))
+    outputs = report.outputs_of(*load(run))
     return saved(calibration_of(run, outputs), "calibration", args)
 
 
@@ -636,7 +646,7 @@ PICTURE = {"type": picture_path, "metavar": "FILE"}
 OUT = argument("--out", **PICTURE, help="PNG or SVG to write (default: a PNG in the folder of the run)")
 CHECKPOINTS = argument("--save-path", metavar="DIR", help="folder of the checkpoints (default: as in the run)")
 DATA = argument("--data-path", metavar="DIR", help="folder of the data set (default: as in the run)")
-IMAGE_SETS = [name for name in data.NAMES if name != "twomoons"]
+IMAGE_SETS = [name for name in data.NAMES if name not in data.POINTS]
 
 COMMANDS = {
     "curves": Command(
@@ -645,7 +655,7 @@ COMMANDS = {
         [RUNS, OUT, argument("--each", action="store_true", help="draw a line for each run, even if runs differ by the seed alone")],
     ),
     "regions": Command(
-        lambda runs, args: saved(regions_of(runs, args.data_path, args.save_path), "regions", args),
+        lambda runs, args: saved(regions_of(runs), "regions", args),
         "two moons: decision regions; several runs side by side",
         [RUNS, OUT, CHECKPOINTS, DATA],
     ),
@@ -660,7 +670,7 @@ COMMANDS = {
         [RUNS, OUT],
     ),
     "features": Command(
-        lambda runs, args: saved(features_of(*runs, args.data_path, args.save_path, args.projection), "features", args),
+        lambda runs, args: saved(features_of(*runs, args.projection), "features", args),
         "penultimate features of labelled, unlabelled and test images in 2-D",
         [RUN, OUT, argument("--projection", default="tsne", choices=PROJECTIONS, help="method that turns features into points"), CHECKPOINTS, DATA],
     ),
@@ -670,12 +680,12 @@ COMMANDS = {
         [RUN, OUT, CHECKPOINTS, DATA],
     ),
     "mistakes": Command(
-        lambda runs, args: saved(mistakes_of(*runs, args.count, args.data_path, args.save_path), "mistakes", args),
+        lambda runs, args: saved(mistakes_of(*runs, args.count), "mistakes", args),
         "test images that are most confidently wrong, or on which teacher and student disagree",
         [RUN, OUT, argument("--count", type=between(int, 1), default=6, metavar="N", help="number of images of each kind of mistake"), CHECKPOINTS, DATA],
     ),
     "report": Command(
-        lambda runs, args: os.path.relpath(report_of(*runs, args.data_path, args.save_path)),
+        lambda runs, args: os.path.relpath(report_of(*runs)),
         "report.html in the folder of the run: everything on one page, to read and to send",
         [RUN, CHECKPOINTS, DATA],
     ),
@@ -717,7 +727,8 @@ def build_parser():
 
 def main(argv):
     args = build_parser().parse_args(argv)
-    runs = [read_run(folder) for folder in args.runs]
+    places = {name: getattr(args, name, None) for name in ("data_path", "save_path")}
+    runs = [located(read_run(folder), **places) for folder in args.runs]
     print(COMMANDS[args.command].function(runs, args))
 
 

@@ -21,12 +21,25 @@
 | `finetune_step`, `finetune_top1`, `optimizer`, `scaler` | of finetuning, whose network is `avg_state_dict` |
 
 Random states are not among them: they follow from the seed and the step.
+
+Which checkpoints a run has, and how their files are called, stands in ``KINDS``.
 """
 
 import torch
 
+from engine.images import SMALL
 from models import build_model
 from utils import UserError
+
+# The checkpoints of a run, NAME_KIND.pth.tar: after the last step that was taken, and after the best
+# evaluation. In the order in which --resume auto prefers them. --keep adds one after each evaluation, stepN.
+KINDS = ("last", "finetune_last", "best", "finetune_best")
+SUFFIX = ".pth.tar"
+
+
+def file_name(name, kind):
+    """The file of a run's checkpoint: kind is one of ``KINDS``, or stepN."""
+    return f"{name}_{kind}{SUFFIX}"
 
 
 class Checkpoint(dict):
@@ -65,10 +78,10 @@ class Checkpoint(dict):
     def weights(self, role="student"):
         """The weights that predict: of the student or the teacher, those of its moving average where it has
         one; UserError without any."""
-        average = "avg_state_dict" if role == "student" else "teacher_avg_state_dict"
-        for name in (average, f"{role}_state_dict"):
-            if isinstance(self.get(name), dict) and self[name]:
-                return self[name]
+        for key in (average_key(role), role):
+            weights = self.get(f"{key}_state_dict")
+            if isinstance(weights, dict) and weights:
+                return weights
         raise UserError(f"{self.path} holds no {role}: give a checkpoint of this program and --method")
 
     def network(self, role, num_classes, image_size, model=None, **options):
@@ -92,14 +105,35 @@ class Checkpoint(dict):
         load_state(network, weights, self.path)
         return network
 
-    def members(self, num_classes, image_size):
+    def members(self, num_classes, image_size, **options):
         """{role: ``network``} of the networks whose mean probabilities are the prediction."""
-        return {role: self.network(role, num_classes, image_size) for role in self["predicting"]}
+        return {role: self.network(role, num_classes, image_size, **options) for role in self["predicting"]}
+
+
+def average_key(role):
+    """What the keys of a role's moving average start with."""
+    return "avg" if role == "student" else f"{role}_avg"
+
+
+# flags that came later, with the values that say what was done without them
+LATER_FLAGS = {
+    "value_range": None,
+    "freeze_body": False,
+    "body_lr_scale": 1.0,
+    "bn_momentum": 0.01,
+    "bn_eps": None,
+}
 
 
 def upgrade(content):
     """The content of a checkpoint of an earlier version with the keys of today's."""
     known = content.get("args") if isinstance(content.get("args"), dict) else {}
+    if known:
+        known = content["args"] = LATER_FLAGS | known
+    images = content.get("data")
+    if isinstance(images, dict) and isinstance(images.get("size"), int):
+        crop = "none" if images["size"] > SMALL else "pad"
+        content["data"] = {"crop": crop, "value_range": None} | images
     if "networks" not in content:
         names = {"teacher": known.get("model"), "student": known.get("student_model") or known.get("model")}
         content["networks"] = {role: name for role, name in names.items() if isinstance(name, str)}
@@ -137,13 +171,11 @@ def well_formed(content):
     return named and isinstance(content.get("args", {}), dict) and (described or "data" not in content)
 
 
-def load_state(module, state, path, advice="give the --model and --num-classes that it was trained with"):
-    """``module.load_state_dict`` with a sentence instead of a list when the network is another one.
-
-    Raises:
-        UserError: names or shapes differ; the message ends with the advice.
-    """
+def load_state(module, state, path):
+    """``module.load_state_dict``; UserError, a sentence instead of a list, where names or shapes differ."""
     try:
         module.load_state_dict(state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the network in {path} does not fit: {advice}") from error
+        raise UserError(
+            f"the network in {path} does not fit: give the --model and --num-classes that it was trained with"
+        ) from error

@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.profiler import record_function
 
-from engine.checkpoint import load_state
+from engine.checkpoint import average_key, load_state
 from engine.norms import full_precision
 from models import ModelEMA, head_of
 from utils import UserError
@@ -200,8 +200,8 @@ class Learner:
             f"{role}_scaler": self.scaler.state_dict(),
         }
         if self.ema:
-            state[f"{ema_key(role)}_state_dict"] = self.ema.network.state_dict()
-            state[f"{ema_key(role)}_updates"] = self.ema.updates
+            state[f"{average_key(role)}_state_dict"] = self.ema.network.state_dict()
+            state[f"{average_key(role)}_updates"] = self.ema.updates
         return state
 
     def load_state_dict(self, state, role, path):
@@ -212,8 +212,8 @@ class Learner:
             if state[f"{role}_scaler"]:  # empty where the precision was another, without a scaler
                 self.scaler.load_state_dict(state[f"{role}_scaler"])
             if self.ema:
-                load_state(self.ema.network, state[f"{ema_key(role)}_state_dict"], path)
-                self.ema.updates.copy_(state[f"{ema_key(role)}_updates"])
+                load_state(self.ema.network, state[f"{average_key(role)}_state_dict"], path)
+                self.ema.updates.copy_(state[f"{average_key(role)}_updates"])
         except KeyError as error:
             raise UserError(
                 f"{path} has no {error}: it was not written by this --method, --weak-pass and --switch-every"
@@ -222,11 +222,6 @@ class Learner:
             raise UserError(
                 f"the optimiser in {path} is of another network, --freeze-body or --body-lr-scale"
             ) from error
-
-
-def ema_key(role):
-    """What the keys of a role's moving average start with in a checkpoint."""
-    return "avg" if role == "student" else f"{role}_avg"
 
 
 # ---------------------------------------------------------------- networks in training

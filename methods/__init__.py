@@ -1,6 +1,5 @@
 """The methods: each is a class with ``step`` in one file of this folder, and a row of ``METHODS``."""
 
-from methods.method import network_name, predicting_roles, saved_members
 from methods.mpl import MPL
 from methods.pseudo_label import PseudoLabel
 from methods.reduced import ReducedMPL
@@ -17,5 +16,3 @@ METHODS = {  # the names are the choices of --method
     "reduced-mpl": ReducedMPL,
     "semimeta": SemiMeta,
 }
-
-__all__ = ["METHODS", "network_name", "predicting_roles", "saved_members"]

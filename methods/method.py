@@ -15,7 +15,7 @@ from augmentation import Views, mixup, mixup_shares, neighbours
 from engine.checkpoint import Checkpoint
 from engine.learner import Learner, RMSProp, parameter_groups, sgd
 from models import build_model
-from utils import UserError, learning_rate, ramp_up, tell
+from utils import UserError, learning_rate, ramp_up
 
 # ---------------------------------------------------------------- micro-batches
 
@@ -116,7 +116,7 @@ class Method:
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
         self.args, self.runtime, self.num_classes = args, runtime, num_classes
         self.diagnostics = {}  # scalars of the last step that was asked to ``diagnose``
-        network = build_network(args, num_classes, image_size, "student")
+        network = self.build_network(args, num_classes, image_size, "student")
         self.warmup_steps = args.teacher_warmup_steps if self.trains_teacher else 0
         self.wait_steps = max(args.student_wait_steps, self.warmup_steps) if self.trains_teacher else 0
         self.student = self.learner(network, args.student_lr, self.wait_steps, ema=args.ema)
@@ -195,6 +195,57 @@ class Method:
 
         return self.runtime.scalar(self.runtime.number(weight, step))
 
+    # networks
+
+    @classmethod
+    def network_name(cls, args, role):
+        """The name of a role's network, "teacher" or "student"."""
+        if role == "student" and cls.uses_student_model and args.student_model:
+            return args.student_model
+        return args.model
+
+    @classmethod
+    def predicting_roles(cls, args):
+        """The networks whose mean probabilities are evaluated."""
+        return ["student", "teacher"] if args.ensemble and cls.trains_teacher else ["student"]
+
+    @classmethod
+    def build_network(cls, args, num_classes, image_size, role):
+        """The network of ``--model``, or of ``--student-model`` for the student; UserError if it does not
+        fit. A run that is resumed gets its weights from the checkpoint: nothing is downloaded."""
+        try:
+            return build_model(
+                cls.network_name(args, role),
+                num_classes,
+                image_size=image_size,
+                dropout=args.student_dropout if role == "student" else args.teacher_dropout,
+                stochastic_depth=args.stochastic_depth,
+                pretrained=args.pretrained and not (args.weights or args.resume),
+                weights=None if args.resume else args.weights,
+                freeze_body=args.freeze_body,
+                bn_momentum=args.bn_momentum,
+                bn_eps=args.bn_eps,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def fixed_teacher(self, num_classes, image_size):
+        """The network that predicts in ``--teacher-checkpoint``, on the CPU, in evaluation mode, not to
+        learn."""
+        args, path = self.args, self.args.teacher_checkpoint
+        content = self.runtime.load(path)
+        saved = Checkpoint(content if isinstance(content, dict) else {}, path)
+        known = saved.get("data", {}).get("classes")
+        if known and len(known) != num_classes:
+            theirs = saved.get("args", {}).get("dataset", "other data")
+            raise UserError(
+                f"the teacher in {path} was trained on {theirs} and knows {len(known)} classes, but "
+                f"{args.dataset} has {num_classes}: give one that was trained on the same classes"
+            )
+        # the network that is in the file, whatever --model says of the student
+        model = saved["networks"].get("student") or self.network_name(args, "student")
+        return saved.network("student", num_classes, image_size, model).eval().requires_grad_(False)
+
     @property
     def predictor(self):
         """The network that is evaluated: the EMA of the student."""
@@ -204,7 +255,9 @@ class Method:
     def members(self):
         """{role: network} whose mean probabilities are evaluated: the student's EMA; with ``--ensemble`` also
         the teacher, its EMA where it has one."""
-        return {role: self.learners[role].predictor for role in predicting_roles(vars(self.args))}
+        return {role: self.learners[role].predictor for role in self.predicting_roles(self.args)}
+
+    # saving
 
     def sync_statistics(self):
         """The same running statistics in all processes: before an evaluation or a checkpoint."""
@@ -221,86 +274,3 @@ class Method:
         """Continue from ``state_dict()``; ``path`` is named in errors (``UserError``)."""
         for role, learner in self.learners.items():
             learner.load_state_dict(state, role, path)
-
-
-# ---------------------------------------------------------------- networks
-
-
-def network_name(args, role):
-    """The name of a role's network, "teacher" or "student", by the arguments of a run as a dict."""
-    from methods import METHODS  # which imports this file
-
-    if role == "student" and METHODS[args["method"]].uses_student_model and args.get("student_model"):
-        return args["student_model"]
-    return args["model"]
-
-
-def predicting_roles(args):
-    """The networks whose mean probabilities are evaluated, by the arguments of a run as a dict."""
-    from methods import METHODS
-
-    if args.get("ensemble") and METHODS[args["method"]].trains_teacher:
-        return ("student", "teacher")
-    return ("student",)
-
-
-def build_network(args, num_classes, image_size, role):
-    """The network of ``--model``, or of ``--student-model`` for the student; UserError if it does not fit.
-
-    A run that is resumed gets its weights from the checkpoint: nothing is downloaded.
-    """
-    dropout = args.student_dropout if role == "student" else args.teacher_dropout
-    try:
-        return build_model(
-            network_name(vars(args), role),
-            num_classes,
-            image_size=image_size,
-            dropout=dropout,
-            stochastic_depth=args.stochastic_depth,
-            pretrained=args.pretrained and not (args.weights or args.resume),
-            weights=None if args.resume else args.weights,
-            freeze_body=args.freeze_body,
-            bn_momentum=args.bn_momentum,
-            bn_eps=args.bn_eps,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def saved_members(args, runtime, saved, dataset, size):
-    """The networks that predict, from a checkpoint, on the device: ``Method.members``, {role: network}."""
-    saved, members, roles = Checkpoint(saved, args.resume), {}, predicting_roles(vars(args))
-    if "finetune_step" in saved and len(roles) > 1:
-        tell(runtime, f"{args.resume} holds the finetuned student alone: it is no ensemble")
-        roles = ("student",)
-    for role in roles:
-        network = saved.network(
-            role,
-            dataset.num_classes,
-            size,
-            model=network_name(vars(args), role),
-            dropout=args.student_dropout if role == "student" else args.teacher_dropout,
-            stochastic_depth=args.stochastic_depth,
-            freeze_body=args.freeze_body,
-            bn_momentum=args.bn_momentum,
-            bn_eps=args.bn_eps,
-        )
-        members[role] = runtime.place(network)
-    return members
-
-
-def fixed_teacher(args, num_classes, image_size, runtime):
-    """The network that predicts in ``--teacher-checkpoint``, on the CPU, in evaluation mode, not to learn."""
-    path = args.teacher_checkpoint
-    content = runtime.load(path)
-    saved = Checkpoint(content if isinstance(content, dict) else {}, path)
-    known = saved.get("data", {}).get("classes")
-    if known and len(known) != num_classes:
-        theirs = saved.get("args", {}).get("dataset", "other data")
-        raise UserError(
-            f"the teacher in {path} was trained on {theirs} and knows {len(known)} classes, but "
-            f"{args.dataset} has {num_classes}: give one that was trained on the same classes"
-        )
-    # the network that is in the file, whatever --model says of the student
-    model = saved["networks"].get("student") or network_name(vars(args), "student")
-    return saved.network("student", num_classes, image_size, model).eval().requires_grad_(False)

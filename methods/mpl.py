@@ -13,7 +13,6 @@ from engine.learner import phase
 from methods.feedback import ESTIMATORS, StudentStep, feedback_term
 from methods.method import (
     Method,
-    build_network,
     known_accuracy,
     micro_batches,
     pseudo_labels,
@@ -228,7 +227,7 @@ class MPL(Method):
     def build_teacher(self, num_classes, image_size):
         """The learner that the feedback trains."""
         args = self.args
-        network = build_network(args, num_classes, image_size, "teacher")
+        network = self.build_network(args, num_classes, image_size, "teacher")
         # an average that labels, or that predicts once the network is the student
         average = args.weak_pass == "ema" or args.switch_every
         return self.learner(network, args.teacher_lr, ema=args.ema if average else None)

@@ -5,7 +5,6 @@ import torch
 
 from methods.method import (
     Method,
-    fixed_teacher,
     known_accuracy,
     micro_batches,
     pseudo_labels,
@@ -20,7 +19,7 @@ class PseudoLabel(Method):
 
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
         super().__init__(args, num_classes, image_size, runtime)
-        self.teacher_network = runtime.place(fixed_teacher(args, num_classes, image_size, runtime))
+        self.teacher_network = runtime.place(self.fixed_teacher(num_classes, image_size))
         self.compiled_teacher = runtime.compile(self.teacher_network)
 
     def step(self, views, step, truth=None, diagnose=False):

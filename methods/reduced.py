@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from engine.evaluation import stored_predictions
 from engine.loader import to_device
-from methods.method import Logits, fixed_teacher
+from methods.method import Logits
 from methods.mpl import MPL
 from models import LabelPerceptron
 
@@ -33,7 +33,7 @@ class ReducedMPL(MPL):
         args.pseudo_label_view, args.feedback_view = "weak", "same"
         super().__init__(args, num_classes, image_size, runtime, class_shares)
         self.learners = {"perceptron": self.teacher, "student": self.student}
-        self.large_teacher = fixed_teacher(args, num_classes, image_size, runtime)
+        self.large_teacher = self.fixed_teacher(num_classes, image_size)
         self.predictions = None  # (N, K) float16, of all unlabelled images
 
     def prepare(self, dataset, views, folder):

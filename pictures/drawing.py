@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import POINTS
 from engine.files import write_atomically, writing
 from utils import UserError
 
@@ -54,7 +55,7 @@ def method_of(run):
 
 def things_of(run):
     """The word for the examples of a run's data set: points or images."""
-    return "points" if run.args["dataset"] == "twomoons" else "images"
+    return "points" if run.args["dataset"] in POINTS else "images"
 
 
 def names_of(runs):
@@ -161,13 +162,17 @@ def legend_below(figure, lines, entries, **look):
         legend.remove()
 
 
-def new_figure(height):
-    """An empty figure of README width, made without pyplot, which would look for a window system."""
+def new_figure(height, heading=None):
+    """An empty figure of README width with a heading, made without pyplot, which would look for a window
+    system."""
     import matplotlib.figure  # the import takes half a second: only if something is drawn
 
     matplotlib.rcParams.update(SIZES | {"legend.frameon": False})
     options = {"dpi": PIXELS_PER_INCH, "layout": "constrained", "facecolor": "white"}
-    return matplotlib.figure.Figure(figsize=(WIDTH, height), **options)
+    figure = matplotlib.figure.Figure(figsize=(WIDTH, height), **options)
+    if heading is not None:
+        figure.suptitle(legible(heading), **HEADING)
+    return figure
 
 
 def grid(figure, count, columns, **shared):
@@ -176,6 +181,13 @@ def grid(figure, count, columns, **shared):
     for axes in cells[count:]:
         axes.remove()
     return cells[:count]
+
+
+def bare(axes, *sides):
+    """Axes without lines at the top, on the right and at these sides, over a pale grid."""
+    axes.spines[["top", "right", *sides]].set_visible(False)
+    axes.grid(True, color="#E6E6E6", linewidth=0.7)
+    axes.set_axisbelow(True)
 
 
 def lay_out(figure):
@@ -294,8 +306,8 @@ def draw_curves(runs, groups=None):
 
 def _draw_run(run):
     panels = _panels_of(run)
-    figure = new_figure(0.5 + 2.7 * math.ceil(len(panels) / 2))
-    figure.suptitle(legible(f"{run.name}: {method_of(run)} on {run.args['dataset']}"), **HEADING)
+    heading = f"{run.name}: {method_of(run)} on {run.args['dataset']}"
+    figure = new_figure(0.5 + 2.7 * math.ceil(len(panels) / 2), heading)
     first, last = run.records[0]["step"], max(run.records[-1]["step"], run.records[0]["step"] + 1)
     margin = 0.03 * (last - first)
     ends = {}
@@ -393,9 +405,7 @@ def _finish_axes(axes, keys):
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     # frame, and steps
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(True, color="#E6E6E6", linewidth=0.7)
-    axes.set_axisbelow(True)
+    bare(axes)
     axes.set_xlabel("training step")
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
@@ -562,10 +572,9 @@ def draw_classes(rows, classes, heading):
     columns = math.ceil(len(order) / 50)
     high = math.ceil(len(order) / columns)
     line_height = 0.3 if high <= 20 else 0.2 if high <= 35 else 0.15
-    figure = new_figure(1.3 + 0.2 * len(rows) + high * line_height)
     if len(order) < len(classes):
         heading += f", the lowest {len(order)} of {len(classes):,}"
-    figure.suptitle(legible(heading), **HEADING)
+    figure = new_figure(1.3 + 0.2 * len(rows) + high * line_height, heading)
     entries, largest = [legible(name) for name in rows], 8 if high <= 35 else 6
     cells = grid(figure, columns, columns, sharex=True)
     for axes, shown in zip(cells, np.array_split(order, columns), strict=True):
@@ -577,9 +586,7 @@ def draw_classes(rows, classes, heading):
         axes.set_yticks(range(len(shown)), names[shown], fontsize=9 if high <= 35 else 7)
         axes.set(ylim=(high - 0.5, -0.5), xlabel="accuracy (%)")
         axes.tick_params(axis="y", length=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.grid(True, color="#E6E6E6", linewidth=0.7)
-        axes.set_axisbelow(True)
+        bare(axes, "left")
     least = values[:, order].min()
     cells[0].set_xlim(least - 0.06 * max(100 - least, 1), 100)
     legend_below(figure, cells[0].get_lines(), entries)
@@ -684,8 +691,7 @@ def draw_calibration(calibration, heading):
     """
     bins, share = len(calibration.counts), (100 * calibration.counts / calibration.counts.sum()).numpy()
     middles = (np.arange(bins) + 0.5) / bins
-    figure = new_figure(4.4)
-    figure.suptitle(legible(heading), **HEADING)
+    figure = new_figure(4.4, heading)
     left, right = grid(figure, 2, 2)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -723,8 +729,7 @@ def draw_mistakes(rows, classes, heading):
     )  # height of an image of width 1; a taller image is made narrower
     cell = tallest * WIDTH / ACROSS + 0.13 * (2.5 + 2 * len(networks))  # with the lines below
     heights = [0.35 + math.ceil(len(examples) / ACROSS) * cell for examples in rows.values()]
-    figure = new_figure(0.4 + sum(heights))
-    figure.suptitle(legible(heading), **HEADING)
+    figure = new_figure(0.4 + sum(heights), heading)
     parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
     for part, (title, examples) in zip(parts, rows.items(), strict=True):
         part.suptitle(title, **HEADING)

@@ -7,10 +7,10 @@ import math
 import os
 import sys
 
-from data import STATISTICS
-from engine.checkpoint import Checkpoint
+from data import POINTS, STATISTICS
+from engine.checkpoint import Checkpoint, file_name
 from engine.runtime import Runtime
-from methods import METHODS, network_name
+from methods import METHODS
 from methods.feedback import ESTIMATORS
 from models import TIMM, timm_statistics
 from run.identity import candidates, check_name, default_name
@@ -115,28 +115,33 @@ def count_or_fraction(text):
 
 # ---------------------------------------------------------------- where a flag has an effect
 
-METHODS_OF_FLAGS = "supervised uda fixmatch pseudo-label mpl reduced-mpl semimeta".split()
+NAMED = set()  # the methods that some flag names; ``of`` adds them
 
 
 def of(methods):
-    """Whether one of these methods is chosen, or one that no flag knows: a new one may use any."""
-    return lambda args: args.method in methods.split() or args.method not in METHODS_OF_FLAGS
+    """Whether one of these methods is chosen, or one that no flag names: a new one may use any."""
+    methods = methods.split()
+    NAMED.update(methods)
+    return lambda args: args.method in methods or args.method not in NAMED
 
 
-def on(dataset):
-    return lambda args: args.dataset == dataset
+def on(*datasets):
+    return lambda args: args.dataset in datasets
 
 
 def on_images(args):
-    return args.dataset != "twomoons"
+    return args.dataset not in POINTS
 
 
 def decodes_files(args):
     return args.dataset in ("folder", "imagenet") or bool(args.unlabeled_path)
 
 
+learns_by_feedback = of("mpl reduced-mpl")
+
+
 def has_feedback(args):
-    return of("mpl reduced-mpl")(args) and args.feedback != "none"
+    return learns_by_feedback(args) and args.feedback != "none"
 
 
 def has_scalar_feedback(args):
@@ -147,6 +152,9 @@ def has_scalar_feedback(args):
 
 # the default network of a data set, where it is not WRN-28-2
 MODELS = {"twomoons": "mlp-2-8-8-2", "cifar100": "wrn-28-8", "stl10": "wrn-37-2", "imagenet": "resnet50"}
+
+
+PUBLISHED_NORMS = {"bn_momentum": 0.01, "bn_eps": 1e-3}
 
 
 def flag(name, value=None):
@@ -167,11 +175,12 @@ def resolve(parser, args, given, saved=None, path=None):
     """
     args, given = argparse.Namespace(**vars(args)), set(given)
 
-    # what the checkpoint remembers
+    # the checkpoint, and what it remembers
     if args.resume == ["auto"]:
         if args.overwrite:
             parser.error("--resume auto continues and --overwrite replaces: give one of them")
-        given -= {"name"} if args.evaluate else set()
+        if args.evaluate:
+            given -= {"name"}
         args.resume = path
     elif args.resume:
         args.resume = path or args.resume[0]
@@ -188,29 +197,14 @@ def resolve(parser, args, given, saved=None, path=None):
 
     # flags without effect, which exclude nothing
     unused = parser.without_effect(args)
-    if named := sorted(unused & given):
-        how = [flag("method", args.method)]
-        if METHODS[args.method].uses_feedback:
-            how.append(flag("feedback", args.feedback))
-        if args.optimizer != "sgd":
-            how.append(flag("optimizer", args.optimizer))
-        if "threshold" in named and "confidence" not in unused:
-            how.append("--confidence soft")
-        flags = ", ".join(map(flag, named))
-        say(f"{' '.join(how)} on {args.dataset}: {flags} without effect")
+    say_without_effect(args, given, unused)
     defaults = {name: parser.get_default(name) for name in unused}
     check_arguments(argparse.Namespace(**vars(args) | defaults), parser, before)
 
     # defaults that depend on other flags
-    own = bool(args.pretrained or args.weights)  # batch norm as the weights have it
-    if before.keys() & {"bn_momentum", "bn_eps"} != {"bn_momentum", "bn_eps"}:
-        earlier = bool(before)  # earlier versions left the epsilon to the network and set the momentum
-        norms = {
-            "bn_momentum": None if own and not earlier else 0.01,
-            "bn_eps": None if own or earlier else 1e-3,
-        }
-        for name in norms.keys() - given:
-            setattr(args, name, norms[name])
+    if not before and not (args.pretrained or args.weights):  # else batch norm as the weights have it
+        for name in PUBLISHED_NORMS.keys() - given:
+            setattr(args, name, PUBLISHED_NORMS[name])
     args.model = args.model or MODELS.get(args.dataset, "wrn-28-2")
 
     # places and the name
@@ -226,25 +220,44 @@ def resolve(parser, args, given, saved=None, path=None):
     return args
 
 
+def say_without_effect(args, given, unused):
+    """Name the given flags that are not used in one line, with what makes them so."""
+    named = sorted(unused & given)
+    if not named:
+        return
+    how = [flag("method", args.method)]
+    if METHODS[args.method].uses_feedback:
+        how.append(flag("feedback", args.feedback))
+    if args.optimizer != "sgd":
+        how.append(flag("optimizer", args.optimizer))
+    if "threshold" in named and "confidence" not in unused:
+        how.append("--confidence soft")
+    flags = ", ".join(map(flag, named))
+    say(f"{' '.join(how)} on {args.dataset}: {flags} without effect")
+
+
 def remembered(saved, parser, path):
     """The arguments that a checkpoint takes along for the commands after it, ``{}`` if it has none.
 
     Raises:
         UserError: a value is none that this program's command line could have given.
     """
-    recorded = saved.get("args") if isinstance(saved, dict) else None
-    kept = {}
-    for name, action in parser.flags.items() if isinstance(recorded, dict) else ():
-        if action.command or name not in recorded:
-            continue
-        value = recorded[name]
-        try:
-            kept[name] = getattr(parser.parse_args(as_words(action, value)), name)
-        except UserError:
-            kept[name] = None
-        if kept[name] != value:
-            raise UserError(f"{path} remembers {flag(name, value)}, which this program does not know")
+    recorded, flags = (saved or {}).get("args", {}), parser.flags
+    kept = {name: recorded[name] for name in flags if name in recorded and not flags[name].command}
+    if not can_be_given(parser, kept):
+        name = next(name for name in kept if not can_be_given(parser, {name: kept[name]}))
+        raise UserError(f"{path} remembers {flag(name, kept[name])}, which this program does not know")
     return kept
+
+
+def can_be_given(parser, values):
+    """Whether a command line can give flags these values, {name: value}: they are written out and parsed."""
+    words = [word for name, value in values.items() for word in as_words(parser.flags[name], value)]
+    try:
+        parsed = parser.parse_args(words)
+    except UserError:
+        return False
+    return all(getattr(parsed, name) == value for name, value in values.items())
 
 
 def as_words(action, value):
@@ -381,7 +394,6 @@ def check_continuation(args, saved, given, before, parser):
     own = ("method", "optimizer", "weak_pass", "freeze_body", "body_lr_scale", "switch_every")
     exempt, flags = own if begins else (), parser.flags
     data = saved["data"] if isinstance(saved.get("data"), dict) else {}
-    before = {"value_range": None} | before  # a flag that came later
     changed = []
     for name in sorted(given & before.keys()):
         was, now = before[name], getattr(args, name)
@@ -415,7 +427,7 @@ def expected_statistics(args):
             return saved["data"]["mean"], saved["data"]["std"]
     if args.normalize == "imagenet":
         return STATISTICS["imagenet"]
-    names = {network_name(vars(args), role) for role in ("teacher", "student")}
+    names = {METHODS[args.method].network_name(args, role) for role in ("teacher", "student")}
     try:
         expected = {
             timm_statistics(name) if name.startswith(TIMM) else STATISTICS["imagenet"] for name in names
@@ -430,18 +442,18 @@ def expected_statistics(args):
     return expected.pop()
 
 
-def resumed(args):
-    """The checkpoints of ``--resume``, [None] for none; UserError for several without ``--evaluate``."""
-    if len(args.resume or []) > 1 and not args.evaluate:
+def check_resumed(args):
+    """UserError for several checkpoints of ``--resume`` without ``--evaluate``."""
+    if len(args.resume or ()) > 1 and not args.evaluate:
         raise UserError(
             "--resume is given more than once: only --evaluate takes several checkpoints, as an ensemble"
         )
-    return args.resume or [None]
 
 
 def device_of(args, given):
     """The device of the command, else the one of its checkpoint where this machine has it, else ``auto``."""
-    path = next(filter(os.path.isfile, candidates(args, resumed(args)[0])), None)
+    paths = candidates(args, args.resume[0]) if args.resume else []
+    path = next(filter(os.path.isfile, paths), None)
     if "device" in given or path is None:
         return args.device
     device = str(Checkpoint.peek(path).get("args", {}).get("device", args.device))
@@ -472,7 +484,7 @@ def read_checkpoint(args, path, runtime, starts):
                 raise UserError(
                     f"there is no checkpoint {paths[0]} to go on from, and no --dataset to start a run with"
                 )
-            name = os.path.basename(paths[0]).removesuffix("_last.pth.tar")
+            name = os.path.basename(paths[0]).removesuffix(file_name("", "last"))
             tell(runtime, f"no checkpoint of {name}: starting at step 0")
             return None, None
     return path, Checkpoint.read(path, runtime)

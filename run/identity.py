@@ -7,9 +7,9 @@ import re
 
 import torch
 
-from engine.checkpoint import Checkpoint
+from engine.checkpoint import KINDS, SUFFIX, Checkpoint, file_name
 from engine.files import writing
-from methods import METHODS, network_name
+from methods import METHODS
 from models import count_flops, count_parameters
 from utils import UserError, say, tell
 
@@ -17,7 +17,7 @@ from utils import UserError, say, tell
 def default_name(args):
     """The name of the data set; of a folder, the folder's own; of an evaluation, its checkpoint's."""
     if args.evaluate and args.resume:
-        return os.path.basename(args.resume).removesuffix(".pth.tar")
+        return os.path.basename(args.resume).removesuffix(SUFFIX)
     if args.dataset == "folder":
         return os.path.basename(os.path.abspath(args.data_path)).lstrip(".") or "folder"
     return args.dataset
@@ -43,14 +43,13 @@ def check_name(name, trains=False):
 
 def checkpoint_path(args, kind):
     """``checkpoint/NAME_KIND.pth.tar``."""
-    return os.path.join(args.save_path, f"{args.name}_{kind}.pth.tar")
+    return os.path.join(args.save_path, file_name(args.name, kind))
 
 
 def checkpoints_of(args):
     """All checkpoints of the run's name that there are: {path: step in the name, None without one}."""
-    pattern = re.compile(
-        re.escape(args.name) + r"_(?:last|best|finetune_last|finetune_best|step(\d{8,}))\.pth\.tar"
-    )
+    kinds = rf"_(?:{'|'.join(KINDS)}|step(\d{{8,}}))"
+    pattern = re.compile(re.escape(args.name) + kinds + re.escape(SUFFIX))
     names = os.listdir(args.save_path) if os.path.isdir(args.save_path) else []
     found = filter(None, map(pattern.fullmatch, names))
     return {os.path.join(args.save_path, match[0]): match[1] and int(match[1]) for match in found}
@@ -127,8 +126,7 @@ def candidates(args, resume):
     if resume != "auto":
         return [resume] if resume else []
     name = args.name or default_name(argparse.Namespace(**vars(args) | {"resume": None}))
-    kinds = ("last", "finetune_last", "best", "finetune_best")
-    paths = [os.path.join(args.save_path, f"{check_name(name)}_{kind}.pth.tar") for kind in kinds]
+    paths = [os.path.join(args.save_path, file_name(check_name(name), kind)) for kind in KINDS]
     left = of_other_runs(paths)
     return [path for path in paths if path not in left]
 
@@ -231,8 +229,7 @@ def finetuned_before(args, runtime, saved, run, base):
         return {}
     found = Checkpoint.read(path, runtime)
     names = ["freeze_body", "body_lr_scale", *(name for name in vars(args) if name.startswith("finetune_"))]
-    theirs = {"freeze_body": False, "body_lr_scale": 1.0} | found["args"]  # flags that came later
-    same = all(theirs.get(name) == getattr(args, name) for name in names)
+    same = all(found["args"].get(name) == getattr(args, name) for name in names)
     if found.get("run") == run and found["step"] == base and same and "loader" in found:
         return found
     if args.finetune and not args.overwrite:
@@ -265,7 +262,7 @@ def describe_run(args, runtime, dataset, method, folder, step):
         if role == "perceptron":
             name, inputs = "five layers on class distributions", (dataset.num_classes,)
         else:
-            name, inputs = network_name(vars(args), role), shape
+            name, inputs = method.network_name(args, role), shape
         learning = sum(p.numel() for p in learner.parameters.values())
         total, operations = count_parameters(learner.network), count_flops(learner.network, inputs)
         frozen = f" ({learning:,} learn)" if learning < total else ""

@@ -182,9 +182,7 @@ def test_validation_chooses_and_the_test_set_does_not(tmp_path):
     assert 100 * right / sum(map(sum, counts)) == best["top1"]  # of the network that was chosen
 
     # by images that are no test images
-    networks, dataset, views, runtime = visualize.load(
-        read_run(tmp_path / "results/run"), save_path=str(tmp_path / "checkpoint"), only_test=False
-    )
+    networks, dataset, views, runtime = visualize.load(read_run(tmp_path / "results/run"), only_test=False)
     student = networks[visualize.STUDENT]
     for line, prefix in ((best, ""), (finetuned, "finetune_")):
         student.load_state_dict(checkpoint(tmp_path, f"run_{prefix}best")["avg_state_dict"])

@@ -266,9 +266,7 @@ def test_the_folders_validation_images_choose_the_checkpoint(tmp_path):
     assert (found["best_step"], found["best_top1"]) == (best["step"], best["top1"])
 
     # of the network of that step, on these images
-    networks, dataset, views, runtime = visualize.load(
-        read_run(Path("results/mine")), save_path="checkpoint", only_test=False
-    )
+    networks, dataset, views, runtime = visualize.load(read_run(Path("results/mine")), only_test=False)
     assert parts(dataset) == {
         "train": under("train", count=6),
         "val": under("val", count=6),

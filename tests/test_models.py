@@ -473,7 +473,7 @@ def test_weights_from_a_checkpoint_prefer_the_average(tmp_path):
     for key, value, expected in [
         (None, None, teacher),
         ("student_state_dict", {f"module.{k}": v for k, v in student.state_dict().items()}, student),
-        ("avg_state_dict", average.state_dict(), average.network),
+        ("avg_state_dict", {"network": average.network.state_dict()}, average.network),
     ]:
         if key:
             state[key] = value
@@ -699,14 +699,16 @@ def test_moving_average_continues_exactly(tmp_path):
     model = build_model("wrn-10-1", 3)
     average = ModelEMA(model, 0.99)
     run(model, average, range(0, 3))
-    torch.save({"model": model.state_dict(), "average": average.state_dict()}, tmp_path / "state.pt")
+    saved = {"model": model.state_dict(), "average": average.network.state_dict(), "updates": average.updates}
+    torch.save(saved, tmp_path / "state.pt")
     run(model, average, range(3, 6))
 
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     resumed = build_model("wrn-10-1", 3)
     resumed_average = ModelEMA(resumed, 0.99)
     resumed.load_state_dict(state["model"])
-    resumed_average.load_state_dict(state["average"])
+    resumed_average.network.load_state_dict(state["average"])
+    resumed_average.updates.copy_(state["updates"])
     assert resumed_average.updates == 3
     run(resumed, resumed_average, range(3, 6))
     assert resumed_average.updates == 6

@@ -453,7 +453,7 @@ def reference(images):
     """The probabilities of the small run's network, normalised as in evaluation."""
     arguments = predict.build_parser().parse_args([SMALL, "mine"])
     classifier = predict.read_classifier(arguments, Runtime("cpu"))
-    views = ImageViews(classifier.size, classifier.mean, classifier.std)
+    views = ImageViews(*(classifier.images[name] for name in ("size", "mean", "std")))
     with torch.no_grad():
         return classifier.classes, classifier.network(views.evaluation(images)).softmax(dim=1)
 

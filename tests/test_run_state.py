@@ -23,10 +23,10 @@ import main
 import utils
 import visualize
 from data import load_dataset
+from engine.checkpoint import Checkpoint
 from engine.evaluation import measure_accuracy, predictions
 from engine.runtime import Runtime
 from methods import METHODS as METHOD_CLASSES
-from methods.method import build_network, saved_members
 from models import mean_prediction
 from pictures import drawing
 from run import arguments, identity
@@ -59,6 +59,10 @@ def photographs(root, classes=("cat", "dog", "owl"), count=16, seed=0):
 
 def load(path):
     return torch.load(path, weights_only=True)
+
+
+def build_network(args, *about):
+    return METHOD_CLASSES[args.method].build_network(args, *about)
 
 
 def summary(name):
@@ -436,11 +440,10 @@ def test_the_teacher_of_pseudo_labels_is_the_network_in_its_file(supervised, her
     assert summary("run")["teacher_top1"] == expected
 
 
-def norms(**args):
+def norms(words=(), saved=None, path=None):
     """(epsilon, momentum) of the batch norms that a command builds for ResNet-18."""
-    arguments = main.parse_arguments(
-        ["--dataset", "folder", "--model", "resnet18", *args.pop("words", ())], **args
-    )
+    words = ["--dataset", "folder", "--model", "resnet18", *words]
+    arguments = main.parse_arguments(words, Checkpoint(saved) if saved else None, path)
     network = build_network(arguments, 3, 80, "student")
     return {(m.eps, m.momentum) for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)}
 
@@ -1349,7 +1352,7 @@ def test_an_ensemble_of_checkpoints(copied, capsys):
         args, state = main.parse_arguments(["--evaluate", "--resume", path], load(path), path), load(path)
         runtime = main.Runtime("cpu", args.amp, args.amp_dtype, args.channels_last)
         dataset = main.read_data(args, state["data"], labels_given=False)
-        network = saved_members(args, runtime, state, dataset, dataset.size)["student"]
+        network = main.saved_members(args, runtime, state, dataset.num_classes, dataset.size)["student"]
         views = main.build_views(args, dataset, runtime)
         walk = predictions(network, dataset.test, views, runtime)
         each.append(torch.cat([logits[mask > 0] for logits, _, mask in walk]).double().softmax(1))
