@@ -124,16 +124,20 @@ LATER_FLAGS = {
     "bn_eps": None,
 }
 
+# what ``data.Dataset.record`` did not say in earlier versions, which also learned from copies of test images.
+EARLIER_DATA = {
+    "labeled": None,  # the labelled images are to be drawn as those versions drew them
+    "copies": (),  # none were left out
+    "fingerprint": "pieces",  # the files' rule, see ``images.fingerprints``
+    "value_range": None,  # deep images had no scale of their own, see ``images.Reading``
+}
+
 
 def upgrade(content):
     """The content of a checkpoint of an earlier version with the keys of today's."""
     known = content.get("args") if isinstance(content.get("args"), dict) else {}
     if known:
         known = content["args"] = LATER_FLAGS | known
-    images = content.get("data")
-    if isinstance(images, dict) and isinstance(images.get("size"), int):
-        crop = "none" if images["size"] > SMALL else "pad"
-        content["data"] = {"crop": crop, "value_range": None} | images
     if "networks" not in content:
         names = {"teacher": known.get("model"), "student": known.get("student_model") or known.get("model")}
         content["networks"] = {role: name for role, name in names.items() if isinstance(name, str)}
@@ -141,19 +145,12 @@ def upgrade(content):
         both = known.get("ensemble") and "teacher_state_dict" in content
         content["predicting"] = ["student", "teacher"] if both else ["student"]
     if isinstance(content.get("data"), dict):
-        content["data"] = EARLIER_DATA | content["data"]
-        if "trained" in content["data"]:
-            content["data"].setdefault("labeled_prints", content["data"]["trained"])
+        data = content["data"] = EARLIER_DATA | content["data"]
+        if isinstance(data.get("size"), int):
+            data.setdefault("crop", "none" if data["size"] > SMALL else "pad")
+        if "trained" in data:
+            data.setdefault("labeled_prints", data["trained"])
     return content
-
-
-# What ``data.Dataset.record`` did not say in earlier versions, which also learned from copies of test images.
-EARLIER_DATA = {
-    "labeled": None,  # the labelled images are to be drawn as those versions drew them
-    "copies": (),  # none were left out
-    "fingerprint": "pieces",  # the files' rule, see ``images.fingerprints``
-    "value_range": None,  # deep images had no scale of their own, see ``images.Reading``
-}
 
 
 def well_formed(content):
