@@ -467,7 +467,7 @@ def without_tensorboard(arguments, folder):
 
 
 def test_without_tensorboard(tmp_path):
-    """One line, also where a run replaces another one, whose log is opened twice."""
+    """One line, also where a run replaces another one."""
     for number in (1, 2):
         done = forked.run(without_tensorboard, [*TINY, "--overwrite"], str(tmp_path))
         assert done.returncode == 0, done.stderr
@@ -704,7 +704,7 @@ def test_killed_between_its_first_two_checkpoints(tmp_path, monkeypatch):
 
 
 def test_killed_while_it_replaces_another_run(tmp_path, monkeypatch, capsys):
-    """Between its first two files, one of which is still the other run's: it goes on with its own."""
+    """Between its first two files, before the other run is deleted: it goes on with its own."""
     alone, here = tmp_path / "alone", tmp_path / "here"
     alone.mkdir(), here.mkdir()
     own = [*TINY, "--seed", "1"]
@@ -713,18 +713,45 @@ def test_killed_while_it_replaces_another_run(tmp_path, monkeypatch, capsys):
     killed = forked.run(kill_worker.killed_behind_its_first_file, [*own, "--overwrite"], str(here))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     monkeypatch.chdir(here)
-    runs = {kind: load(f"checkpoint/run_{kind}.pth.tar")["run"] for kind in ("best", "last", "finetune_last")}
-    assert runs["best"] != runs["last"] == runs["finetune_last"]
+    aside = next(Path("checkpoint").glob(".run.replaced-*"))
+    first = load("checkpoint/run_best.pth.tar")["run"]
+    assert (
+        first != load(aside / "run_last.pth.tar")["run"] == load(aside / "run_finetune_last.pth.tar")["run"]
+    )
     assert main.run(["--resume", "checkpoint/run_last.pth.tar", "--total-steps", "6"]) == 2
-    assert "run_last.pth.tar is of a run that another one was replacing" in capsys.readouterr().err
-    assert load("checkpoint/run_best.pth.tar")["run"] == runs["best"]
+    assert "there is no checkpoint checkpoint/run_last.pth.tar" in capsys.readouterr().err
     assert main.run(["--name", "run", "--resume", "auto"]) == 0
     last = load("checkpoint/run_last.pth.tar")
-    assert last["run"] == runs["best"]
+    assert last["run"] == first
     assert_same_checkpoint(last, load(alone / "checkpoint/run_last.pth.tar"))
     lines = Path("results/run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
     assert sorted(os.listdir("checkpoint")) == [".run.lock", "run_best.pth.tar", "run_last.pth.tar"]
+
+
+def test_killed_at_any_moment_while_it_replaces_another_run(tmp_path):
+    """Afterwards the old run is in its place, byte for byte, or the new one, which then has a checkpoint."""
+    (tmp_path / "here").mkdir()
+    commands = [*TINY, "--finetune-epochs", "1"], [*TINY, "--seed", "1", "--overwrite"]
+    done = forked.run(kill_worker.killed_while_it_replaces, str(tmp_path / "here"), *commands)
+    assert done.returncode == 0, done.stderr
+    old, replaced, put_back = json.loads(done.stdout.splitlines()[-1])
+    kept = replaced.index(next(files for files in replaced if files != old))
+    assert kept > len(list(path for path in old if path.endswith(".pth.tar"))) + 2  # each is moved by itself
+    for files in replaced[kept:]:
+        names = {path for path in files if path.startswith("checkpoint")}
+        assert (
+            {"checkpoint/run_best.pth.tar"}
+            <= names
+            <= {f"checkpoint/run_{kind}.pth.tar" for kind in ("best", "last")}
+        )
+        assert not set(files.values()) & set(old.values()) - {
+            "",
+            files.get("results/run/labeled_indices.txt"),
+        }
+        assert not [path for path in files if ".replaced-" in path]
+    assert len(replaced) - kept > 4 and len(put_back) > 4
+    assert all(files == old for files in put_back)
 
 
 def start_pair(arguments, folder, restarts):
