@@ -736,21 +736,16 @@ def test_killed_at_any_moment_while_it_replaces_another_run(tmp_path):
     done = forked.run(kill_worker.killed_while_it_replaces, str(tmp_path / "here"), *commands)
     assert done.returncode == 0, done.stderr
     old, replaced, put_back = json.loads(done.stdout.splitlines()[-1])
-    kept = replaced.index(next(files for files in replaced if files != old))
-    assert kept > len(list(path for path in old if path.endswith(".pth.tar"))) + 2  # each is moved by itself
-    for files in replaced[kept:]:
+    new = next(number for number, files in enumerate(replaced) if files != old)
+    assert new > 2 + sum(path.endswith(".pth.tar") for path in old)  # each file is moved by itself
+    for files in replaced[new:]:
         names = {path for path in files if path.startswith("checkpoint")}
-        assert (
-            {"checkpoint/run_best.pth.tar"}
-            <= names
-            <= {f"checkpoint/run_{kind}.pth.tar" for kind in ("best", "last")}
-        )
-        assert not set(files.values()) & set(old.values()) - {
-            "",
-            files.get("results/run/labeled_indices.txt"),
-        }
-        assert not [path for path in files if ".replaced-" in path]
-    assert len(replaced) - kept > 4 and len(put_back) > 4
+        assert "checkpoint/run_best.pth.tar" in names
+        assert names <= {"checkpoint/run_best.pth.tar", "checkpoint/run_last.pth.tar"}
+        assert not any(".replaced-" in path for path in files)
+        same = {path for path in files.keys() & old.keys() if files[path] == old[path]}
+        assert same <= {"results/run", "results/run/labeled_indices.txt"}
+    assert len(replaced) - new > 4 and len(put_back) > 4
     assert all(files == old for files in put_back)
 
 
