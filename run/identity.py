@@ -113,8 +113,16 @@ def lock(args, make=True):
 
 
 def save(args, runtime, content, kinds):
-    """Write a checkpoint of each kind, in this order; then the run that this one replaces is deleted."""
-    Checkpoint(content).write(runtime, *(checkpoint_path(args, kind) for kind in kinds))
+    """Write a checkpoint of each kind, in this order; then the run that this one replaces is deleted.
+
+    Where the first kind fits on the disk and the second does not, the run that is replaced is kept instead.
+    """
+    try:
+        Checkpoint(content).write(runtime, *(checkpoint_path(args, kind) for kind in kinds))
+    except UserError:
+        for path in checkpoints_of(args) if set_aside_of(args) else ():
+            os.remove(path)
+        raise
     if runtime.is_main:
         settle(args)
 
@@ -140,6 +148,12 @@ def set_aside(args, run):
         os.rename(record, old_record)
 
 
+def set_aside_of(args):
+    """The folders of the checkpoints that ``set_aside`` has moved, one at most."""
+    folder, name = glob.escape(args.save_path), glob.escape(args.name)
+    return glob.glob(os.path.join(folder, f".{name}.replaced-" + "[0-9a-f]" * 8))
+
+
 def settle(args):
     """Delete the run that was set aside if the new run of its name has a checkpoint, else put it back.
 
@@ -148,8 +162,7 @@ def settle(args):
     Raises:
         UserError: another process trains the new run, or the files cannot be moved.
     """
-    folder, name = glob.escape(args.save_path), glob.escape(args.name)
-    for aside in glob.glob(os.path.join(folder, f".{name}.replaced-" + "[0-9a-f]" * 8)):
+    for aside in set_aside_of(args):
         lock(args)
         checkpoints = checkpoints_of(argparse.Namespace(save_path=aside, name=args.name))
         mark = Path(aside, "record")

@@ -277,10 +277,11 @@ def test_folders_that_cannot_be_written(flag, place, here, capsys):
 
 
 def test_a_full_disk(here, trained, capsys):
-    """The last checkpoint stays whole where the next one does not fit."""
+    """The last checkpoint stays whole where the next one does not fit, or only its first file."""
     (here / "checkpoint/run_last.pth.tar.tmp").symlink_to("/dev/full")
     assert "No space left" in refused(capsys)
     assert (here / "checkpoint/run_last.pth.tar").read_bytes() == trained.read_bytes()
+    assert sorted(os.listdir(here / "checkpoint")) == [".run.lock", "run_last.pth.tar"]
 
 
 def children(pid):
