@@ -78,7 +78,7 @@ def build_parser():
     add("--resume", action="append", metavar="CKPT", help="checkpoint to continue, finetune or evaluate; it supplies all flags that are not given. auto: the last checkpoint of this --name, if there is one", command=True, path=True)
     add("--keep", type=count, default=0, metavar="N", help="also keep the checkpoints of the last N evaluations", quiet=True)
     add("--pictures", action=yes_or_no, default=True, help="draw the run's curves and confusion matrix when it ends, which takes about a second; visualize.py draws them at any time", quiet=True)
-    add("--overwrite", action="store_true", help="replace an earlier run of the same --name as soon as the new run has written its first checkpoint", command=True)
+    add("--overwrite", action="store_true", help="replace an earlier run of the same --name; it is kept aside until the new run has written its first checkpoint", command=True)
     add("--evaluate", action="store_true", help="only evaluate the checkpoint of --resume; several checkpoints (--resume A --resume B) are evaluated as an ensemble", command=True)
     add("--finetune", action="store_true", help="only finetune the checkpoint of --resume", command=True)
     add("--device", default="auto", choices=Runtime.KINDS, help="device that computes; auto: CUDA, else another accelerator, else the CPU", quiet=True)
@@ -203,6 +203,8 @@ def main(argv):
     parser = build_parser()
     args, given = parser.parse_given(argv)
     arguments.check_resumed(args)
+    if utils.first_process() and not args.evaluate:
+        identity.find_again(args)
     runs = []  # the arguments of a run and its checkpoint; several to be evaluated together
     if not args.resume:
         runs.append((arguments.resolve(parser, args, given), None))  # checked before a device is started
@@ -231,7 +233,7 @@ def train(args, runtime, saved, labels_given):
     All that can be refused is refused before anything is written. ``saved``: the checkpoint, {} without one.
     """
     # data
-    runtime.on_main(lambda: identity.replaces(args, saved))
+    runtime.on_main(lambda: identity.check_free(args, saved))
     with runtime.local_main_first():
         dataset = read_data(args, saved.get("data"), labels_given)
     if not saved and dataset.size:
@@ -256,21 +258,22 @@ def train(args, runtime, saved, labels_given):
     run = saved.get("run") if identity.is_own(args, saved) else runtime.on_main(new_run_id)
     tuned = identity.finetuned_before(args, runtime, saved, run, base)
     folder = os.path.join(args.results_path, args.name)
-    log = RunLog(
-        folder,
-        args,
-        run_id=run,
-        start_step=None if args.finetune else args.start_step,
-        finetune_from=base + tuned.get("finetune_step", 0) if args.finetune or tuned else None,
-        active=runtime.is_main,
-        replace=runtime.on_main(lambda: identity.claim(args, saved)),
-    )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(identity.claim(args, runtime, saved, run))
+        log = RunLog(
+            folder,
+            args,
+            run_id=run,
+            start_step=None if args.finetune else args.start_step,
+            finetune_from=base + tuned.get("finetune_step", 0) if args.finetune or tuned else None,
+            active=runtime.is_main,
+        )
+        stack.callback(log.close)
+        if method:
+            method.prepare(dataset, views, folder)
 
-    if method:
-        method.prepare(dataset, views, runtime.on_main(lambda: str(log.folder)))
-
-    # train, finetune, sum up
-    with contextlib.closing(log), utils.Interrupt() as interrupt:
+        # train, finetune, sum up
+        interrupt = stack.enter_context(utils.Interrupt())
         for image_set in filter(None, (dataset.labeled, dataset.unlabeled, dataset.val, dataset.test)):
             image_set.on_unreadable = interrupt.note_fault
         runtime.on_main(lambda: write_labeled(log.folder, dataset))
@@ -346,7 +349,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
         names = {role: method.network_name(args, role) for role in ("teacher", "student")}
         content |= {"networks": names, "predicting": list(method.members)}
         content |= {"step": step + 1, "args": vars(args), "data": record_of_data}
-        identity.save(args, runtime, log, content, kinds)
+        identity.save(args, runtime, content, kinds)
 
     def stop(taken, status):
         """End the process after so many steps, saved if there are new ones."""
@@ -487,7 +490,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
             "args": vars(args),
             "data": record_of_data,
         }
-        identity.save(args, runtime, log, content | state, kinds)
+        identity.save(args, runtime, content | state, kinds)
 
     def stop(taken, status):
         if taken > done:

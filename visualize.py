@@ -41,6 +41,7 @@ import data
 from augmentation import TABLE, Draws, ImageViews, PointViews
 from engine.checkpoint import Checkpoint, file_name
 from engine.evaluation import measure_accuracy, predictions
+from engine.files import being_replaced
 from engine.loader import batches
 from engine.runtime import Runtime
 from models import head_of
@@ -108,8 +109,10 @@ def missing_checkpoint(run, path):
     if isinstance(path, list):
         return f"{run.folder} is of several checkpoints: evaluate the one that you want to draw"
     if not os.path.isfile(path):
-        return stopped_before_its_evaluation(run, path) or (
-            f"there is no checkpoint {path} of {run.name}: start this from the folder where the run was "
+        return (
+            stopped_before_its_evaluation(run, path)
+            or being_replaced(path)
+            or f"there is no checkpoint {path} of {run.name}: start this from the folder where the run was "
             "started, or say with --save-path where its checkpoints are"
         )
     return None

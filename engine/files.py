@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import glob
 import json
 import os
 import pickle
@@ -50,7 +51,7 @@ def read_content(path, mmap=False):
     """
     if not os.path.isfile(path):
         folder = "; this is a folder: give a file such as checkpoint/NAME_best.pth.tar" * os.path.isdir(path)
-        raise UserError(f"there is no checkpoint {path}{folder}")
+        raise UserError(being_replaced(path) or f"there is no checkpoint {path}{folder}")
     if str(path).endswith((".pt2", ".onnx")):
         raise UserError(f"{path} is an exported network: give the checkpoint that it was exported from")
     try:
@@ -70,6 +71,22 @@ def read_content(path, mmap=False):
             f"{path} is damaged or was not written by this program: nothing could be loaded from it; "
             "take another checkpoint of the run"
         ) from error
+
+
+def moved_to(path):
+    """Where ``--overwrite`` has moved a checkpoint (``run.identity.set_aside``); None if it has not."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return next(glob.iglob(os.path.join(glob.escape(folder), ".*.replaced-*", glob.escape(name))), None)
+
+
+def being_replaced(path):
+    """A sentence about a missing checkpoint that ``--overwrite`` has moved; None for any other."""
+    if moved := moved_to(path):
+        return (
+            f"there is no checkpoint {path}: --overwrite keeps it in {moved} until the new run has saved; if "
+            "the new run was killed, --resume auto puts it back"
+        )
+    return None
 
 
 def read_checked(path, parse=json.loads):

@@ -9,6 +9,7 @@ import sys
 
 from data import POINTS, STATISTICS
 from engine.checkpoint import Checkpoint, file_name
+from engine.files import being_replaced
 from engine.runtime import Runtime
 from methods import METHODS
 from methods.feedback import ESTIMATORS
@@ -478,7 +479,8 @@ def read_checkpoint(args, path, runtime, starts):
         if path is None:
             if args.evaluate or args.finetune:
                 raise UserError(
-                    f"there is no checkpoint {paths[0]} to evaluate or finetune: give its run's --name"
+                    being_replaced(paths[0])
+                    or f"there is no checkpoint {paths[0]} to evaluate or finetune: give its run's --name"
                 )
             if not starts:
                 raise UserError(

@@ -1,14 +1,18 @@
 """Which run a name means: its files, its lock, what is refused so that no run is mistaken for another."""
 
 import argparse
+import contextlib
 import errno
+import glob
 import os
 import re
+import shutil
+from pathlib import Path
 
 import torch
 
 from engine.checkpoint import KINDS, SUFFIX, Checkpoint, file_name
-from engine.files import writing
+from engine.files import moved_to, write_atomically, writing
 from methods import METHODS
 from models import count_flops, count_parameters
 from utils import UserError, say, tell
@@ -107,39 +111,97 @@ def lock(args, make=True):
         # else a file system without locks: nothing can be known
 
 
-def save(args, runtime, log, content, kinds):
-    """Write a checkpoint of each kind, in this order; with the first, a run that is replaced goes."""
-    paths = [checkpoint_path(args, kind) for kind in kinds]
-    Checkpoint(content).write(runtime, *paths)
-    if runtime.is_main and log.replacing:
-        for path in checkpoints_of(args).keys() - set(paths):
+def save(args, runtime, content, kinds):
+    """Write a checkpoint of each kind, in this order; then the run that this one replaces is deleted.
+
+    Where the first kind fits on the disk and the second does not, the run that is replaced is kept instead.
+    """
+    try:
+        Checkpoint(content).write(runtime, *(checkpoint_path(args, kind) for kind in kinds))
+    except UserError:
+        for path in checkpoints_of(args) if set_aside_of(args) else ():
             os.remove(path)
-        log.settle()
+        raise
+    if runtime.is_main:
+        settle(args)
+
+
+def set_aside(args, run):
+    """Move the earlier run of the name out of the way of a new one, whose id is ``run``.
+
+    Its checkpoints go to the folder ``checkpoint/.NAME.replaced-ID``, its record to
+    ``results/.NAME.replaced-ID``. The file "record" joins the checkpoints when all of them are moved: it says
+    that ``checkpoint/NAME_*`` are the new run's from now on, and where the old record is.
+    """
+    checkpoints, record = checkpoints_of(args), os.path.join(args.results_path, args.name)
+    if not checkpoints and not os.path.isdir(record):
+        return
+    aside = os.path.join(args.save_path, f".{args.name}.replaced-{run[-8:]}")
+    old_record = os.path.join(args.results_path, os.path.basename(aside))
+    with writing(aside):
+        os.mkdir(aside)
+        for path in checkpoints:
+            os.rename(path, os.path.join(aside, os.path.basename(path)))
+        write_atomically(os.path.join(aside, "record"), lambda file: file.write(os.fsencode(old_record)))
+        os.makedirs(record, exist_ok=True)
+        os.rename(record, old_record)
+
+
+def set_aside_of(args):
+    """The folders of the checkpoints that ``set_aside`` has moved, one at most."""
+    folder, name = glob.escape(args.save_path), glob.escape(args.name)
+    return glob.glob(os.path.join(folder, f".{name}.replaced-" + "[0-9a-f]" * 8))
+
+
+def settle(args):
+    """Delete the run that was set aside if the new run of its name has a checkpoint, else put it back.
+
+    If it is killed, the next call finishes what it began.
+
+    Raises:
+        UserError: another process trains the new run, or the files cannot be moved.
+    """
+    for aside in set_aside_of(args):
+        lock(args)
+        checkpoints = checkpoints_of(argparse.Namespace(save_path=aside, name=args.name))
+        mark = Path(aside, "record")
+        with writing(aside):
+            old_record = Path(os.fsdecode(mark.read_bytes())) if mark.exists() else None
+            if old_record and checkpoints_of(args):
+                shutil.rmtree(old_record, ignore_errors=True)
+                for path in checkpoints:  # before the mark
+                    os.remove(path)
+            else:
+                if old_record and old_record.is_dir():
+                    record = old_record.with_name(args.name)
+                    shutil.rmtree(record, ignore_errors=True)  # of the run that has no checkpoint
+                    old_record.rename(record)
+                mark.unlink(missing_ok=True)
+                for path in checkpoints:
+                    os.rename(path, os.path.join(args.save_path, os.path.basename(path)))
+                say(f"{args.name}: the new run has no checkpoint, the earlier run is back in its place")
+            shutil.rmtree(aside)
+
+
+def find_again(args):
+    """Put back a run that was set aside and has a checkpoint that ``--resume`` looks for."""
+    for resume in args.resume or ():
+        for path in candidates(args, resume):
+            if not os.path.isfile(path) and (moved := moved_to(path)):
+                folder = os.path.dirname(moved)
+                name = os.path.basename(folder)[1:].rpartition(".replaced-")[0]
+                settle(argparse.Namespace(save_path=os.path.dirname(folder), name=name))
 
 
 def candidates(args, resume):
     """Candidates for ``--resume``, in order of preference; for ``auto`` the files of the run's name.
 
     The best is written before the last: a run that was killed between its first two files has the best alone.
-    Beside it may be files of the run that it was about to replace: those of the newest file's run count.
     """
     if resume != "auto":
         return [resume] if resume else []
     name = args.name or default_name(argparse.Namespace(**vars(args) | {"resume": None}))
-    paths = [os.path.join(args.save_path, file_name(check_name(name), kind)) for kind in KINDS]
-    left = of_other_runs(paths)
-    return [path for path in paths if path not in left]
-
-
-def of_other_runs(paths):
-    """Those of a name's checkpoints that are not of the run of the newest file.
-
-    There are some where a run was killed while it replaced another one: behind its first file. Damaged files
-    and those of earlier versions do not say which run they are of.
-    """
-    runs = {path: run for path in paths if (run := Checkpoint.peek(path).get("run"))}
-    newest = max(runs, key=os.path.getmtime, default=None)
-    return {path for path, run in runs.items() if run != runs[newest]}
+    return [os.path.join(args.save_path, file_name(check_name(name), kind)) for kind in KINDS]
 
 
 def check_same_test(one, other, path, other_path):
@@ -168,40 +230,46 @@ def is_own(args, saved):
     return same_place and args.name == saved.get("args", {}).get("name")
 
 
-def claim(args, saved):
-    """Take the run's name: its folders can be written, no other process has it, and it is still free."""
-    make_folder(args.results_path)
-    make_folder(args.save_path)
-    lock(args)
-    replacing = replaces(args, saved)
-    if is_own(args, saved) and (left := of_other_runs(checkpoints_of(args))):
-        for path in left:
-            os.remove(path)
-        say(f"removed {len(left)} checkpoints of the run that {args.name} replaces")
-    return replacing
+@contextlib.contextmanager
+def claim(args, runtime, saved, run):
+    """Context in which the run has its name: its folders can be written, and no other process has it.
+
+    With ``--overwrite`` the earlier run is set aside, and put back at the end if there is no checkpoint of
+    this one.
+    """
+
+    def take():
+        make_folder(args.results_path)
+        make_folder(args.save_path)
+        lock(args)
+        check_free(args, saved)
+
+    runtime.on_main(take)
+    try:
+        if args.overwrite and not is_own(args, saved):
+            runtime.on_main(lambda: set_aside(args, run))
+        yield
+    finally:
+        if runtime.is_main:
+            settle(args)
 
 
-def replaces(args, saved):
-    """Whether the run replaces another one of its name; UserError without ``--overwrite``."""
+def check_free(args, saved):
+    """UserError if another run has the name, or if there is nothing to train."""
     lock(args, make=False)
+    settle(args)
     last, folder = checkpoint_path(args, "last"), os.path.join(args.results_path, args.name)
     ways = "--overwrite replaces it, another --name leaves it untouched"
     checkpoints = checkpoints_of(args)
     if is_own(args, saved):
-        of_others = of_other_runs(checkpoints)
-        if args.resume in of_others:
-            raise UserError(
-                f"{args.resume} is of a run that another one was replacing when it was killed: --resume auto "
-                "goes on with that one, another --name with this one"
-            )
         if not args.overwrite and not args.finetune and args.resume != last and os.path.isfile(last):
             step = Checkpoint.peek(last).get("step", 0)
-            if step > saved["step"] and last not in of_others:
+            if step > saved["step"]:
                 raise UserError(
                     f"{args.name} has come to step {step}, and {args.resume} is of step {saved['step']}: "
                     f"--resume auto continues the former, {ways}"
                 )
-        return False
+        return
     if not args.overwrite and checkpoints:  # without any, a run that was killed early may start again
         raise UserError(f"{args.name} was trained before: --resume auto continues it, {ways}")
     if not args.overwrite and os.path.exists(os.path.join(folder, "summary.json")):
@@ -211,7 +279,6 @@ def replaces(args, saved):
             f"{args.resume} is trained to its end, step {saved['step']}: nothing is left for {args.name} to "
             "train; give a larger --total-steps, or --finetune"
         )
-    return bool(checkpoints) or os.path.exists(os.path.join(folder, "args.json"))
 
 
 def finetuned_before(args, runtime, saved, run, base):

@@ -4,7 +4,6 @@ import datetime
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,7 +165,6 @@ class RunLog:
             (again); None keeps them.
         finetune_from: likewise, of the lines that finetuning wrote: those after this step are dropped.
         tensorboard: also write event files.
-        replace: write beside the record that is there, until ``settle`` puts this one in its place.
 
     Raises:
         UserError: the folder cannot be written.
@@ -182,23 +180,13 @@ class RunLog:
         finetune_from=None,
         tensorboard=True,
         active=True,
-        replace=False,
     ):
         self.folder, self.active, self.writer = Path(folder), active, None
-        self.tensorboard, self.purge_step, self.place = tensorboard, start_step, self.folder
         if not active:
             return
-        beside = self.folder.with_name(f".{self.folder.name}.new")
         with writing(self.folder):
-            if replace:
-                shutil.rmtree(beside, ignore_errors=True)
-                self.folder = beside
-            elif run_id and self._arguments(beside).get("run") == run_id:  # killed while it replaced another
-                self._move(beside)
-            else:  # of a run that was killed before it replaced this one
-                shutil.rmtree(beside, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            before = self._arguments(self.folder)
+            before = self._arguments()
             if before.get("run") not in (None, run_id) and run_id is not None:
                 self._say(f"the record in {self.folder} is of another run and is replaced")
                 self._clear()
@@ -206,31 +194,25 @@ class RunLog:
             if start_step is not None or not (self.folder / "args.json").exists():
                 self._write_arguments(args, run_id, before)
             self._drop(start_step, finetune_from)
-        self._open()
-
-    @property
-    def replacing(self):
-        """Whether the run that is to be replaced is still there."""
-        return self.active and self.folder != self.place
+        if tensorboard:
+            self._open(start_step)
 
     @property
     def metrics(self):
         return self.folder / "metrics.jsonl"
 
-    def _open(self):
-        if self.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is used
-            except Exception as error:  # not installed, or at odds with another package
-                self.tensorboard = False
-                self._say(f"no TensorBoard events are written, metrics.jsonl has the same figures: {error}")
-                return
-            self.writer = SummaryWriter(self.folder, purge_step=self.purge_step)
-
-    def _arguments(self, folder):
-        """What args.json says of the run in a folder; {} where there is none."""
+    def _open(self, purge_step):
         try:
-            return dict(json.loads((folder / "args.json").read_text()))
+            from torch.utils.tensorboard import SummaryWriter  # a second to import: only where it is used
+        except Exception as error:  # not installed, or at odds with another package
+            self._say(f"no TensorBoard events are written, metrics.jsonl has the same figures: {error}")
+            return
+        self.writer = SummaryWriter(self.folder, purge_step=purge_step)
+
+    def _arguments(self):
+        """What args.json says of the run in the folder; {} where there is none."""
+        try:
+            return dict(json.loads((self.folder / "args.json").read_text()))
         except (OSError, ValueError, TypeError):
             return {}
 
@@ -279,19 +261,6 @@ class RunLog:
     def _write(self, name, content, indent=2):
         text = json.dumps(content, indent=indent) + "\n"
         write_atomically(self.folder / name, lambda file: file.write(text.encode()))
-
-    def settle(self):
-        """To be called when the first checkpoint of a run that replaces another is written."""
-        if self.replacing:
-            self.close()
-            with writing(self.place):
-                self._move(self.folder)
-            self.folder = self.place
-            self._open()
-
-    def _move(self, beside):
-        shutil.rmtree(self.place, ignore_errors=True)
-        os.rename(beside, self.place)
 
     def record(self, step, figures):
         """One line of metrics.jsonl and the same figures to TensorBoard."""

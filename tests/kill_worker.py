@@ -3,9 +3,13 @@
 That process has imported everything and computed nothing: the runs are forks of it, which start at once.
 """
 
+import hashlib
+import json
 import os
 import random
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import torch
 
 import main
 from engine import runtime
+from run import identity
 
 FLAGS = (
     "--dataset digits --resize 8 --num-labeled 10 --model wrn-10-1 --batch-size 4 --mu 2 --device cpu "
@@ -49,6 +54,88 @@ def killed_behind_its_first_file(arguments, folder):
 
     runtime.write_atomically = write_and_die
     main.run(arguments)
+
+
+def forked(arguments, prepare=None, *options):
+    """The exit status of ``python main.py ARGUMENTS``, whose process begins with ``prepare(*options)``."""
+    pid = os.fork()
+    if pid == 0:
+        if prepare:
+            prepare(*options)
+        os._exit(main.run(arguments))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_when_training_begins():
+    main.train_loop = killed
+
+
+def kill_at(moment):
+    """Right before this process makes, moves or removes a file or folder for the ``moment``-th time."""
+    changes = []
+
+    def count(event, _):
+        if event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            changes.append(event)
+            if len(changes) == moment:
+                killed()
+
+    sys.addaudithook(count)
+
+
+def kill_at_while_it_replaces(moment):
+    """The same, counted from where the old run is set aside; ends behind the first checkpoint."""
+    set_aside, save = identity.set_aside, identity.save
+
+    def counted(*arguments):
+        kill_at(moment)
+        set_aside(*arguments)
+
+    def last(*arguments):
+        save(*arguments)
+        os._exit(0)
+
+    identity.set_aside, identity.save = counted, last
+
+
+def digests():
+    """{path: digest, "" for a folder} of what runs have left in this folder."""
+    paths = [path for place in ("checkpoint", "results") for path in Path(place).rglob("*")]
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        for path in paths
+        if path.suffix not in (".lock", ".tmp")
+    }
+
+
+def killed_while_it_replaces(folder, old, new):
+    """Kills ``new``, which replaces the run of ``old``, at every change of the files.
+
+    Each time ``old`` is given again: it is refused, but tidies up. Then kills this command likewise, after a
+    ``new`` that was killed when its training began.
+
+    Prints the ``digests`` of the old run, and the lists of those that each kill and its refusal have left.
+    """
+    os.chdir(folder)
+    assert forked(old) == 0
+    found = [digests()]
+    shutil.copytree(".", "../whole")
+    assert forked(new, kill_when_training_begins) == -signal.SIGKILL
+    shutil.copytree(".", "../aside")
+    for start, command, prepare in (("whole", new, kill_at_while_it_replaces), ("aside", old, kill_at)):
+        left, status = [], -signal.SIGKILL
+        while status == -signal.SIGKILL:
+            shutil.rmtree("checkpoint"), shutil.rmtree("results")
+            shutil.copytree(f"../{start}", ".", dirs_exist_ok=True)
+            status = forked(command, prepare, len(left) + 1)
+            assert forked(old) == 2
+            left.append(digests())
+        found.append(left)
+    print(json.dumps(found))
 
 
 def check(folder):

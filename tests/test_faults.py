@@ -277,10 +277,11 @@ def test_folders_that_cannot_be_written(flag, place, here, capsys):
 
 
 def test_a_full_disk(here, trained, capsys):
-    """The last checkpoint stays whole where the next one does not fit."""
+    """The last checkpoint stays whole where the next one does not fit, or only its first file."""
     (here / "checkpoint/run_last.pth.tar.tmp").symlink_to("/dev/full")
     assert "No space left" in refused(capsys)
     assert (here / "checkpoint/run_last.pth.tar").read_bytes() == trained.read_bytes()
+    assert sorted(os.listdir(here / "checkpoint")) == [".run.lock", "run_last.pth.tar"]
 
 
 def children(pid):
@@ -467,7 +468,7 @@ def without_tensorboard(arguments, folder):
 
 
 def test_without_tensorboard(tmp_path):
-    """One line, also where a run replaces another one, whose log is opened twice."""
+    """One line, also where a run replaces another one."""
     for number in (1, 2):
         done = forked.run(without_tensorboard, [*TINY, "--overwrite"], str(tmp_path))
         assert done.returncode == 0, done.stderr
@@ -704,7 +705,7 @@ def test_killed_between_its_first_two_checkpoints(tmp_path, monkeypatch):
 
 
 def test_killed_while_it_replaces_another_run(tmp_path, monkeypatch, capsys):
-    """Between its first two files, one of which is still the other run's: it goes on with its own."""
+    """Between its first two files, before the other run is deleted: it goes on with its own."""
     alone, here = tmp_path / "alone", tmp_path / "here"
     alone.mkdir(), here.mkdir()
     own = [*TINY, "--seed", "1"]
@@ -713,18 +714,40 @@ def test_killed_while_it_replaces_another_run(tmp_path, monkeypatch, capsys):
     killed = forked.run(kill_worker.killed_behind_its_first_file, [*own, "--overwrite"], str(here))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     monkeypatch.chdir(here)
-    runs = {kind: load(f"checkpoint/run_{kind}.pth.tar")["run"] for kind in ("best", "last", "finetune_last")}
-    assert runs["best"] != runs["last"] == runs["finetune_last"]
+    aside = next(Path("checkpoint").glob(".run.replaced-*"))
+    first = load("checkpoint/run_best.pth.tar")["run"]
+    assert (
+        first != load(aside / "run_last.pth.tar")["run"] == load(aside / "run_finetune_last.pth.tar")["run"]
+    )
     assert main.run(["--resume", "checkpoint/run_last.pth.tar", "--total-steps", "6"]) == 2
-    assert "run_last.pth.tar is of a run that another one was replacing" in capsys.readouterr().err
-    assert load("checkpoint/run_best.pth.tar")["run"] == runs["best"]
+    assert "there is no checkpoint checkpoint/run_last.pth.tar" in capsys.readouterr().err
     assert main.run(["--name", "run", "--resume", "auto"]) == 0
     last = load("checkpoint/run_last.pth.tar")
-    assert last["run"] == runs["best"]
+    assert last["run"] == first
     assert_same_checkpoint(last, load(alone / "checkpoint/run_last.pth.tar"))
     lines = Path("results/run/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4]
     assert sorted(os.listdir("checkpoint")) == [".run.lock", "run_best.pth.tar", "run_last.pth.tar"]
+
+
+def test_killed_at_any_moment_while_it_replaces_another_run(tmp_path):
+    """Afterwards the old run is in its place, byte for byte, or the new one, which then has a checkpoint."""
+    (tmp_path / "here").mkdir()
+    commands = [*TINY, "--finetune-epochs", "1"], [*TINY, "--seed", "1", "--overwrite"]
+    done = forked.run(kill_worker.killed_while_it_replaces, str(tmp_path / "here"), *commands)
+    assert done.returncode == 0, done.stderr
+    old, replaced, put_back = json.loads(done.stdout.splitlines()[-1])
+    new = next(number for number, files in enumerate(replaced) if files != old)
+    assert new > 2 + sum(path.endswith(".pth.tar") for path in old)  # each file is moved by itself
+    for files in replaced[new:]:
+        names = {path for path in files if path.startswith("checkpoint")}
+        assert "checkpoint/run_best.pth.tar" in names
+        assert names <= {"checkpoint/run_best.pth.tar", "checkpoint/run_last.pth.tar"}
+        assert not any(".replaced-" in path for path in files)
+        same = {path for path in files.keys() & old.keys() if files[path] == old[path]}
+        assert same <= {"results/run", "results/run/labeled_indices.txt"}
+    assert len(replaced) - new > 4 and len(put_back) > 4
+    assert all(files == old for files in put_back)
 
 
 def start_pair(arguments, folder, restarts):

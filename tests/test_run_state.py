@@ -867,6 +867,8 @@ def test_overwriting_deletes_nothing_before_its_first_checkpoint(copied, monkeyp
         patch.setattr(main, "TrainLoader", Stopping)
         assert command(*words) == 130
     assert everything(copied) == before
+    assert Path("results/run/events.out.tfevents.1.old").exists() and not list(copied.rglob(".run.replaced*"))
+    assert "the earlier run is back in its place" in capsys.readouterr().err
     assert command(*words, "--finetune-epochs", "0") == 0
     left = {path.name for path in Path("checkpoint").glob("*.pth.tar")}
     assert left == {"run_last.pth.tar", "run_best.pth.tar"}  # the old one's finetuning is gone
@@ -874,6 +876,31 @@ def test_overwriting_deletes_nothing_before_its_first_checkpoint(copied, monkeyp
     assert summary("run")["steps"] == 6 and summary("run")["finetune_top1"] is None
     assert not Path("results/run/events.out.tfevents.1.old").exists()
     assert list(Path("results/run").glob("events*")) and not list(Path("results").glob(".*"))
+
+
+def test_what_a_killed_run_has_set_aside_is_named_and_put_back(copied, capsys):
+    before = everything(copied)
+    args = argparse.Namespace(save_path="checkpoint", results_path="results", name="run")
+    for resume in (["--resume", "checkpoint/run_last.pth.tar"], ["--resume", "auto", "--name", "run"]):
+        identity.set_aside(args, "2026-01-01T00:00:00Z-0123abcd")
+        Path("results/run").mkdir()
+        aside = copied / "checkpoint/.run.replaced-0123abcd/run_last.pth.tar"
+        assert f"--overwrite keeps it in {aside}" in refused(capsys, "--evaluate", *resume)
+        assert command("--evaluate", "--resume", aside, "--name", "seen") == 0
+        assert summary("seen")["top1"] == summary(".run.replaced-0123abcd")["top1"]
+        shutil.rmtree("results/seen")
+        assert "no --dataset" not in refused(capsys, *resume, "--seed", "7")  # refused, but found again
+        assert everything(copied) == before and not list(copied.rglob(".run.replaced*"))
+
+
+def test_what_cannot_be_set_aside_stays(copied, monkeypatch, capsys):
+    """The place of its record is taken by a file."""
+    before = everything(copied)
+    monkeypatch.setattr(main, "new_run_id", lambda: "0123abcd")
+    Path("results/.run.replaced-0123abcd").write_text("")
+    sentence = refused(capsys, *DIGITS, "--method", "supervised", "--overwrite")
+    assert "cannot write to" in sentence and "Not a directory" in sentence
+    assert everything(copied) == before and not list(Path("checkpoint").glob(".run.replaced*"))
 
 
 def test_an_earlier_checkpoint_does_not_undo_a_later_one(copied, capsys):
