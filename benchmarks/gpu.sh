@@ -89,7 +89,7 @@ train)
     train "${@:2}"
     ;;
 check)
-    python -m pytest "$root"/tests/test_{cuda,runtime}.py 2>&1 | tail -20 | tee "$OUT/tests.txt"
+    python -m pytest "$root"/tests/{test_cuda,engine/test_runtime}.py 2>&1 | tail -20 | tee "$OUT/tests.txt"
     benchmark eager profile $wrn
     benchmark compiled profile $wrn --compile
     benchmark graph profile $wrn --compile --cuda-graph

@@ -64,5 +64,5 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(items):
     """The files that take longest first: two processes share the files, and end at about the same time."""
-    longest = [f"test_{name}.py" for name in ("xla", "faults", "cli", "run_state", "tune", "methods")]
+    longest = [f"test_{name}.py" for name in ("xla", "faults", "cli", "run_state", "tune", "method")]
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

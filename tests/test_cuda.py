@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_methods import (
+from steps import (
     CAPTURED,
     DROPOUT,
     build,

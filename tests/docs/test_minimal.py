@@ -15,7 +15,7 @@ from augmentation import Views
 from engine.runtime import Runtime
 from methods import METHODS
 
-SCRIPT = Path(__file__).parent.parent / "docs" / "minimal.py"
+SCRIPT = Path(__file__).parents[2] / "docs" / "minimal.py"
 
 
 @pytest.fixture(scope="module")

@@ -254,6 +254,6 @@ def faults(megabytes):
 print(faults(64), faults(16))
 """
     command = [sys.executable, "-c", program]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     first, second = map(int, done.stdout.split())
     assert second < 100 < first
