@@ -22,7 +22,7 @@ def test_replayed_steps_are_the_steps(name):
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
-        (RuntimeError("operation not permitted when stream is capturing"), "does it wait for the device"),
+        (RuntimeError("operation not permitted when stream is capturing"), "Does it wait for the device"),
         (torch.OutOfMemoryError("CUDA out of memory"), "a smaller --batch-size"),
     ],
 )
