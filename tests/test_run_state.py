@@ -429,7 +429,7 @@ def test_a_checkpoint_with_foreign_arguments(copied, capsys, arguments):
     state = load("checkpoint/run_last.pth.tar")
     state["args"] |= arguments
     torch.save(state, "checkpoint/run_last.pth.tar")
-    assert "remembers --" in refused(capsys, "--resume", "checkpoint/run_last.pth.tar")
+    assert "was written with --" in refused(capsys, "--resume", "checkpoint/run_last.pth.tar")
 
 
 def test_the_teacher_of_pseudo_labels_is_the_network_in_its_file(supervised, here):
@@ -560,7 +560,7 @@ def test_what_a_run_is_about_cannot_change(was, now, rest):
     saved = {"step": 3, "args": vars(main.parse_arguments(before))}
     again = main.parse_arguments([*before, "--resume", "x.pth.tar"], saved, "x.pth.tar")
     assert vars(again) | {"resume": None, "start_step": 0} == saved["args"]
-    with pytest.raises(UserError, match=f"trained with {was}: it cannot go on with {now}"):
+    with pytest.raises(UserError, match=f"trained with {was}: it cannot continue with {now}"):
         main.parse_arguments([*now.split(), "--resume", "x.pth.tar"], saved, "x.pth.tar")
 
 
@@ -577,7 +577,7 @@ def test_what_belongs_to_a_command_is_not_remembered():
 
 def test_a_run_does_not_end_before_its_checkpoint():
     assert continued(main.parse_arguments([]), "--total-steps", "3").start_step == 3
-    with pytest.raises(UserError, match=r"x\.pth\.tar is of step 3: give a larger --total-steps"):
+    with pytest.raises(UserError, match=r"x\.pth\.tar is already at step 3: give a larger --total-steps"):
         continued(main.parse_arguments([]), "--total-steps", "2")
 
 
@@ -585,7 +585,7 @@ def test_the_size_of_a_run_that_took_its_images_size(capsys):
     before = main.parse_arguments(["--dataset", "folder"])
     assert before.resize is None
     assert continued(before, "--resize", "32", size=32).resize == 32
-    with pytest.raises(UserError, match="trained with --resize 32: it cannot go on with --resize 16"):
+    with pytest.raises(UserError, match="trained with --resize 32: it cannot continue with --resize 16"):
         continued(before, "--resize", "16", size=32)
 
 
@@ -705,7 +705,7 @@ def test_images_that_were_added_are_said_and_learned_from(folder_run, here, caps
     labelled = load(folder_run)["data"]["labeled"]
     assert command("--resume", folder_run, "--total-steps", "6") == 0
     said = capsys.readouterr().err
-    assert "the images to learn from are not those that the run had before" in said
+    assert "the images to learn from have changed" in said
     assert load(folder_run)["data"]["labeled"] == labelled
 
 
@@ -1062,7 +1062,7 @@ def test_finetuning_otherwise_does_not_replace_the_first(copied, capsys):
     words = ["--finetune", "--resume", "checkpoint/run_last.pth.tar", "--body-lr-scale", "0.5"]
     assert "was finetuned before" in refused(capsys, *words)
     words = ["--resume", "checkpoint/run_finetune_last.pth.tar", "--body-lr-scale", "0.5"]
-    assert "cannot go on with --body-lr-scale 0.5" in refused(capsys, *words)
+    assert "cannot continue with --body-lr-scale 0.5" in refused(capsys, *words)
     words = ["--finetune", "--resume", "checkpoint/run_last.pth.tar", "--finetune-lr", "0.5"]
     assert "was finetuned before" in refused(capsys, *words)
     assert everything(copied) == before
@@ -1180,7 +1180,7 @@ def test_parts_in_capital_letters_are_parts(here, capsys):
     assert command(*words) == 0
     said = capsys.readouterr().err
     assert "has training images in Train/, test images in Test/" in said
-    assert "not used of 'mine': cat/" in said.replace(f"'{here}/mine'", "'mine'")
+    assert "not used in 'mine': cat/" in said.replace(f"'{here}/mine'", "'mine'")
     assert len(load("checkpoint/mine_last.pth.tar")["data"]["test"]) == 48
 
 
@@ -1217,7 +1217,7 @@ def test_images_in_both_parts_are_left_out_or_warned_of(here, capsys):
     record = load("checkpoint/without_last.pth.tar")["data"]
     assert not torch.isin(record["tested"], record["trained"]).any()
     assert command(*FOLDER, "--data-path", "mine", "--keep-test-copies") == 0
-    assert "1 of 13 test images are among the training images too, such as test/cat/copy.png" in (
+    assert "1 of 13 test images are also among the training images, such as test/cat/copy.png" in (
         capsys.readouterr().err
     )
     assert command("--evaluate", "--resume", "checkpoint/mine_last.pth.tar") == 0  # it was one then, too
@@ -1332,7 +1332,7 @@ def test_a_run_with_an_ensemble(here, capsys, flags, kind, averages):
     result = capsys.readouterr().out.splitlines()[-1]
     assert f"top-1 {top1:.2f} % (ensemble)" in result and f"student {alone[0]:.2f} %" in result
     assert command("--evaluate", "--resume", "checkpoint/run_finetune_last.pth.tar") == 0
-    assert "holds the finetuned student alone" in capsys.readouterr().err
+    assert "has only the finetuned student: main.py ignores --ensemble" in capsys.readouterr().err
     assert summary("run_finetune_last")["top1"] == summary("run")["finetune_top1"]
     assert summary("run_finetune_last")["ensemble_top1"] is None
     run_read = visualize.read_run("results/run")
