@@ -541,7 +541,7 @@ def test_the_benchmark_of_methods_goes_on(tmp_path):
         again = call()
         out, err = again.communicate(timeout=400)
     assert again.returncode == 1 and err.splitlines()[-1] == f"benchmarks/methods.sh: {names[3]} has failed"
-    assert f"{names[1]} is being trained by another process" in out and err.count("has failed") == 1
+    assert f"another process is training {names[1]}" in out and err.count("has failed") == 1
     assert finished() == [names[0], names[2]] and "6 labels, supervised" not in out
     teacher = json.loads((results / names[2] / "args.json").read_text())["teacher_checkpoint"]
     assert teacher == str(results / "checkpoint" / f"{names[0]}_best.pth.tar")

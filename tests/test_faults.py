@@ -716,7 +716,7 @@ def test_killed_while_it_replaces_another_run(tmp_path, monkeypatch, capsys):
     runs = {kind: load(f"checkpoint/run_{kind}.pth.tar")["run"] for kind in ("best", "last", "finetune_last")}
     assert runs["best"] != runs["last"] == runs["finetune_last"]
     assert main.run(["--resume", "checkpoint/run_last.pth.tar", "--total-steps", "6"]) == 2
-    assert "run_last.pth.tar is of a run that another one was replacing" in capsys.readouterr().err
+    assert "run_last.pth.tar: --resume auto continues the new run" in capsys.readouterr().err
     assert load("checkpoint/run_best.pth.tar")["run"] == runs["best"]
     assert main.run(["--name", "run", "--resume", "auto"]) == 0
     last = load("checkpoint/run_last.pth.tar")

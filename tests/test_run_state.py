@@ -844,7 +844,7 @@ def test_the_finetuning_of_another_step_is_not_this_ones(copied, capsys):
     torch.save(load("checkpoint/run_last.pth.tar") | {"step": 4}, "checkpoint/run_step00000004.pth.tar")
     before = everything(copied)
     words = ["--finetune", "--resume", "checkpoint/run_step00000004.pth.tar"]
-    assert "was finetuned before, with other flags or from another checkpoint" in refused(capsys, *words)
+    assert "was already finetuned, with other flags or from another checkpoint" in refused(capsys, *words)
     assert everything(copied) == before
 
 
@@ -904,7 +904,7 @@ def test_a_name_that_is_being_trained_is_refused_until_its_process_ends(here, ca
             assert process.poll() is None
             time.sleep(0.05)
         for more in ((), ("--overwrite",), ("--resume", "auto")):
-            assert "run is being trained by another process" in refused(capsys, *words, *more)
+            assert "another process is training run: wait" in refused(capsys, *words, *more)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -923,7 +923,7 @@ def test_names_that_are_those_of_checkpoints(end, here, capsys):
 def test_a_name_with_a_record_alone_is_kept(copied, capsys):
     assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar", "--name", "mine") == 0
     sentence = refused(capsys, *DIGITS, "--method", "supervised", "--name", "mine")
-    assert "there is a record of mine" in sentence and "--resume auto" not in sentence
+    assert "mine already has the results of another run" in sentence and "--resume auto" not in sentence
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(here, monkeypatch, capsys):
@@ -945,7 +945,7 @@ def test_resume_auto_of_an_unknown_name_starts_nothing(here, capsys):
 
 def test_a_finished_run_leaves_nothing_to_train_for_another_name(copied, capsys):
     words = ["--resume", "checkpoint/run_last.pth.tar"]
-    assert "trained to its end, step 8" in refused(capsys, *words, "--name", "other")
+    assert "the end of its training, step 8" in refused(capsys, *words, "--name", "other")
     assert command(*words) == 0
     assert "--total-steps 8 is reached: nothing is left to train" in capsys.readouterr().err
     assert not list(copied.rglob("*.png"))  # --no-pictures
@@ -984,7 +984,7 @@ def test_a_folder_run_is_named_after_its_folder(here):
     [
         ("--evaluate --finetune --resume x", "--evaluate and --finetune"),
         ("--unlabeled-mode only", "--unlabeled-path"),
-        ("--overwrite --resume auto", "give one of them"),
+        ("--overwrite --resume auto", "give one of the two"),
         ("--freeze-body", "--pretrained or --weights"),
         ("--num-labeled inf", "inf"),
         ("--method mpl --switch-every 5 --student-model wrn-10-2", "leave out --student-model"),
@@ -1060,11 +1060,11 @@ def test_an_interrupted_finetuning_is_continued(trained, here):
 def test_finetuning_otherwise_does_not_replace_the_first(copied, capsys):
     before = everything(copied)
     words = ["--finetune", "--resume", "checkpoint/run_last.pth.tar", "--body-lr-scale", "0.5"]
-    assert "was finetuned before" in refused(capsys, *words)
+    assert "was already finetuned" in refused(capsys, *words)
     words = ["--resume", "checkpoint/run_finetune_last.pth.tar", "--body-lr-scale", "0.5"]
     assert "cannot continue with --body-lr-scale 0.5" in refused(capsys, *words)
     words = ["--finetune", "--resume", "checkpoint/run_last.pth.tar", "--finetune-lr", "0.5"]
-    assert "was finetuned before" in refused(capsys, *words)
+    assert "was already finetuned" in refused(capsys, *words)
     assert everything(copied) == before
     assert command(*words, "--name", "other") == 0
     assert {path: everything(copied)[path] for path in before} == before
@@ -1379,14 +1379,14 @@ def test_checkpoints_that_are_no_ensemble(folder_run, here, capsys):
     assert "only --evaluate takes several checkpoints" in refused(capsys, *both)
     assert "only --evaluate takes several checkpoints" in refused(capsys, *both, "--finetune")
     sentence = refused(capsys, "--evaluate", *both)
-    assert "other_last.pth.tar has other test images than" in sentence
+    assert "other_last.pth.tar have different test images" in sentence
     photographs(here / "new", count=3, seed=11)
     assert command("--evaluate", *both, "--data-path", "new", "--name", "new") == 0
     assert summary("new")["test_images"] == 9
     photographs(here / "birds", classes=("ape", "bee"), count=24)
     assert command(*FOLDER, "--data-path", "birds") == 0
     sentence = refused(capsys, "--evaluate", *both[:2], "--resume", "checkpoint/birds_last.pth.tar")
-    assert "birds_last.pth.tar has other classes than" in sentence
+    assert "birds_last.pth.tar have different classes" in sentence
 
 
 def test_an_ensemble_has_one_truth():
@@ -1394,7 +1394,7 @@ def test_an_ensemble_has_one_truth():
     one, other = (load_dataset("digits", num_labeled=10, resize=size) for size in (8, 12))
     identity.check_same_test(one, other, "a", "b")
     other.test.targets = other.test.targets.flip(0)
-    with pytest.raises(UserError, match="b has other test images than a"):
+    with pytest.raises(UserError, match="a and b have different test images"):
         identity.check_same_test(one, other, "a", "b")
 
 
@@ -1500,7 +1500,7 @@ def test_the_record_of_another_run_is_not_continued(copied, capsys):
         command("--resume", "checkpoint/run_last.pth.tar", "--total-steps", "9", "--finetune-epochs", "0")
         == 0
     )
-    assert "is of another run and is replaced" in capsys.readouterr().err
+    assert "has the results of another run: they are replaced" in capsys.readouterr().err
     assert [line["step"] for line in metrics("run")] == [9]
 
 
