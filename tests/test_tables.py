@@ -399,7 +399,7 @@ def test_a_column_of_other_things_is_not_the_class(count, values, tmp_path):
     rows = [f"{name},n{k % values}" for k, name in enumerate(names)]
     path = table(tmp_path / "labels.csv", "image,label", *rows)
     if (count, values) in ((202, 102), (150, 101)):
-        assert f"{values} values in {count} rows" in sentence(path, root)
+        assert f"{values} different values in {count} rows" in sentence(path, root)
     else:
         assert read(path, root)[0] == {name: f"n{k % values}" for k, name in enumerate(names)}
 
