@@ -107,7 +107,7 @@ class Options:
 
     @property
     def learns_copies(self):
-        """Whether copies of test images are learned from: earlier versions did, and their runs go on so."""
+        """Whether copies of test images are learned from: the runs of earlier versions did, and still do."""
         record = self.record
         earlier = bool(record) and (record["labeled"] is None or record["fingerprint"] == "pieces")
         return self.keep_test_copies or earlier
@@ -292,8 +292,8 @@ def load_dataset(dataset, data_path="data", **options):
         before, now = options.record["trained"], dataset.record()["trained"]
         if not torch.equal(before, now):
             dataset.notes.append(
-                f"the images to learn from are not those that the run had before: {len(before):,} different "
-                f"ones then, {len(now):,} now"
+                "the images to learn from have changed since the checkpoint was written: "
+                f"{len(before):,} different images then, {len(now):,} now"
             )
     return dataset
 
@@ -313,11 +313,13 @@ def read_source(options):
     count = len(source.classes)
     if record and list(source.classes) != list(record["classes"]):
         raise UserError(
-            f"the classes of {name} are {listed(source.classes)}, "
-            f"those of the run {listed(record['classes'])}"
+            f"{name} has the classes {listed(source.classes)}, but the run has {listed(record['classes'])}: "
+            "give the data set that the run was started with"
         )
     if options.num_classes not in (None, count):
-        raise UserError(f"--num-classes {options.num_classes}, but {name} has {count} classes")
+        raise UserError(
+            f"--num-classes {options.num_classes}, but {name} has {count} classes: leave out --num-classes"
+        )
     return source
 
 
@@ -357,8 +359,8 @@ def _labeled_and_val(source, pool, options, notes):
         labeled, val = recorded_images(record, pool, options.data_path)
         if given is not None and read_labeled(given, pool, source.classes) != labeled:
             raise UserError(
-                f"{given} lists other labelled images than the {len(labeled)} that the run has "
-                "learned from: leave --labeled-indices out, or start a new run"
+                f"{given} lists other labelled images than the {len(labeled)} labelled images of the run: "
+                "leave out --labeled-indices, or start a new run"
             )
         return labeled, val
     labeled, val = split_labels(
@@ -383,7 +385,7 @@ def _own_validation(source, options, notes):
     val = source.val
     if options.num_val:
         raise UserError(
-            f"there are validation images already, such as {val.names[0]}: "
+            f"the data set has its own validation images, such as {val.names[0]}: "
             f"leave out --num-val {options.num_val}"
         )
     copies = [] if options.learns_copies else _copies(val, [source.test])
@@ -413,8 +415,8 @@ def _leak(source):
         return []
     example = f", such as {test.names[twins[0]]}" if test.names else ""
     return [
-        f"{len(twins):,} of {len(test):,} test images are among the training images too{example}: "
-        "the accuracy will be too high by them"
+        f"{len(twins):,} of {len(test):,} test images are also among the training images{example}: "
+        "the test accuracy will be too high"
     ]
 
 
@@ -481,8 +483,8 @@ def _further_folders(dataset, source, options):
         found.append((ImageSet([-1] * len(files), files=files, names=names, fingerprints=prints), path))
     if options.unlabeled_mode == "only" and not found:
         raise UserError(
-            f"--unlabeled-mode only needs images without labels: put them into a folder unlabeled/ in "
-            f"'{options.data_path}', or name their folder with --unlabeled-path DIR"
+            "--unlabeled-mode only needs unlabelled images: put them into "
+            f"'{os.path.join(options.data_path, 'unlabeled')}', or give their folder with --unlabeled-path"
         )
     further = []
     for images, place in found:
@@ -516,7 +518,9 @@ def _without_held_out(images, place, dataset, source, keeps_copies):
         images, *held_out = _compared([images, *held_out], images.workers)
     count, copies = len(images), [] if keeps_copies else _copies(images, held_out)
     if len(copies) == count:
-        raise UserError(f"all images in '{place}' are test or validation images: correct --unlabeled-path")
+        raise UserError(
+            f"all images in '{place}' are test or validation images: give another --unlabeled-path"
+        )
     images = images.subset(np.setdiff1d(np.arange(count), copies))
     if in_memory and not images.in_memory:
         images = read_images(images, dataset.size)
@@ -754,7 +758,7 @@ def _in_two_classes(parts):
         return []
     one, other = next(iter(twice.values()))
     pictures = "1 picture lies" if len(twice) == 1 else f"{len(twice):,} pictures lie"
-    return [f"{pictures} in two classes, such as {one} and {other}: leave each in one of them"]
+    return [f"{pictures} in two classes, such as {one} and {other}: keep each in only one class"]
 
 
 READERS = {
@@ -880,7 +884,7 @@ def split_labels(
             per_label = [min(n, max(1, size - v)) for n, size, v in limits]
         chosen = [order[:n] for order, n in zip(orders, per_label, strict=True)]
     for name, size, n, v, more in zip(classes, sizes, per_label, per_val, passed, strict=True):
-        beside = f" beside {more} copies of test or validation images" if more else ""
+        beside = f" apart from {more} copies of test or validation images" if more else ""
         if size == 0:
             raise UserError(f"class '{name}' has no training images{beside}: add some or remove the class")
         if n == 0:
@@ -898,8 +902,9 @@ def split_labels(
             rest = rest[~torch.isin(prints[rest], prints[labeled]).numpy()]
         if len(rest) < count:
             raise UserError(
-                f"class '{name}' has {len(rest)} training images that are no copies of labelled ones, too "
-                f"few for {count} validation images: lower --num-labeled or --num-val, or add images"
+                f"class '{name}' has {len(rest)} training images that are neither labelled nor copies of "
+                f"labelled images, too few for {count} validation images: lower --num-labeled or --num-val, "
+                "or add images"
             )
         val += rest[:count].tolist()
     return sorted(labeled.tolist()), sorted(val)
@@ -924,8 +929,8 @@ def _per_class(number, sizes, total, flag, classes):
         if flag == "--num-labeled":
             ways.append("a fraction of every class such as 0.1")
         raise UserError(
-            f"{flag} {number} does not divide by the {len(sizes)} classes ({', '.join(classes[:10])}): use "
-            + ", or ".join(ways)
+            f"{flag} {number} cannot be divided evenly among the {len(sizes)} classes "
+            f"({', '.join(classes[:10])}): use {', or '.join(ways)}"
         )
     return [each] * len(sizes)
 
@@ -957,7 +962,7 @@ def read_labeled(path, train, classes):
         with open(path, encoding="utf-8", errors="surrogateescape") as file:
             lines = file.read().split("\n")
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the labelled images from {path}: {reason(error)}") from error
+        raise UserError(f"cannot read the list of labelled images {path}: {reason(error)}") from error
     position = {name: i for i, name in enumerate(train.names or map(str, range(len(train))))}
     expected = f"a position in the training set, 0 to {len(train) - 1}"
     if train.names:
@@ -973,11 +978,11 @@ def read_labeled(path, train, classes):
     if len(set(indices)) < len(indices):
         twice = next(index for index in indices if indices.count(index) > 1)
         twice = train.names[twice] if train.names else f"position {twice}"
-        raise UserError(f"{path} names {twice} twice: leave one of the two lines")
+        raise UserError(f"{path} lists {twice} twice: remove one of the two lines")
     labelled = np.bincount(np.asarray(train.targets)[indices], minlength=len(classes))
     if not labelled.all():
         missing = classes[int(labelled.argmin())]
-        raise UserError(f"{path} has no image of class '{missing}': add at least one of each class")
+        raise UserError(f"{path} has no image of class '{missing}': list at least one image of each class")
     return sorted(indices)
 
 
@@ -991,8 +996,8 @@ def recorded_images(record, train, path):
         positions = [[] if record[kind] is None else record[kind].tolist() for kind in ("labeled", "val")]
         if max(positions[0] + positions[1]) >= len(train):
             raise UserError(
-                f"'{path}' has {len(train)} training images, fewer than when the run was started: give the "
-                "same data"
+                f"'{path}' has {len(train)} training images, fewer than at the start of the run: put "
+                "the missing images back, or give the folder that the run was started with"
             )
         return positions
     here = defaultdict(list)  # positions of each image, known by its fingerprint and class
@@ -1011,14 +1016,14 @@ def recorded_images(record, train, path):
             if number in classes_now:
                 now, was = record["classes"][classes_now[number]], record["classes"][target]
                 raise UserError(
-                    f"{name} is labelled '{now}' now and was '{was}' when the run began: start a new run "
-                    "under another --name, or put the label back"
+                    f"{name} has the label '{now}', but had '{was}' when the run was started: start a new "
+                    "run under another --name, or restore the label"
                 )
         if gone:
             raise UserError(
-                f"{len(gone)} of the run's {len(record[kind])} {word} images are not among the training "
-                f"images of '{path}' any more, under this or another name, such as {gone[0][0]}: put them "
-                "back, or give the folder that the run was started with"
+                f"{len(gone)} of the run's {len(record[kind])} {word} images are missing from the "
+                f"training images of '{path}', such as {gone[0][0]}: put them back (under any name), or "
+                "give the folder that the run was started with"
             )
         found.append(sorted(positions))
     return found

@@ -1,12 +1,12 @@
 """Meta Pseudo Labels: train, finetune and evaluate.
 
     python main.py --dataset digits --num-labeled 40 --resize 16 --model wrn-10-1 --total-steps 900 …
-    python main.py --resume auto --name digits                          # go on where a run was stopped
-    python main.py --evaluate --resume checkpoint/NAME_best.pth.tar     # a checkpoint knows its flags
+    python main.py --resume auto --name digits                          # continue a stopped run
+    python main.py --evaluate --resume checkpoint/NAME_best.pth.tar     # a checkpoint remembers its flags
     torchrun --nproc-per-node 4 main.py --dataset cifar10 …
 
-The recipes are run_*.sh and recipes/*.sh. A run leaves checkpoint/NAME_*.pth.tar and results/NAME/. This file is the story
-in the order of time: flags, set-up (``main``), ``train_loop``, ``finetune``, ``evaluate``. One step of a
+The recipes are run_*.sh and recipes/*.sh. A run leaves checkpoint/NAME_*.pth.tar and results/NAME/. Read this
+file top to bottom: flags, set-up (``main``), ``train_loop``, ``finetune``, ``evaluate``. One step of a
 method is in ``methods/``, what a checkpoint remembers and what is refused in ``run/``.
 """
 
@@ -437,7 +437,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
     Args:
         steps_before: the step of the checkpoint that is finetuned; figures are logged after it.
         run: the run's id.
-        before: what an earlier process saved in ``NAME_finetune_last``, to go on from; {} to begin.
+        before: what an earlier process saved in ``NAME_finetune_last``, to continue from; {} to begin.
         interrupt: as in ``train_loop``.
 
     Returns:
@@ -470,7 +470,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
         state = {key: before[key] for key in state}
         if done >= steps:
             utils.tell(
-                runtime, "finetuning is finished already: other flags and another --name start a new one"
+                runtime, "finetuning is already finished: other flags and another --name start a new one"
             )
     record_of_data = dataset.record()
     progress = utils.Progress(f"{args.name}, finetuning", steps, done, runtime.is_main)
@@ -588,7 +588,7 @@ def evaluate(runtime, found):
     log.confusion(confusion, first.classes)
     log.predictions(first.test, first.classes, predicted)
     log.summary(summary)
-    utils.tell(runtime, f"the record of this evaluation is in {folder}")
+    utils.tell(runtime, f"the results of this evaluation are in {folder}")
     if runtime.is_main:
         print("\n".join(result_lines(summary)))
 
@@ -602,7 +602,7 @@ def saved_members(args, runtime, saved, num_classes, size):
     method = METHODS[args.method]
     roles = method.predicting_roles(args)
     if "finetune_step" in saved and len(roles) > 1:
-        utils.tell(runtime, f"{args.resume} holds the finetuned student alone: it is no ensemble")
+        utils.tell(runtime, f"{args.resume} has only the finetuned student: main.py ignores --ensemble")
         roles = ["student"]
     names = {role: method.network_name(args, role) for role in roles}
     options = ("stochastic_depth", "freeze_body", "bn_momentum", "bn_eps")

@@ -2,13 +2,13 @@
 
     python predict.py checkpoint/NAME_best.pth.tar FOLDER > predictions.csv     # a row for each image
     python predict.py CKPT a.jpg b.jpg FOLDER                                   # files and folders
-    python predict.py CKPT FOLDER --out table.csv                               # corrected, for main.py --labels
+    python predict.py CKPT FOLDER --out table.csv                               # correct it for main.py --labels
     python predict.py CKPT FOLDER --copy-to sorted                              # and copies in class folders
-    python predict.py CKPT FOLDER --uncertain 100 --copy-to label_next          # those to be labelled next
+    python predict.py CKPT FOLDER --uncertain 100 --copy-to label_next          # the images to label next
     python predict.py CKPT --export classifier.pt2                              # or .onnx
 
-The checkpoint is all that is needed: it knows the network, the classes, the images' size and normalisation.
-Images are read as ``main.py --evaluate`` reads them, by the same functions, and get the classes that it counts.
+Only the checkpoint is needed: it knows the network, the classes, the images' size and normalisation.
+Images are read as ``main.py --evaluate`` reads them, by the same functions, and get the same predicted classes.
 """
 
 import os
@@ -86,10 +86,10 @@ def main(argv):
     parser = build_parser()
     args = parser.parse_intermixed_args(argv)
     if bool(args.paths) == bool(args.export):
-        parser.error("give the PATH of images, files or folders, or --export FILE")
+        parser.error("give either images (files or folders) or --export FILE")
     for path in filter(None, (args.out, args.export)):
         if os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or "."):
-            raise UserError(f"cannot write {path}: give the name of a file in a folder that is there")
+            raise UserError(f"cannot write {path}: give the name of a file in an existing folder")
     if args.export:
         export(args)
     else:
@@ -117,8 +117,7 @@ def read_classifier(args, runtime):
     content = runtime.load(path)
     if not well_formed(content) or not {"args", "data"} <= content.keys():
         raise UserError(
-            f"{path} does not say which network it holds and for which images: give a checkpoint that main.py "
-            "has written"
+            f"{path} does not describe its network and its images: give a checkpoint that main.py has written"
         )
     saved = Checkpoint(content, path)
     known, images = saved["args"], saved["data"]
@@ -143,7 +142,7 @@ def read_classifier(args, runtime):
             or (isinstance(value_range, list) and len(value_range) == 2 and value_range[0] < value_range[1])
         )
     ):
-        raise UserError(f"{path} describes no network for images: give a checkpoint that main.py has written")
+        raise UserError(f"{path} has no network for images: give a checkpoint that main.py has written")
     classes = [name.encode("utf-8", "backslashreplace").decode() for name in images["classes"]]
     members = list(saved.members(len(classes), images["size"]).values())
 
@@ -230,7 +229,7 @@ def named_images(paths):
     for path in paths:
         if os.path.isfile(path):
             if not path.lower().endswith(IMAGE_SUFFIXES):
-                raise UserError(f"'{path}' is no image: files must end in {', '.join(IMAGE_SUFFIXES)}")
+                raise UserError(f"'{path}' is not an image: files must end in {', '.join(IMAGE_SUFFIXES)}")
             files, names = [path], [path]
         else:
             files, more = image_tree(path, "PATH")
@@ -319,7 +318,7 @@ def class_folders(args, classes):
     for path in filter(os.path.isdir, args.paths):
         source = os.path.realpath(path)
         if os.path.commonpath((place, source)) == source:
-            raise UserError(f"--copy-to {args.copy_to} lies in '{path}': give a place beside it")
+            raise UserError(f"--copy-to {args.copy_to} is inside '{path}': give a folder outside of it")
     with writing(args.copy_to):
         os.makedirs(args.copy_to, exist_ok=True)
     folders = (os.path.join(args.copy_to, name) for name in folder_names(classes))

@@ -90,7 +90,7 @@ def read_search(parser, text):
         raise UserError(f"--search {text!r}: main.py has no flag {flag}")
     if groups[name] not in SEARCHED or name in MEASURES:
         raise UserError(
-            f"--search {text!r}: {flag} does not say how a run learns: choose among the flags of "
+            f"--search {text!r}: {flag} does not change how a run learns: choose from the groups "
             f"{', '.join(SEARCHED[:-1])} and {SEARCHED[-1]} in main.py --help"
         )
     action = parser.flags[name]
@@ -118,7 +118,7 @@ def read_values(parser, action, text, values):
         raise UserError(f"--search {text!r}: {action.option_strings[0]} is searched with yes,no")
     if len(set(choices)) < max(2, len(choices)):
         ways = "give a range a:b or a:b:log, or a list a,b" if kind else "give a list a,b"
-        raise UserError(f"--search {text!r}: nothing to choose from, or something twice: {ways}")
+        raise UserError(f"--search {text!r} needs two or more values, none of them twice: {ways}")
     for choice in choices:
         parsed(choice)
     return CategoricalDistribution(choices)
@@ -153,7 +153,7 @@ def check_effect(parser, args, space):
         if not idle:
             return
     name = arguments.flag(min(idle))
-    raise UserError(f"--search of {name}: without effect with the other flags on {args.dataset}")
+    raise UserError(f"--search of {name} has no effect with the other flags on {args.dataset}: leave it out")
 
 
 # ---------------------------------------------------------------- the study
@@ -244,15 +244,13 @@ def open_study(name, folder, flags, space, args, given):
             begun = [trial for trial in study.trials if trial.state != TrialState.WAITING]
             if begun or any(folder.parent.glob(f"{glob.escape(name)}-trial-*")):
                 changed = [key for key in sorted(known | settings) if known.get(key) != settings.get(key)]
-                how = f"with other flags ({', '.join(changed)})" if known else f"before, and {path} is empty"
-                raise UserError(f"{name} was begun {how}: give another --study")
+                how = f"with other flags ({', '.join(changed)})" if known else f"before, but {path} is empty"
+                raise UserError(f"the study {name} was started {how}: give another --study")
             optuna.delete_study(study_name="search", storage=storage)
             study = optuna.create_study(**about)
             first = default_values(parser, args, space)
             if drawn := ", ".join(arguments.flag(key) for key in space if key not in first):
-                print(
-                    f"the first trial draws {drawn}: the default lies outside of the search", file=sys.stderr
-                )
+                print(f"the first trial draws {drawn}: the default is not in the search", file=sys.stderr)
             study.enqueue_trial(first)
             study.set_user_attr("settings", settings)
         study.get_trials()  # all that is there can be read
@@ -262,7 +260,7 @@ def open_study(name, folder, flags, space, args, given):
 
 
 def next_trial(tuning, count):
-    """A trial to run, or to go on with, and its log; None where all ``count`` trials are taken.
+    """A trial to run or to continue, and its log; None where all ``count`` trials are taken.
 
     The sampler's seed follows the number of trials, so that two processes do not draw the same.
     """
@@ -459,7 +457,7 @@ def finish(tuning):
     """The best command, on standard output and as a script, and the picture of the search."""
     best = best_trial(tuning)
     if best is None:
-        raise UserError(f"no trial has come to its end: what they said is in {tuning.folder}/trial-*.log")
+        raise UserError(f"no trial has finished: the output of the trials is in {tuning.folder}/trial-*.log")
     with alone(tuning.folder):
         path, command = write_script(tuning, best)
         figure = draw_search(tuning)
@@ -498,9 +496,7 @@ def main(argv):
     parser = program.build_parser()
     _, given = parser.parse_given(flags)
     if naming := sorted(given & set(NAMING)):
-        raise UserError(
-            f"{arguments.flag(naming[0])} is not for a search, which names and starts runs itself"
-        )
+        raise UserError(f"leave out {arguments.flag(naming[0])}: a search names and starts its runs itself")
     args = program.parse_arguments(flags)
     if not args.num_val and not has_validation_images(args):
         raise UserError("a search chooses on validation images, never on the test images: give --num-val N")
@@ -512,7 +508,7 @@ def main(argv):
     identity.check_name(f"{name}-trial-0000")
     folder = Path(args.results_path, name)
     if (folder / "args.json").exists():
-        raise UserError(f"{folder} holds the record of a run: give another --study")
+        raise UserError(f"{folder} has the results of a run: give another --study")
     tuning = open_study(name, folder, flags, space, args, given)
     with using(folder / "study.db"), Interrupt() as interrupt:
         search(tuning, own.trials, interrupt)
@@ -541,7 +537,7 @@ def search(tuning, count, interrupt):
         else:
             finish(tuning)
             return
-    print("stopped: the same command goes on", file=sys.stderr)
+    print("stopped: the same command continues the search", file=sys.stderr)
     sys.exit(128 + interrupt.signal)
 
 

@@ -107,13 +107,13 @@ def stopped_before_its_evaluation(run, path):
 def missing_checkpoint(run, path):
     """Why there is nothing to load at the ``checkpoint_path`` of a run; None if there is."""
     if isinstance(path, list):
-        return f"{run.folder} is of several checkpoints: evaluate the one that you want to draw"
+        return f"{run.folder} is an evaluation of several checkpoints: evaluate and draw each separately"
     if not os.path.isfile(path):
         return (
             stopped_before_its_evaluation(run, path)
             or being_replaced(path)
-            or f"there is no checkpoint {path} of {run.name}: start this from the folder where the run was "
-            "started, or say with --save-path where its checkpoints are"
+            or f"there is no checkpoint {path} of {run.name}: start visualize.py in the folder where "
+            "the run was started, or give the folder of its checkpoints with --save-path"
         )
     return None
 
@@ -136,7 +136,7 @@ def load(run, dataset=None, only_test=True):
     # the data set and the networks
     state = runtime.load(path)
     if not isinstance(state, dict) or "avg_state_dict" not in state:
-        raise UserError(f"{path} holds no student: it is not a checkpoint of this program")
+        raise UserError(f"{path} has no student: give a checkpoint that main.py has written")
     titles = {"teacher": TEACHER, "student": STUDENT}
     roles = [role for role in titles if role == "student" or "teacher_state_dict" in state]
     saved = Checkpoint(state | {"predicting": roles}, path)
@@ -168,7 +168,7 @@ def curves_of(runs, each=False):
     without = [run for run in runs if run.records and not series(run, "top1")[0]]
     if len(without) < len(runs):
         for run in without:
-            print(f"{run.folder} has no curve of its accuracy: it is left out", file=sys.stderr)
+            print(f"{run.folder} has no accuracies to draw: it is left out", file=sys.stderr)
         runs = [run for run in runs if run not in without]
     if each or len(runs) == 1:
         return draw_curves(runs)
@@ -236,15 +236,15 @@ def counts_of(runs):
             chosen = checkpoint_path(run)
             raise UserError(
                 stopped_before_its_evaluation(run, chosen)
-                or f"there is no {path}: a run writes it when it is evaluated. Measure with python main.py "
-                f"--evaluate --resume {chosen} and draw the folder that this names"
+                or f"there is no {path}: run python main.py --evaluate --resume {chosen} and draw the "
+                "folder that it prints"
             )
         counts, classes = read_confusion(path)
         matrices.append(counts)
         if run is runs[0]:
             expected = classes
         elif classes != expected:
-            raise UserError(f"{run.folder} has other classes than {runs[0].folder}: draw them apart")
+            raise UserError(f"{runs[0].folder} and {run.folder} have different classes: draw them separately")
     return matrices, expected
 
 
@@ -268,7 +268,7 @@ def roles_of(run):
     """The figure of teacher, student and their ensemble, the mean of both networks' probabilities."""
     networks, dataset, views, runtime = load(run)
     if TEACHER not in networks:
-        raise UserError(f"the checkpoint of {run.name} holds no teacher: draw confusion without --roles")
+        raise UserError(f"the checkpoint of {run.name} has no teacher: draw confusion without --roles")
     outputs, k = report.outputs_of(networks, dataset, views, runtime), dataset.num_classes
     probabilities = outputs.probabilities | {"ensemble of both": outputs.ensemble}
     panels = []
@@ -373,12 +373,12 @@ def calibration_of(run, outputs):
 def mistakes_of(run, count):
     """The figure of up to ``count`` test images of each kind of ``report.mistakes``."""
     if run.args["dataset"] in data.POINTS:
-        raise UserError(f"{run.folder} is of points, which are no pictures: draw its regions")
+        raise UserError(f"{run.folder} is a run on points, not images: draw its regions")
     networks, dataset, views, runtime = load(run)
     outputs = report.outputs_of(networks, dataset, views, runtime)
     rows = report.mistakes(outputs, dataset, count, outputs.prediction(run))
     if not any(rows.values()):
-        raise UserError(f"{run.name} takes no test image for a wrong class: there is nothing to draw")
+        raise UserError(f"{run.name} predicts all test images correctly: there are no mistakes to draw")
     return draw_mistakes(rows, dataset.classes, f"{run.name} ({method_of(run)}): test images worth a look")
 
 
@@ -514,7 +514,7 @@ def configurations_of(runs, otherwise=""):
         other = found.setdefault(configuration(run, seed), {}).setdefault(seed, run)
         if other is not run:
             raise UserError(
-                f"{other.folder} and {run.folder} have the same arguments and seed: leave one out{otherwise}"
+                f"{other.folder} and {run.folder} have the same arguments and seed: leave out one of the two{otherwise}"
             )
     for row in found.values():
         seed, run = next(iter(row.items()))
@@ -608,9 +608,7 @@ def saved(figure, name, args):
 def confusion_command(runs, args):
     if not args.roles:
         if args.data_path or args.save_path:
-            raise UserError(
-                "confusion.json is all that is read: --data-path and --save-path belong to --roles"
-            )
+            raise UserError("--data-path and --save-path have an effect only with --roles: leave them out")
         return saved(confusion_of(runs), "confusion", args)
     if len(runs) > 1:
         raise UserError("--roles compares the networks of one run: give one folder")

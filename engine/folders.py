@@ -89,7 +89,7 @@ def find_folders(root, record=None, only_test=False, unlabeled_path=None, taken=
     if not only_test and (len(places) > 1 or not one_level):
         notes.append(f"'{root}' has {', '.join(_described(root, places))}")
     if not only_test and unused:
-        notes.append(f"not used of '{root}': {listed(unused)}")
+        notes.append(f"not used in '{root}': {listed(unused)}")
     return Found(known, train, test, val, unlabeled, (*notes, *ignored_kinds(ignored)))
 
 
@@ -166,8 +166,8 @@ def _only_one(root, part, names):
     if len(names) > 1:
         one, other = (os.path.relpath(os.path.join(root, name), root) for name in names[:2])
         raise UserError(
-            f"'{root}' has {one}/ and {other}/, which both mean {WORDS_OF_PARTS[part]}: merge them, or "
-            "rename the one that holds something else"
+            f"'{root}' has {one}/ and {other}/, which both mean {WORDS_OF_PARTS[part]}: merge the two "
+            "folders, or rename one of them"
         )
     return os.path.join(root, names[0])
 
@@ -192,14 +192,14 @@ def _refuse_unclear(root, places, others):
     beside = f" beside folders that look like classes ({listed(others)})" if others else ""
     if "train" not in places and others:
         raise UserError(
-            f"'{root}' has {name['test']}/{beside}: move these into {os.path.join(root, 'train')}, or rename "
-            f"{name['test']}/ if it is a class, too"
+            f"'{root}' has {name['test']}/{beside}: move the class folders into "
+            f"{os.path.join(root, 'train')}, or rename {name['test']}/ if it is a class, too"
         )
     if "train" not in places:
         raise UserError(f"'{root}' has {name['test']}/ but no train/: add the folder of training images")
     labeled = _plain(os.path.basename(places["train"])).startswith("label")
     if "test" not in places and not (labeled and ("unlabeled" in places or not others)):
-        way = f"give '{places['train']}' itself to have it split"
+        way = f"give '{places['train']}' itself to split it into training and test images"
         if "unlabeled" in places:
             way += f", with --unlabeled-path '{places['unlabeled']}'"
         raise UserError(
@@ -225,9 +225,15 @@ def class_folders(root, places, ignored, classes=None, taken=()):
     for place in filter(None, places):
         unknown = sorted(set(_class_names(place, classes, taken, at_least=1)) - set(known))
         if unknown and classes:
-            raise UserError(f"class '{unknown[0]}' of '{place}' is not one of the run's: {listed(known)}")
+            raise UserError(
+                f"'{place}' has the class '{unknown[0]}', but the run has only the classes {listed(known)}: "
+                "remove or rename the folder of this class"
+            )
         if unknown:
-            raise UserError(f"class '{unknown[0]}' of '{place}' has no folder in '{first}': add or remove it")
+            raise UserError(
+                f"class '{unknown[0]}' of '{place}' has no folder in '{first}': add this folder, or "
+                "remove the class"
+            )
     loose = sum(_loose_images(folder) for folder in {root, *filter(None, places)})
     if loose:
         ignored["images beside the class folders"] += loose
@@ -271,7 +277,7 @@ def _list_classes(place, classes, root, ignored, owner):
             if other != k:
                 raise UserError(
                     f"{path} is the same file as {first}, in the classes '{name}' and '{classes[other]}': "
-                    "remove one of them, or the link that leads there"
+                    "remove one of the two, or the link to its folder"
                 )
             files.append(path)
             targets.append(k)
@@ -296,9 +302,9 @@ def image_tree(root, argument):
         UserError: there is no such folder, no image in it, or a folder that cannot be read.
     """
     if os.path.isfile(root):
-        raise UserError(f"'{root}' is a file: give the folder it lies in as {argument}")
+        raise UserError(f"'{root}' is a file: give its folder as {argument}")
     if not os.path.isdir(root):
-        raise UserError(f"there is no folder '{root}' of images: correct {argument}")
+        raise UserError(f"there is no folder '{root}': give an existing folder of images as {argument}")
     ignored = Counter()
     files = [path for path, _ in _image_files(root, _ancestors(root), ignored)]
     lines = ignored_kinds(ignored)
@@ -342,7 +348,7 @@ def _image_files(root, outside, ignored):
             elif not entry.name.lower().endswith(IMAGE_SUFFIXES):
                 ignored[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
             elif "\n" in entry.name:
-                raise UserError(f"the file name {entry.path!r} holds a line break: rename it")
+                raise UserError(f"the file name {entry.path!r} contains a line break: rename it")
             elif identity is None or entry.is_file():
                 found.append((entry.path, identity))
             else:
@@ -414,7 +420,9 @@ def split_folder(found, root, classes, test_fraction, record, only_test):
     images that the run knew stay on their side, even if they have been renamed.
     """
     if not 0 < test_fraction < 1:
-        raise UserError(f"--test-fraction {test_fraction} leaves no images to train or to test: use e.g. 0.2")
+        raise UserError(
+            f"--test-fraction {test_fraction} leaves no training images or no test images: try 0.2"
+        )
     if record and record["labeled"] is None:
         testing = _split_by_position(found.targets.numpy(), len(classes), test_fraction)
         train, test = found.subset(np.flatnonzero(~testing)), found.subset(np.flatnonzero(testing))
@@ -471,8 +479,8 @@ def refuse_trained(test, record, root):
     learned &= ~torch.isin(test.fingerprints, record["tested"])
     if learned.any():
         raise UserError(
-            f"{int(learned.sum())} of the {len(learned)} test images in '{root}' were trained on by this "
-            f"run, such as {test.names[int(learned.int().argmax())]}: test it on other images"
+            f"this run was trained on {int(learned.sum())} of the {len(learned)} test images in '{root}', "
+            f"such as {test.names[int(learned.int().argmax())]}: evaluate it on other images"
         )
 
 

@@ -344,7 +344,7 @@ def read_images(image_set, size):
         )
         if not readable.any():
             raise UserError(
-                f"none of {len(files)} images could be read, {files[0]} and so on: check the files"
+                f"none of the {len(files)} images can be read (the first is {files[0]}): check the files"
             )
         images, image_set = images[torch.from_numpy(readable)], image_set.subset(np.flatnonzero(readable))
     return ImageSet(

@@ -100,7 +100,7 @@ def _classes(rows, path, column, known):
         for row in rows:
             if row.label not in names:
                 raise UserError(
-                    f"line {row.line} of {path}: '{row.label}' is not one of the run's classes, "
+                    f"line {row.line} of {path}: '{row.label}' is not a class of the run: use one of "
                     f"{listed(known)}"
                 )
         return list(known)
@@ -113,8 +113,8 @@ def _classes(rows, path, column, known):
         )
     if len(names) > 100 and len(names) > len(rows) / 2:
         raise UserError(
-            f"the column '{column}' of {path} has {len(names):,} values in {len(rows):,} rows, too many to "
-            "be classes: name the right columns with --label-columns FILE LABEL"
+            f"the column '{column}' of {path} has {len(names):,} different values in {len(rows):,} rows, "
+            "too many for classes: name the right columns with --label-columns FILE LABEL"
         )
     return names
 
@@ -159,8 +159,8 @@ def read_rows(path, columns=()):
                 continue
             if any(map(str.strip, cells[len(header) :])):
                 raise UserError(
-                    f"line {reader.line_num} of {path} has {len(cells)} columns and the header "
-                    f"{len(header)}: put names that hold a separator in quotes"
+                    f"line {reader.line_num} of {path} has {len(cells)} columns, but the header has "
+                    f"{len(header)}: put names that contain the separator in quotes"
                 )
             cells += [""] * (len(header) - len(cells))
             part = "train" if split is None else cells[split].strip()
@@ -188,7 +188,7 @@ def _text(path):
     except UnicodeDecodeError:
         text = "\0"
     if "\0" in text:
-        raise UserError(f"{path} is no table as text: save it as CSV in UTF-8")
+        raise UserError(f"{path} is not a text table: save it as CSV in UTF-8")
     return text
 
 
@@ -200,7 +200,7 @@ def _columns(header, given, path):
     def only(found, meaning):
         if len(found) > 1:
             columns = ", ".join(f"'{header[i]}'" for i in found)
-            raise UserError(f"several columns of {path} may be {meaning}: {columns}; {way}")
+            raise UserError(f"several columns of {path} could be {meaning}, {columns}: {way}")
         return found[0] if found else None
 
     def among(known):
@@ -221,8 +221,8 @@ def _columns(header, given, path):
     for column, what in ((file, "the names of the images"), (label, "the labels")):
         if column is None:
             raise UserError(
-                f"no column of {path} is known to hold {what}: its first line is {listed(header)} and must "
-                f"be a header such as image,label; else {way}"
+                f"the first line of {path}, {listed(header)}, has no usual column name for {what}: begin the "
+                f"table with a header such as image,label, or {way}"
             )
     return file, label, None if split in (file, label) else split
 
@@ -251,22 +251,24 @@ def _files_of_rows(rows, tree, path):
     for row, found in zip(rows, tree.find_all(rows), strict=True):
         where = f"line {row.line} of {path}"
         if len(found) > 1:
-            names = " or ".join(_names(found[:2], tree.root))
-            raise UserError(f"{where}: '{row.file}' may be {names}: write the path from '{tree.root}' on")
+            names = " and ".join(_names(found[:2], tree.root))
+            raise UserError(
+                f"{where}: '{row.file}' matches {names}: write the path relative to '{tree.root}'"
+            )
         if not found and os.path.exists(os.path.join(tree.root, row.file)):
             raise UserError(
-                f"{where}: '{row.file}' is no image: files must end in {', '.join(IMAGE_SUFFIXES)}"
+                f"{where}: '{row.file}' is not an image: files must end in {', '.join(IMAGE_SUFFIXES)}"
             )
         if not found:
             raise UserError(
-                f"{where}: there is no image '{row.file}' in '{tree.root}': correct the line, or give the "
-                "folder in which such names begin with --data-path"
+                f"{where}: there is no image '{row.file}' in '{tree.root}': correct the line, or give "
+                "with --data-path the folder that such paths are relative to"
             )
         before = row_of.setdefault(found[0], row)
         if row.label and before.label and (row.label, row.part) != (before.label, before.part):
             raise UserError(
                 f"{where}: '{row.file}' has the label '{row.label}' ({row.part}), but '{before.label}' "
-                f"({before.part}) in line {before.line}: leave one of the two lines"
+                f"({before.part}) in line {before.line}: keep only one of the two lines"
             )
         if row.label:
             row_of[found[0]] = row

@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
     def group(self, title):
         """The function that adds a flag to a group of the help: ``add_argument`` with the flag's properties.
 
-        identity: a run cannot go on with another value of it.
+        identity: a run cannot continue with another value of it.
         quiet: its change is not worth a line.
         command: it belongs to one command and is not taken from a checkpoint.
         path: a place on disk, which is made absolute.
@@ -110,7 +110,7 @@ def count_or_fraction(text):
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf or (value >= 1 and value != int(value)):
-        raise argparse.ArgumentTypeError(f"{text} is neither a count nor a fraction such as 0.05, nor all")
+        raise argparse.ArgumentTypeError(f"{text} must be a count, a fraction such as 0.05, or all")
     return int(value) if value >= 1 else value
 
 
@@ -179,7 +179,7 @@ def resolve(parser, args, given, saved=None, path=None):
     # the checkpoint, and what it remembers
     if args.resume == ["auto"]:
         if args.overwrite:
-            parser.error("--resume auto continues and --overwrite replaces: give one of them")
+            parser.error("--resume auto continues a run and --overwrite replaces it: give one of the two")
         if args.evaluate:
             given -= {"name"}
         args.resume = path
@@ -234,7 +234,7 @@ def say_without_effect(args, given, unused):
     if "threshold" in named and "confidence" not in unused:
         how.append("--confidence soft")
     flags = ", ".join(map(flag, named))
-    say(f"{' '.join(how)} on {args.dataset}: {flags} without effect")
+    say(f"with {' '.join(how)} on {args.dataset}, main.py ignores {flags}")
 
 
 def remembered(saved, parser, path):
@@ -247,7 +247,10 @@ def remembered(saved, parser, path):
     kept = {name: recorded[name] for name in flags if name in recorded and not flags[name].command}
     if not can_be_given(parser, kept):
         name = next(name for name in kept if not can_be_given(parser, {name: kept[name]}))
-        raise UserError(f"{path} remembers {flag(name, kept[name])}, which this program does not know")
+        raise UserError(
+            f"{path} was written with {flag(name, kept[name])}, which this version of the program does not "
+            "know: use the version that wrote it"
+        )
     return kept
 
 
@@ -282,18 +285,17 @@ def check_arguments(args, parser, before):
     if args.finetune and not args.finetune_epochs:
         parser.error("--finetune with --finetune-epochs 0 has nothing to do: give --finetune-epochs N")
     if args.evaluate and args.finetune:
-        parser.error("--evaluate and --finetune are two commands: give one of them")
+        parser.error("--evaluate and --finetune are two commands: give one of the two")
     if args.cuda_graph and (obstacle := no_graph(args)):
         parser.error(
-            f"--cuda-graph repeats a step as it was captured and does not go with {obstacle}: leave out one "
-            "of them (--no-cuda-graph)"
+            f"--cuda-graph does not work with {obstacle}: add --no-cuda-graph, or change the other flags"
         )
     method = METHODS[args.method]
     if method.uses_teacher_checkpoint and not args.teacher_checkpoint:
         parser.error(f"--method {args.method} needs --teacher-checkpoint FILE")
     if args.method == "reduced-mpl" and args.feedback == "none":
         parser.error(
-            "--feedback none leaves --method reduced-mpl nothing that trains its perceptron: give another "
+            "with --feedback none, nothing trains the perceptron of --method reduced-mpl: give another "
             "--feedback, or --method pseudo-label"
         )
     if args.value_range and not args.value_range[0] < args.value_range[1]:
@@ -302,36 +304,38 @@ def check_arguments(args, parser, before):
         parser.error("--unlabeled-mode only needs --unlabeled-path DIR")
     if args.freeze_body and not (args.pretrained or args.weights or args.resume):
         parser.error(
-            "--freeze-body leaves all but the last layer as it starts, and here it starts at random: add "
+            "--freeze-body trains only the last layer, but the other layers start at random: add "
             "--pretrained or --weights FILE, or give --no-freeze-body"
         )
     if args.align_to == "labeled" and not args.align:
         parser.error("--align-to labeled needs --align RATE, such as 0.2")
     if args.switch_every and args.student_model:
-        parser.error("--switch-every exchanges two networks of one kind: leave out --student-model")
+        parser.error("--switch-every needs two networks of the same kind: leave out --student-model")
     if args.batch_size % args.accumulate:
         parser.error(
-            f"--batch-size {args.batch_size} cannot be taken in --accumulate {args.accumulate} parts"
+            f"--batch-size {args.batch_size} cannot be divided into --accumulate {args.accumulate} equal "
+            f"parts: give a multiple of {args.accumulate}"
         )
     if args.mixup_alpha and args.method != "semimeta" and args.batch_size // args.accumulate % 2:
         parser.error(
-            "--mixup-alpha mixes labelled images in pairs: give a --batch-size of pairs in each part"
+            "--mixup-alpha mixes pairs of labelled images: give a --batch-size that is a multiple of "
+            f"{2 * args.accumulate}"
         )
     pushed = args.feedback_view if args.feedback_view == "strong" else args.pseudo_label_view
     if args.method == "mpl" and args.weak_pass != "joint" and args.feedback != "none" and pushed == "weak":
         parser.error(
-            f"--weak-pass {args.weak_pass} leaves the weak view no gradient, and --feedback needs one there: "
+            f"--weak-pass {args.weak_pass} has no gradient on the weak view, which --feedback needs: "
             "add --pseudo-label-view strong, --feedback none or, for taylor and dot, --feedback-view strong"
         )
     if before and args.start_step > args.total_steps:
-        parser.error(f"{args.resume} is of step {args.start_step}: give a larger --total-steps")
+        parser.error(f"{args.resume} is already at step {args.start_step}: give a larger --total-steps")
     if not before and not 0 <= args.start_step < args.total_steps:
-        parser.error(f"--start-step {args.start_step} is not below --total-steps {args.total_steps}")
+        parser.error(f"--start-step {args.start_step} must be below --total-steps {args.total_steps}")
     for name in ("student_wait_steps", "teacher_warmup_steps"):
         if args.method == "mpl" and getattr(args, name) >= args.total_steps:
             parser.error(
-                f"the student would never learn: {flag(name, getattr(args, name))} is not below "
-                f"--total-steps {args.total_steps}"
+                f"{flag(name, getattr(args, name))} must be below --total-steps {args.total_steps}: "
+                "otherwise the student never learns"
             )
     training = not (args.evaluate or args.finetune)
     late = {
@@ -346,8 +350,8 @@ def check_arguments(args, parser, before):
     scalar = args.feedback in ESTIMATORS and not ESTIMATORS[args.feedback].per_class
     if trained and args.pseudo_label == "soft" and scalar:
         say(
-            f"--pseudo-label soft gives --feedback {args.feedback} no gradient, as in the published code: "
-            "--feedback exact has one"
+            f"with --pseudo-label soft, --feedback {args.feedback} has no gradient, as in the published "
+            "code: --feedback exact has one"
         )
 
 
@@ -407,7 +411,7 @@ def check_continuation(args, saved, given, before, parser):
             continue
         if flags[name].identity and name not in exempt:
             trained = f"without {flag(name)}" if was is None else f"with {flag(name, was)}"
-            raise UserError(f"{args.resume} was trained {trained}: it cannot go on with {flag(name, now)}")
+            raise UserError(f"{args.resume} was trained {trained}: it cannot continue with {flag(name, now)}")
         if not flags[name].quiet and not args.finetune:
             changed.append(f"{flag(name)} {was} → {now}")
     if changed:
@@ -437,8 +441,8 @@ def expected_statistics(args):
         raise UserError(str(error)) from error
     if len(expected) > 1:
         raise UserError(
-            f"the weights of {' and '.join(sorted(names))} expect images normalised differently: choose with "
-            "--normalize imagenet or dataset, or take another --student-model"
+            f"the weights of {' and '.join(sorted(names))} expect differently normalised images: give "
+            "--normalize imagenet, --normalize dataset or another --student-model"
         )
     return expected.pop()
 
@@ -480,11 +484,12 @@ def read_checkpoint(args, path, runtime, starts):
             if args.evaluate or args.finetune:
                 raise UserError(
                     being_replaced(paths[0])
-                    or f"there is no checkpoint {paths[0]} to evaluate or finetune: give its run's --name"
+                    or f"there is no checkpoint {paths[0]} to evaluate or finetune: give the --name of its run"
                 )
             if not starts:
                 raise UserError(
-                    f"there is no checkpoint {paths[0]} to go on from, and no --dataset to start a run with"
+                    f"there is no checkpoint {paths[0]} to continue from, and no --dataset to start a "
+                    "run with"
                 )
             name = os.path.basename(paths[0]).removesuffix(file_name("", "last"))
             tell(runtime, f"no checkpoint of {name}: starting at step 0")

@@ -39,8 +39,8 @@ def check_name(name, trains=False):
         )
     if not name or name.startswith(".") or len(os.fsencode(name)) > 200 or set(name) & set("/\\\0\n"):
         raise UserError(
-            f"{name!r} cannot be the name of a run: use 1 to 200 letters without path separators, the first "
-            "of them no dot"
+            f"{name!r} cannot be the name of a run: use 1 to 200 letters without path separators, and "
+            "no dot at the start"
         )
     return name
 
@@ -106,7 +106,7 @@ def lock(args, make=True):
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise UserError(
-                f"{args.name} is being trained by another process: wait for its end, or give another --name"
+                f"another process is training {args.name}: wait for its end, or give another --name"
             ) from error
         # else a file system without locks: nothing can be known
 
@@ -212,7 +212,7 @@ def check_same_test(one, other, path, other_path):
         path, other_path: of the checkpoints.
     """
     if one.classes != other.classes:
-        raise UserError(f"{other_path} has other classes than {path}: evaluate each by itself")
+        raise UserError(f"{path} and {other_path} have different classes: evaluate them separately")
     tests, prints = (one.test.targets, other.test.targets), (one.test.fingerprints, other.test.fingerprints)
     if (
         one.name != other.name
@@ -220,7 +220,8 @@ def check_same_test(one, other, path, other_path):
         or (prints[0] is not None and not torch.equal(*prints))
     ):
         raise UserError(
-            f"{other_path} has other test images than {path}: give --data-path, or evaluate each by itself"
+            f"{path} and {other_path} have different test images: give --data-path, or evaluate them "
+            "separately"
         )
 
 
@@ -259,25 +260,25 @@ def check_free(args, saved):
     lock(args, make=False)
     settle(args)
     last, folder = checkpoint_path(args, "last"), os.path.join(args.results_path, args.name)
-    ways = "--overwrite replaces it, another --name leaves it untouched"
+    ways = "--overwrite replaces it, another --name keeps it"
     checkpoints = checkpoints_of(args)
     if is_own(args, saved):
         if not args.overwrite and not args.finetune and args.resume != last and os.path.isfile(last):
             step = Checkpoint.peek(last).get("step", 0)
             if step > saved["step"]:
                 raise UserError(
-                    f"{args.name} has come to step {step}, and {args.resume} is of step {saved['step']}: "
-                    f"--resume auto continues the former, {ways}"
+                    f"{args.resume} is from step {saved['step']}, but {args.name} has reached step {step}: "
+                    f"--resume auto continues the run from step {step}, {ways}"
                 )
         return
     if not args.overwrite and checkpoints:  # without any, a run that was killed early may start again
         raise UserError(f"{args.name} was trained before: --resume auto continues it, {ways}")
     if not args.overwrite and os.path.exists(os.path.join(folder, "summary.json")):
-        raise UserError(f"there is a record of {args.name} in {folder} already: {ways}")
+        raise UserError(f"{folder} already has the results of another run: {ways}")
     if saved and not args.finetune and saved["step"] == args.total_steps:
         raise UserError(
-            f"{args.resume} is trained to its end, step {saved['step']}: nothing is left for {args.name} to "
-            "train; give a larger --total-steps, or --finetune"
+            f"{args.resume} has reached the end of its training, step {saved['step']}: to train {args.name}, "
+            "give a larger --total-steps, or --finetune"
         )
 
 
@@ -301,8 +302,8 @@ def finetuned_before(args, runtime, saved, run, base):
         return found
     if args.finetune and not args.overwrite:
         raise UserError(
-            f"{args.name} was finetuned before, with other flags or from another checkpoint: --overwrite "
-            "replaces that, another --name leaves it untouched"
+            f"{args.name} was already finetuned, with other flags or from another checkpoint: --overwrite "
+            "replaces the result, another --name keeps it"
         )
     return {}
 

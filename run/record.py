@@ -188,7 +188,7 @@ class RunLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             before = self._arguments()
             if before.get("run") not in (None, run_id) and run_id is not None:
-                self._say(f"the record in {self.folder} is of another run and is replaced")
+                self._say(f"{self.folder} has the results of another run: they are replaced")
                 self._clear()
                 before = {}
             if start_step is not None or not (self.folder / "args.json").exists():

@@ -535,7 +535,7 @@ def test_a_file_name_of_two_lines_is_refused(tmp_path):
     """Lists of names have one on each line."""
     write_tree(tmp_path, {"a": 5, "b": 5})
     (tmp_path / "a" / "000.png").rename(tmp_path / "a" / "0\n0.png")
-    assert "holds a line break: rename it" in refusal("folder", tmp_path, num_labeled=2)
+    assert "contains a line break: rename it" in refusal("folder", tmp_path, num_labeled=2)
 
 
 def test_labelled_images_of_a_folder_depend_on_their_names(tmp_path):
@@ -756,7 +756,9 @@ def test_a_folder_of_nothing_but_damage_is_refused_although_skipping(tmp_path):
         for name in "ab":
             (tmp_path / part / name).mkdir(parents=True)
             damage(tmp_path / part / name)
-    assert "none of 6 images" in refusal("folder", tmp_path, num_labeled=2, skip_unreadable=True)
+    assert "none of the 6 images can be read" in refusal(
+        "folder", tmp_path, num_labeled=2, skip_unreadable=True
+    )
 
 
 # the split
@@ -857,11 +859,11 @@ def test_counts_that_cannot_be_drawn_get_a_sentence():
             split_labels(*args, **kwargs)
         return str(caught.value)
 
-    assert "--num-labeled 7 does not divide by the 3 classes (0, 1, 2): use 6 or 9" in refused(
+    assert "--num-labeled 7 cannot be divided evenly among the 3 classes (0, 1, 2): use 6 or 9" in refused(
         TARGETS, 7, 0, 3, 0
     )
     assert "use 3, or" in refused(TARGETS, 2, 0, 3, 0)
-    assert "--num-val 4 does not divide" in refused(TARGETS, 6, 4, 3, 0)
+    assert "--num-val 4 cannot be divided evenly" in refused(TARGETS, 6, 4, 3, 0)
     text = refused([0, 0, 0, 1, 1, 1, 2], 6, 0, 3, 0, classes=["ant", "bee", "cat"])
     assert "class 'cat' has 1 training images, too few for 2 labelled and 0 validation" in text
     assert "class '0' has 5 training images, too few for 3 labelled and 4" in refused(TARGETS, 9, 12, 3, 0)

@@ -540,7 +540,7 @@ def test_a_checkpoint_that_says_too_little(missing, here, capsys):
     content = torch.load(SMALL, weights_only=True)
     del content[missing]
     torch.save(content, "changed.pth.tar")
-    assert "does not say which network" in refused(capsys, "changed.pth.tar", "mine")
+    assert "does not describe its network" in refused(capsys, "changed.pth.tar", "mine")
 
 
 @pytest.mark.parametrize(
@@ -549,11 +549,14 @@ def test_a_checkpoint_that_says_too_little(missing, here, capsys):
         (["nowhere"], "nowhere"),
         (["empty"], "no images in 'empty'"),
         (["heic"], ".heic 1 (photographs among them"),
-        (["heic/a.heic"], "'heic/a.heic' is no image: files must end in .jpg"),
+        (["heic/a.heic"], "'heic/a.heic' is not an image: files must end in .jpg"),
         (["mine", "mine/test/cat/99.png"], "no folder 'mine/test/cat/99.png'"),
         ([], "PATH"),
         (["mine", "--export", "net.pt2"], "PATH"),
-        (["mine/test/cat", "mine/test/owl", "--copy-to", "mine/test/owl/sorted"], "lies in 'mine/test/owl'"),
+        (
+            ["mine/test/cat", "mine/test/owl", "--copy-to", "mine/test/owl/sorted"],
+            "is inside 'mine/test/owl'",
+        ),
         (["mine", "--out", "nowhere/rows.csv"], "nowhere/rows.csv"),
         (["mine", "--out", "empty"], "cannot write empty"),
         (["--export", "net.pth"], ".pt2 or .onnx"),

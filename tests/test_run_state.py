@@ -429,7 +429,7 @@ def test_a_checkpoint_with_foreign_arguments(copied, capsys, arguments):
     state = load("checkpoint/run_last.pth.tar")
     state["args"] |= arguments
     torch.save(state, "checkpoint/run_last.pth.tar")
-    assert "remembers --" in refused(capsys, "--resume", "checkpoint/run_last.pth.tar")
+    assert "was written with --" in refused(capsys, "--resume", "checkpoint/run_last.pth.tar")
 
 
 def test_the_teacher_of_pseudo_labels_is_the_network_in_its_file(supervised, here):
@@ -560,7 +560,7 @@ def test_what_a_run_is_about_cannot_change(was, now, rest):
     saved = {"step": 3, "args": vars(main.parse_arguments(before))}
     again = main.parse_arguments([*before, "--resume", "x.pth.tar"], saved, "x.pth.tar")
     assert vars(again) | {"resume": None, "start_step": 0} == saved["args"]
-    with pytest.raises(UserError, match=f"trained with {was}: it cannot go on with {now}"):
+    with pytest.raises(UserError, match=f"trained with {was}: it cannot continue with {now}"):
         main.parse_arguments([*now.split(), "--resume", "x.pth.tar"], saved, "x.pth.tar")
 
 
@@ -577,7 +577,7 @@ def test_what_belongs_to_a_command_is_not_remembered():
 
 def test_a_run_does_not_end_before_its_checkpoint():
     assert continued(main.parse_arguments([]), "--total-steps", "3").start_step == 3
-    with pytest.raises(UserError, match=r"x\.pth\.tar is of step 3: give a larger --total-steps"):
+    with pytest.raises(UserError, match=r"x\.pth\.tar is already at step 3: give a larger --total-steps"):
         continued(main.parse_arguments([]), "--total-steps", "2")
 
 
@@ -585,7 +585,7 @@ def test_the_size_of_a_run_that_took_its_images_size(capsys):
     before = main.parse_arguments(["--dataset", "folder"])
     assert before.resize is None
     assert continued(before, "--resize", "32", size=32).resize == 32
-    with pytest.raises(UserError, match="trained with --resize 32: it cannot go on with --resize 16"):
+    with pytest.raises(UserError, match="trained with --resize 32: it cannot continue with --resize 16"):
         continued(before, "--resize", "16", size=32)
 
 
@@ -705,7 +705,7 @@ def test_images_that_were_added_are_said_and_learned_from(folder_run, here, caps
     labelled = load(folder_run)["data"]["labeled"]
     assert command("--resume", folder_run, "--total-steps", "6") == 0
     said = capsys.readouterr().err
-    assert "the images to learn from are not those that the run had before" in said
+    assert "the images to learn from have changed" in said
     assert load(folder_run)["data"]["labeled"] == labelled
 
 
@@ -844,7 +844,7 @@ def test_the_finetuning_of_another_step_is_not_this_ones(copied, capsys):
     torch.save(load("checkpoint/run_last.pth.tar") | {"step": 4}, "checkpoint/run_step00000004.pth.tar")
     before = everything(copied)
     words = ["--finetune", "--resume", "checkpoint/run_step00000004.pth.tar"]
-    assert "was finetuned before, with other flags or from another checkpoint" in refused(capsys, *words)
+    assert "was already finetuned, with other flags or from another checkpoint" in refused(capsys, *words)
     assert everything(copied) == before
 
 
@@ -931,7 +931,7 @@ def test_a_name_that_is_being_trained_is_refused_until_its_process_ends(here, ca
             assert process.poll() is None
             time.sleep(0.05)
         for more in ((), ("--overwrite",), ("--resume", "auto")):
-            assert "run is being trained by another process" in refused(capsys, *words, *more)
+            assert "another process is training run: wait" in refused(capsys, *words, *more)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -950,7 +950,7 @@ def test_names_that_are_those_of_checkpoints(end, here, capsys):
 def test_a_name_with_a_record_alone_is_kept(copied, capsys):
     assert command("--evaluate", "--resume", "checkpoint/run_last.pth.tar", "--name", "mine") == 0
     sentence = refused(capsys, *DIGITS, "--method", "supervised", "--name", "mine")
-    assert "there is a record of mine" in sentence and "--resume auto" not in sentence
+    assert "mine already has the results of another run" in sentence and "--resume auto" not in sentence
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(here, monkeypatch, capsys):
@@ -972,7 +972,7 @@ def test_resume_auto_of_an_unknown_name_starts_nothing(here, capsys):
 
 def test_a_finished_run_leaves_nothing_to_train_for_another_name(copied, capsys):
     words = ["--resume", "checkpoint/run_last.pth.tar"]
-    assert "trained to its end, step 8" in refused(capsys, *words, "--name", "other")
+    assert "the end of its training, step 8" in refused(capsys, *words, "--name", "other")
     assert command(*words) == 0
     assert "--total-steps 8 is reached: nothing is left to train" in capsys.readouterr().err
     assert not list(copied.rglob("*.png"))  # --no-pictures
@@ -1011,7 +1011,7 @@ def test_a_folder_run_is_named_after_its_folder(here):
     [
         ("--evaluate --finetune --resume x", "--evaluate and --finetune"),
         ("--unlabeled-mode only", "--unlabeled-path"),
-        ("--overwrite --resume auto", "give one of them"),
+        ("--overwrite --resume auto", "give one of the two"),
         ("--freeze-body", "--pretrained or --weights"),
         ("--num-labeled inf", "inf"),
         ("--method mpl --switch-every 5 --student-model wrn-10-2", "leave out --student-model"),
@@ -1087,11 +1087,11 @@ def test_an_interrupted_finetuning_is_continued(trained, here):
 def test_finetuning_otherwise_does_not_replace_the_first(copied, capsys):
     before = everything(copied)
     words = ["--finetune", "--resume", "checkpoint/run_last.pth.tar", "--body-lr-scale", "0.5"]
-    assert "was finetuned before" in refused(capsys, *words)
+    assert "was already finetuned" in refused(capsys, *words)
     words = ["--resume", "checkpoint/run_finetune_last.pth.tar", "--body-lr-scale", "0.5"]
-    assert "cannot go on with --body-lr-scale 0.5" in refused(capsys, *words)
+    assert "cannot continue with --body-lr-scale 0.5" in refused(capsys, *words)
     words = ["--finetune", "--resume", "checkpoint/run_last.pth.tar", "--finetune-lr", "0.5"]
-    assert "was finetuned before" in refused(capsys, *words)
+    assert "was already finetuned" in refused(capsys, *words)
     assert everything(copied) == before
     assert command(*words, "--name", "other") == 0
     assert {path: everything(copied)[path] for path in before} == before
@@ -1207,7 +1207,7 @@ def test_parts_in_capital_letters_are_parts(here, capsys):
     assert command(*words) == 0
     said = capsys.readouterr().err
     assert "has training images in Train/, test images in Test/" in said
-    assert "not used of 'mine': cat/" in said.replace(f"'{here}/mine'", "'mine'")
+    assert "not used in 'mine': cat/" in said.replace(f"'{here}/mine'", "'mine'")
     assert len(load("checkpoint/mine_last.pth.tar")["data"]["test"]) == 48
 
 
@@ -1244,7 +1244,7 @@ def test_images_in_both_parts_are_left_out_or_warned_of(here, capsys):
     record = load("checkpoint/without_last.pth.tar")["data"]
     assert not torch.isin(record["tested"], record["trained"]).any()
     assert command(*FOLDER, "--data-path", "mine", "--keep-test-copies") == 0
-    assert "1 of 13 test images are among the training images too, such as test/cat/copy.png" in (
+    assert "1 of 13 test images are also among the training images, such as test/cat/copy.png" in (
         capsys.readouterr().err
     )
     assert command("--evaluate", "--resume", "checkpoint/mine_last.pth.tar") == 0  # it was one then, too
@@ -1359,7 +1359,7 @@ def test_a_run_with_an_ensemble(here, capsys, flags, kind, averages):
     result = capsys.readouterr().out.splitlines()[-1]
     assert f"top-1 {top1:.2f} % (ensemble)" in result and f"student {alone[0]:.2f} %" in result
     assert command("--evaluate", "--resume", "checkpoint/run_finetune_last.pth.tar") == 0
-    assert "holds the finetuned student alone" in capsys.readouterr().err
+    assert "has only the finetuned student: main.py ignores --ensemble" in capsys.readouterr().err
     assert summary("run_finetune_last")["top1"] == summary("run")["finetune_top1"]
     assert summary("run_finetune_last")["ensemble_top1"] is None
     run_read = visualize.read_run("results/run")
@@ -1406,14 +1406,14 @@ def test_checkpoints_that_are_no_ensemble(folder_run, here, capsys):
     assert "only --evaluate takes several checkpoints" in refused(capsys, *both)
     assert "only --evaluate takes several checkpoints" in refused(capsys, *both, "--finetune")
     sentence = refused(capsys, "--evaluate", *both)
-    assert "other_last.pth.tar has other test images than" in sentence
+    assert "other_last.pth.tar have different test images" in sentence
     photographs(here / "new", count=3, seed=11)
     assert command("--evaluate", *both, "--data-path", "new", "--name", "new") == 0
     assert summary("new")["test_images"] == 9
     photographs(here / "birds", classes=("ape", "bee"), count=24)
     assert command(*FOLDER, "--data-path", "birds") == 0
     sentence = refused(capsys, "--evaluate", *both[:2], "--resume", "checkpoint/birds_last.pth.tar")
-    assert "birds_last.pth.tar has other classes than" in sentence
+    assert "birds_last.pth.tar have different classes" in sentence
 
 
 def test_an_ensemble_has_one_truth():
@@ -1421,7 +1421,7 @@ def test_an_ensemble_has_one_truth():
     one, other = (load_dataset("digits", num_labeled=10, resize=size) for size in (8, 12))
     identity.check_same_test(one, other, "a", "b")
     other.test.targets = other.test.targets.flip(0)
-    with pytest.raises(UserError, match="b has other test images than a"):
+    with pytest.raises(UserError, match="a and b have different test images"):
         identity.check_same_test(one, other, "a", "b")
 
 
@@ -1527,7 +1527,7 @@ def test_the_record_of_another_run_is_not_continued(copied, capsys):
         command("--resume", "checkpoint/run_last.pth.tar", "--total-steps", "9", "--finetune-epochs", "0")
         == 0
     )
-    assert "is of another run and is replaced" in capsys.readouterr().err
+    assert "has the results of another run: they are replaced" in capsys.readouterr().err
     assert [line["step"] for line in metrics("run")] == [9]
 
 

@@ -192,7 +192,9 @@ def test_images_are_normalised_as_timm_says(tmp_path):
     assert expected("--model", "timm/vit_small_patch14_dinov2", *resnet, "--pretrained") == imagenet
     assert expected("--model", "resnet18", *resnet, "--pretrained") == imagenet
     assert expected(*vit, *resnet, "--pretrained", "--normalize", "imagenet") == imagenet
-    with pytest.raises(UserError, match=r"resnet18 and timm/vit_tiny.* differently: choose with --normalize"):
+    with pytest.raises(
+        UserError, match=r"resnet18 and timm/vit_tiny.* differently normalised images: give --normalize"
+    ):
         expected(*vit, *resnet, "--pretrained")
     with pytest.raises(UserError, match=r"has no network"):
         expected("--model", "timm/nothing", "--pretrained")

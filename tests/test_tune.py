@@ -192,7 +192,7 @@ def test_stopped_and_killed(tmp_path):
     search.wait_for(saved[0].exists)
     search.send_signal(signal.SIGINT)
     errors = search.communicate(timeout=100)[1]
-    assert search.returncode == 130 and "stopped: the same command goes on" in errors, errors
+    assert search.returncode == 130 and "stopped: the same command continues the search" in errors, errors
     assert "stopped after step" in log.read_text()
 
     search = start(tmp_path, *words)
@@ -243,7 +243,7 @@ def test_a_bad_trial_is_pruned_and_a_refused_one_fails(here, capsys):
     assert pruned.state == TrialState.PRUNED and list(pruned.intermediate_values) == [100, 200, 300, 400, 500]
     assert "trial 5: pruned after step 500" in said
     assert failed.state == TrialState.FAIL
-    assert "trial 6: failed with status 2: main.py: --batch-size 9 cannot be taken" in said
+    assert "trial 6: failed with status 2: main.py: --batch-size 9 cannot be divided" in said
 
 
 def test_the_first_trial_is_never_pruned(here):
@@ -309,10 +309,10 @@ def test_the_value_is_the_best_on_the_way(here):
     ("search", "sentence"),
     [
         ("lamda-u=1:2", "no flag --lamda-u"),
-        ("lambda-u", "nothing to choose from"),
-        ("lambda-u=", "nothing to choose from"),
-        ("lambda-u=1", "nothing to choose from"),
-        ("lambda-u=1,1", "something twice"),
+        ("lambda-u", "needs two or more values"),
+        ("lambda-u=", "needs two or more values"),
+        ("lambda-u=1", "needs two or more values"),
+        ("lambda-u=1,1", "none of them twice"),
         ("lambda-u=3:1", "a range is a:b or a:b:log"),
         ("lambda-u=1:2:3", "a range is a:b or a:b:log"),
         ("lambda-u=0:2:log", "begins above 0"),
@@ -320,17 +320,17 @@ def test_the_value_is_the_best_on_the_way(here):
         ("lambda-u=1:nan", "nan is out of range"),
         ("temperature=1:2000", "2000 is out of range: 0.001 to 1000.0"),
         ("mu=1:2.5", "invalid int value: '2.5'"),
-        ("pseudo-label=argmax:soft", "nothing to choose from"),
+        ("pseudo-label=argmax:soft", "needs two or more values"),
         ("pseudo-label=argmax,best", "invalid choice: 'best'"),
         ("nesterov=1,0", "searched with yes,no"),
         ("jitter=0 0.1,0", "--jitter: expected 2 arguments"),
-        ("randaug=2 8,2 16", "--randaug: without effect with the other flags on twomoons"),
-        ("teacher-checkpoint=a,b", "without effect"),
-        ("seed=0:9", "does not say how a run learns"),
-        ("num-val=100,200", "does not say how a run learns"),
-        ("eval-step=1:9", "does not say how a run learns"),
-        ("finetune-lr=0.1:1", "does not say how a run learns"),
-        ("name=a,b", "does not say how a run learns"),
+        ("randaug=2 8,2 16", "--randaug has no effect with the other flags on twomoons"),
+        ("teacher-checkpoint=a,b", "has no effect"),
+        ("seed=0:9", "does not change how a run learns"),
+        ("num-val=100,200", "does not change how a run learns"),
+        ("eval-step=1:9", "does not change how a run learns"),
+        ("finetune-lr=0.1:1", "does not change how a run learns"),
+        ("name=a,b", "does not change how a run learns"),
     ],
 )
 def test_searches_that_are_refused(search, sentence, here, capsys):
@@ -353,12 +353,12 @@ def test_a_search_may_choose_on_the_validation_images_of_a_folder(tmp_path):
         (["--num-val", "0"], "give --num-val N"),
         (["--bogus", "1"], "unrecognized arguments: --bogus"),
         (["--trials", "0"], "0 is out of range: 1 or more"),
-        (["--name", "mine"], "--name is not for a search"),
-        (["--resume", "auto"], "--resume is not for a search"),
-        (["--method", "supervised"], "--lambda-u: without effect"),
+        (["--name", "mine"], "leave out --name"),
+        (["--resume", "auto"], "leave out --resume"),
+        (["--method", "supervised"], "--lambda-u has no effect"),
         (["--search", "lambda-u=1,2"], "searched twice"),
         (["--study", "a/b"], "cannot be the name of a run"),
-        (["--accumulate", "5"], "cannot be taken in --accumulate 5 parts"),
+        (["--accumulate", "5"], "cannot be divided into --accumulate 5 equal parts"),
         (["--results-path", "/proc/nowhere"], "cannot write to /proc/nowhere"),
     ],
 )
@@ -372,7 +372,7 @@ def test_effect_depends_on_what_else_is_searched(here):
     args = main.parse_arguments([*FLAGS, "--method", "supervised"])
     space = dict(tune.read_search(parser, text) for text in ("lambda-u=1:2", "method=supervised,uda"))
     tune.check_effect(parser, args, space)
-    with pytest.raises(UserError, match="--lambda-u: without effect"):
+    with pytest.raises(UserError, match="--lambda-u has no effect"):
         tune.check_effect(parser, args, {"lambda_u": space["lambda_u"]})
 
 
@@ -392,7 +392,7 @@ def test_another_search_of_the_name(copied, capsys):
     assert everything("results") == before
     os.remove("results/study/study.db")
     assert "study.db is empty" in refused(capsys, *WORDS)
-    assert "holds the record of a run" in refused(capsys, *WORDS, "--study", "study-trial-0000")
+    assert "has the results of a run" in refused(capsys, *WORDS, "--study", "study-trial-0000")
 
 
 # ---------------------------------------------------------------- damage

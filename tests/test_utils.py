@@ -23,7 +23,7 @@ from utils import Meters, NonFiniteError, UserError, learning_rate, ramp_up
 def test_counts_and_fractions():
     assert [count_or_fraction(text) for text in ("40", "0.05", "all")] == [40, 0.05, 1.0]
     for text in ("5%", "1.5", "0", "-3", "nan", "inf"):
-        with pytest.raises(ArgumentTypeError, match=f"^{text} is neither a count nor a fraction such as"):
+        with pytest.raises(ArgumentTypeError, match=f"^{text} must be a count, a fraction such as"):
             count_or_fraction(text)
 
 

@@ -800,7 +800,7 @@ def broken(runs):
         (["curves", "broken/young"], "no metrics yet"),
         (["curves", "broken/damaged"], "cannot be read"),
         (["curves", "results/mpl", "--out", "curves.jpg"], "curves.jpg does not end in .png or .svg"),
-        (["curves", "results/mpl", "results/mpl"], "and seed: leave one out, or give --each"),
+        (["curves", "results/mpl", "results/mpl"], "and seed: leave out one of the two, or give --each"),
         (["regions", "results/sup", "results/digits"], "not a two-moons run"),
         (["regions", "broken/lost"], "there is no checkpoint"),
         (["features", "results/digits", "--save-path", "nowhere"], "there is no checkpoint nowhere"),
@@ -810,10 +810,10 @@ def broken(runs):
         (["confusion", "broken/uncounted"], "2 classes, but counts of shape (1, 2)"),
         (
             ["confusion", "results/digits", "--save-path", "nowhere"],
-            "--data-path and --save-path belong to --roles",
+            "--data-path and --save-path have an effect only with --roles",
         ),
-        (["confusion", "results/digits", "results/mpl"], "other classes than"),
-        (["classes", "results/digits", "results/mpl"], "other classes than"),
+        (["confusion", "results/digits", "results/mpl"], "have different classes"),
+        (["classes", "results/digits", "results/mpl"], "have different classes"),
         (["confusion", "results/sup", "--roles"], "the checkpoint of sup holds no teacher"),
         (["confusion", "results/sup", "results/mpl", "--roles"], "the networks of one run"),
         (["features", "results/mpl", "--projection", "umap"], "invalid choice: 'umap'"),
@@ -821,7 +821,10 @@ def broken(runs):
         (["table", "results/mpl", "broken/young"], "a run writes it when its training ends"),
         (["table", "results/mpl", "broken/uncounted"], "summary.json cannot be read"),
         (["table", "results/mpl", "broken/worded"], "top1 is no number"),
-        (["table", "results/mpl", "results/mpl"], "have the same arguments and seed: leave one out"),
+        (
+            ["table", "results/mpl", "results/mpl"],
+            "have the same arguments and seed: leave out one of the two",
+        ),
         (
             ["table", "results/mpl", "--baseline", "nothing"],
             "there is no row nothing: give --baseline one of mpl",
@@ -843,7 +846,7 @@ def test_runs_without_an_accuracy_are_left_out_of_curves_with_a_line(runs, monke
     Path("results/tuned/args.json").write_text(json.dumps(args))
     Path("results/tuned/metrics.jsonl").write_text('{"step": 9, "finetune_loss": 0.1, "finetune_top1": 90}\n')
     assert command(monkeypatch, "curves", "results/mpl", "results/tuned", "--out", "both.png") == 0
-    assert "results/tuned has no curve of its accuracy: it is left out" in capsys.readouterr().err
+    assert "results/tuned has no accuracies to draw: it is left out" in capsys.readouterr().err
 
 
 def test_two_moons_have_no_images_to_augment(monkeypatch, capsys):

@@ -113,7 +113,7 @@ def test_layouts_with_parts(tmp_path, layout):
         place = os.path.commonpath(folders)
         assert f"{words.get(part, 'images without labels')} in {place}/" in said(dataset)
     assert ("choose the checkpoint" in said(dataset)) == ("val" in expected)
-    assert ("not used of" in said(dataset)) == bool(
+    assert ("not used in" in said(dataset)) == bool(
         {name.split("/")[0] for name in counts} & {"masks", "seg_pred"}
     )
 
@@ -157,7 +157,7 @@ REFUSED = {
     "test alone": (under("Testing"), "has Testing/ but no train/: add the folder of training images"),
     "test beside classes": (
         CLASSES | under("test"),
-        "has test/ beside folders that look like classes (cat, dog): move these into",
+        "has test/ beside folders that look like classes (cat, dog): move the class folders into",
     ),
     "dev as a class": (CLASSES | {"dev": 2}, "dev/ beside folders that look like classes (cat, dog)"),
     "train alone": (under("Training"), "has Training/ but neither test/ nor val/: add one of them, or give"),
@@ -169,7 +169,10 @@ REFUSED = {
         CLASSES | under("labeled"),
         "has labeled/ beside folders that look like classes",
     ),
-    "train, unlabeled": (under("train") | {"unlabeled": 3}, "itself to have it split, with --unlabeled-path"),
+    "train, unlabeled": (
+        under("train") | {"unlabeled": 3},
+        "itself to split it into training and test images, with --unlabeled-path",
+    ),
     "two unlabelled": (CLASSES | {"unlabeled": 3, "unsup": 3}, "which both mean images without labels"),
     "unlabelled twice": (
         under("train", "test") | {"unlabeled": 3, "train/unlabeled": 3},
@@ -246,7 +249,7 @@ def test_unlabelled_images_inside_the_folder_can_be_the_only_ones(tmp_path, resi
     else:
         assert dataset.unlabeled.files == paths and dataset.unlabeled.size == 80
     shutil.rmtree(tmp_path / "unlabeled")
-    assert "put them into a folder unlabeled/" in refusal("folder", tmp_path, **options)
+    assert f"put them into '{tmp_path}/unlabeled'" in refusal("folder", tmp_path, **options)
 
 
 # ---------------------------------------------------------------- a validation set of its own
@@ -441,7 +444,9 @@ def test_records_of_the_earlier_fingerprints_go_on(tmp_path):
     assert again.unlabeled.names == first.unlabeled.names
     assert {f"train/cat/copy-{number}.bmp" for number in range(2)} < set(again.unlabeled.names)
     assert "unlabeled/ (the run was started without it)" in said(again)
-    assert not any("not those that the run had" in note or "measured on" in note for note in again.notes)
+    assert not any(
+        "the images to learn from have changed" in note or "measured on" in note for note in again.notes
+    )
     written = again.record()
     assert written["fingerprint"] == "pieces"  # the run stays with its rule
     assert torch.equal(written["trained"], record["trained"])
@@ -515,8 +520,9 @@ def test_stl10_learns_from_no_test_image(tmp_path, monkeypatch):
     # positions stay those of the original training set; what was drawn without copies is drawn still
     whole = load_dataset("stl10", tmp_path, num_labeled=20, keep_test_copies=True)
     assert len(whole.unlabeled) == 60 and whole.record()["copies"].tolist() == []
-    assert "3 of 10 test images are among the training images too: the accuracy will be too high" in said(
-        whole
+    assert (
+        "3 of 10 test images are also among the training images: the test accuracy will be too high"
+        in said(whole)
     )
     assert len(set(dataset.labeled_indices) ^ set(whole.labeled_indices)) <= 2
     again = load_dataset("stl10", tmp_path, num_labeled=20, record=dataset.record(), resize=48)
@@ -562,7 +568,7 @@ def test_copies_of_test_and_validation_images_in_a_folder(tmp_path, resize):
     )
     kept = load_dataset("folder", tmp_path, **options, keep_test_copies=True)
     assert sum("copy" in name for name in kept.unlabeled.names) == 3 and len(kept.labeled) == 12
-    assert "1 of 10 test images are among the training images too, such as test/cat/001.png" in said(kept)
+    assert "1 of 10 test images are also among the training images, such as test/cat/001.png" in said(kept)
     again = load_dataset("folder", tmp_path, **options, record=dataset.record())
     assert again.unlabeled.names == dataset.unlabeled.names
     again = load_dataset("folder", tmp_path, **options, record=kept.record(), keep_test_copies=True)
@@ -589,7 +595,7 @@ def test_labels_that_are_given_are_no_test_images(tmp_path):
     assert load_dataset("folder", tmp_path, **options).labeled.names == [names[0], names[2]]
     assert load_dataset("folder", tmp_path, **options, keep_test_copies=True).labeled.names == names
     (tmp_path / "list.txt").write_text("\n".join(names[1:]))
-    assert "class 'cat' has no labelled image beside 1 copies of test" in refusal(
+    assert "class 'cat' has no labelled image apart from 1 copies of test" in refusal(
         "folder", tmp_path, **options
     )
 
@@ -598,7 +604,7 @@ def test_a_class_of_nothing_but_copies_is_named(tmp_path):
     write_tree(tmp_path, under("train", "test", count=1))
     shutil.copy(tmp_path / "test/cat/000.png", tmp_path / "train/cat/000.png")
     sentence = refusal("folder", tmp_path, num_labeled=2)
-    assert "class 'cat' has no training images beside 1 copies of test or validation images" in sentence
+    assert "class 'cat' has no training images apart from 1 copies of test or validation images" in sentence
 
 
 def test_imagenet_is_compared_when_a_run_begins(tmp_path, monkeypatch):
@@ -654,7 +660,9 @@ def test_keeping_the_copies_is_part_of_a_run(tmp_path, capsys):
     assert main.run([*words, "--name", "run", *places(tmp_path), "--finetune-epochs", "0"]) == 0
     checkpoint = str(tmp_path / "checkpoint/run_last.pth.tar")
     assert main.run(["--resume", checkpoint, "--keep-test-copies", "--total-steps", "4"]) == 2
-    assert "--keep-test-copies False: it cannot go on with --keep-test-copies True" in capsys.readouterr().err
+    assert (
+        "--keep-test-copies False: it cannot continue with --keep-test-copies True" in capsys.readouterr().err
+    )
 
 
 def places(folder):

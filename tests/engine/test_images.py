@@ -484,10 +484,10 @@ def test_a_given_value_range_is_that_of_the_run(here, capsys):
     torch.save(saved, "checkpoint/plain24_last.pth.tar")  # as of a version without these flags
     for run, given, refused in (
         ("given", ("-1000", "3095.5"), None),
-        ("given", ("0", "4095"), "was trained with --value-range -1000.0 3095.5: it cannot go on with "),
+        ("given", ("0", "4095"), "was trained with --value-range -1000.0 3095.5: it cannot continue with "),
         ("deep24", ("0", "4095"), None),  # as was found
-        ("deep24", ("0", "4096"), "was trained with --value-range 0.0 4095.0: it cannot go on with "),
-        ("plain24", ("0", "4096"), "was trained without --value-range: it cannot go on with "),
+        ("deep24", ("0", "4096"), "was trained with --value-range 0.0 4095.0: it cannot continue with "),
+        ("plain24", ("0", "4096"), "was trained without --value-range: it cannot continue with "),
         ("plain24", (), None),
     ):
         command = ["--resume", f"checkpoint/{run}_last.pth.tar", "--total-steps", "4", "--no-pictures"]
@@ -511,7 +511,7 @@ def test_a_strangers_value_range_is_refused(here, capsys, value):
     saved["data"]["value_range"] = value
     torch.save(saved, "strange.pth.tar")
     assert predict.run(["strange.pth.tar", "deep", *PLAIN]) == 2
-    assert "describes no network for images" in capsys.readouterr().err
+    assert "has no network for images" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- images with nothing to see
