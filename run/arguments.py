@@ -484,7 +484,7 @@ def read_checkpoint(args, path, runtime, starts):
             if args.evaluate or args.finetune:
                 raise UserError(
                     being_replaced(paths[0])
-                    or f"there is no checkpoint {paths[0]} to evaluate or finetune: give the --name of its run"
+                    or f"there is no checkpoint {paths[0]} to evaluate or finetune: give its --name"
                 )
             if not starts:
                 raise UserError(
