@@ -430,8 +430,9 @@ def _class_sizes(targets, classes):
         most, least = classes[int(np.argmax(sizes))], classes[int(np.argmin(sizes))]
         lines.append(
             f"the classes are unequal: '{most}' has {max(sizes):,} training images, '{least}' "
-            f"{min(sizes):,}. Look at the mean over classes beside top-1; --align assumes equal classes "
-            "unless --align-to labeled; a count of labels is drawn evenly, a fraction in proportion"
+            f"{min(sizes):,}; also look at the mean over classes, not only at top-1; --align assumes equal "
+            "classes unless --align-to labeled is given; a count of labels is drawn evenly, a fraction in "
+            "proportion"
         )
     return lines
 

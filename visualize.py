@@ -514,7 +514,8 @@ def configurations_of(runs, otherwise=""):
         other = found.setdefault(configuration(run, seed), {}).setdefault(seed, run)
         if other is not run:
             raise UserError(
-                f"{other.folder} and {run.folder} have the same arguments and seed: leave out one of the two{otherwise}"
+                f"{other.folder} and {run.folder} have the same arguments and seed: leave out one of the "
+                f"two{otherwise}"
             )
     for row in found.values():
         seed, run = next(iter(row.items()))
