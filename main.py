@@ -236,10 +236,9 @@ def train(args, runtime, saved, labels_given):
     runtime.on_main(lambda: identity.check_free(args, saved))
     with runtime.local_main_first():
         dataset = read_data(args, saved.get("data"), labels_given)
-    if not saved and dataset.size:
-        dataset.mean, dataset.std = map(
-            list, arguments.expected_statistics(args) or (dataset.mean, dataset.std)
-        )
+    expected = None if saved or not dataset.size else arguments.expected_statistics(args)
+    if expected:
+        dataset.mean, dataset.std = map(list, expected)
     views = build_views(args, dataset, runtime)
 
     # networks
@@ -254,18 +253,19 @@ def train(args, runtime, saved, labels_given):
             method.load_state_dict(saved, args.resume)
 
     # the run: its id, its record, what an earlier process has finetuned
-    base = saved["step"] if args.finetune else args.total_steps  # the step that finetuning follows
-    run = saved.get("run") if identity.is_own(args, saved) else runtime.on_main(new_run_id)
-    tuned = identity.finetuned_before(args, runtime, saved, run, base)
+    last_step = saved["step"] if args.finetune else args.total_steps  # before finetuning
+    run_id = saved.get("run") if identity.is_own(args, saved) else runtime.on_main(new_run_id)
+    finetuned = identity.finetuned_before(args, runtime, saved, run_id, last_step)
+    tuned_step = last_step + finetuned.get("finetune_step", 0)
     folder = os.path.join(args.results_path, args.name)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(identity.claim(args, runtime, saved, run))
+        stack.enter_context(identity.claim(args, runtime, saved, run_id))
         log = RunLog(
             folder,
             args,
-            run_id=run,
+            run_id=run_id,
             start_step=None if args.finetune else args.start_step,
-            finetune_from=base + tuned.get("finetune_step", 0) if args.finetune or tuned else None,
+            finetune_from=tuned_step if args.finetune or finetuned else None,
             active=runtime.is_main,
         )
         stack.callback(log.close)
@@ -280,7 +280,7 @@ def train(args, runtime, saved, labels_given):
         identity.describe_run(args, runtime, dataset, method, folder, saved.get("step"))
         if method:
             state = FRESH | {key: saved[key] for key in (*FRESH, *POSITION) if saved.get(key) is not None}
-            state["run"] = run
+            state["run"] = run_id
             train_loop(args, runtime, dataset, views, method, log, state, interrupt)
             figures = figures_of(state) | {"steps": args.total_steps}
             if method.teacher_network is not None and "teacher" not in method.members:
@@ -288,19 +288,19 @@ def train(args, runtime, saved, labels_given):
                 test, _ = measure_accuracy(runtime, teacher, dataset.test, views)
                 figures["teacher_top1"] = test["top1"]
         else:
-            figures = {"steps": base}
+            figures = {"steps": last_step}
             if "finetune_step" not in saved:
                 test, confusion = measure_accuracy(runtime, members, dataset.test, views)
                 figures |= measured(test, confusion, dataset.classes)
         earlier = log.read_summary() if args.finetune else {}
         summary = summarize(
-            args, runtime, earlier | figures, len(dataset.labeled), dataset.val is not None, run
+            args, runtime, earlier | figures, len(dataset.labeled), dataset.val is not None, run_id
         )
         log.summary(summary)
         if args.finetune_epochs:
             network = selected(args, runtime, dataset, method.predictor) if method else members["student"]
             summary["finetune_top1"] = finetune(
-                args, runtime, dataset, views, network, log, base, run, tuned, interrupt
+                args, runtime, dataset, views, network, log, last_step, run_id, finetuned, interrupt
             )
             log.summary(summary)
     if runtime.is_main:
@@ -329,37 +329,37 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     mu = args.mu if method.uses_unlabeled else 0
     loader = TrainLoader(dataset, args.batch_size, mu, args.seed, runtime, args.workers)
     loader.load_state_dict(state.get("loader", {"position": args.start_step}))
-    meters = utils.Meters(runtime, identity.checkpoint_path(args, "last"))
+    meters = utils.Meters(runtime, identity.checkpoint_path(args, "last"))  # the path is for its errors
     if "meters" in state:
         meters.load_state_dict(state["meters"])
     progress = utils.Progress(args.name, args.total_steps, args.start_step, runtime.is_main)
     images_per_step = args.batch_size * (1 + mu) * runtime.world_size
-    throughput = utils.Throughput(state, images_per_step, args.start_step)
+    throughput = utils.Throughput(state, images_per_step, args.start_step)  # adds to the state's totals
     record_of_data = dataset.record()
 
     def take_step(batch, step, diagnose=False):
         made = runtime.shard(views(batch.images_l, batch.targets, batch.images_u, loader.generator))
         return method.step(made._replace(indices=batch.indices_u), step, batch.targets_u, diagnose=diagnose)
 
-    repeated_step = runtime.graph(take_step, loader.generator)  # take_step itself without --cuda-graph
+    graphed_step = runtime.graph(take_step, loader.generator)  # without --cuda-graph take_step itself
 
-    def checkpoint(step, *kinds):
+    def checkpoint(taken, *kinds):
         state.update(meters=meters.state_dict(), loader=loader.state_dict())
         content = method.state_dict() | state
         names = {role: method.network_name(args, role) for role in ("teacher", "student")}
         content |= {"networks": names, "predicting": list(method.members)}
-        content |= {"step": step + 1, "args": vars(args), "data": record_of_data}
+        content |= {"step": taken, "args": vars(args), "data": record_of_data}
         identity.save(args, runtime, content, kinds)
 
     def stop(taken, status):
         """End the process after so many steps, saved if there are new ones."""
         if taken > args.start_step:
-            meters.read()
-            if taken > throughput.taken:
+            meters.read()  # raises if a loss was not finite
+            if taken > throughput.taken:  # else a line of metrics.jsonl has counted them
                 throughput.count(taken)
             method.sync_statistics()
             loader.position = taken  # a batch that was drawn for the next step is drawn again
-            checkpoint(taken - 1, "last")
+            checkpoint(taken, "last")
             progress.stopped(f"after step {taken}", identity.checkpoint_path(args, "last"))
         interrupt.end(status)
 
@@ -367,11 +367,11 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     for step in range(args.start_step, args.total_steps):
         # a batch, then its views and a step of the method
         batch = next(loader)
-        if interrupt.fault and runtime.processes == 1:  # several wait for each other: they take this step
+        if interrupt.fault and runtime.processes == 1:  # several can only stop together, after a step
             stop(step, 2)
         runtime.seed(args.seed, step)
         evaluating = (step + 1) % args.eval_step == 0 or step + 1 == args.total_steps
-        scalars = take_step(batch, step, diagnose=True) if evaluating else repeated_step(batch, step)
+        scalars = take_step(batch, step, diagnose=True) if evaluating else graphed_step(batch, step)
         meters.update(scalars, step)
         runtime.finish_step()
 
@@ -381,9 +381,9 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
             record = meters.read()
             meters.reset()
             record |= {"images_per_second": throughput.count(step + 1)}
-            record |= {f"{role}_rate": learner.rate(step) for role, learner in method.learners.items()}
-            loss = next(value for name, value in record.items() if name.endswith("_loss"))
-            figures = f"loss {loss:.3f}, {record['images_per_second']:.0f} images/s"
+            record |= {f"{role}_rate": learner.schedule(step) for role, learner in method.learners.items()}
+            losses = [f"loss {value:.3f}" for name, value in record.items() if name.endswith("_loss")]
+            figures = ", ".join([*losses[:1], f"{record['images_per_second']:.0f} images/s"])
             if not evaluating:
                 log.record(step + 1, record)
         progress.step(figures)
@@ -403,8 +403,10 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
             state.update(measured(test, confusion, dataset.classes))
             state["oracle_top1"] = max(state["oracle_top1"], test["top1"])
             log.record(step + 1, record)
-            # the last one last: a run that is killed in between does this step again
-            checkpoint(step, *["best"] * better, *[f"step{step + 1:08}"] * (args.keep > 0), "last")
+            kinds = ["best"] if better else []
+            if args.keep:
+                kinds.append(f"step{step + 1:08}")
+            checkpoint(step + 1, *kinds, "last")  # a run that is killed before "last" does these steps again
             if args.keep and runtime.is_main:
                 identity.drop_checkpoints(args, step + 1)
             progress.record(step + 1, record)
@@ -428,7 +430,7 @@ def selected(args, runtime, dataset, network):
 # ---------------------------------------------------------------- finetuning and evaluation
 
 
-def finetune(args, runtime, dataset, views, network, log, steps_before, run, before, interrupt):
+def finetune(args, runtime, dataset, views, network, log, steps_before, run_id, before, interrupt):
     """Train a copy of ``network`` on the labelled images alone.
 
     Without dropout, as in the published code. SGD at a constant rate, up to ten evaluations on the way, with
@@ -436,7 +438,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
 
     Args:
         steps_before: the step of the checkpoint that is finetuned; figures are logged after it.
-        run: the run's id.
+        run_id: the run's id.
         before: what an earlier process saved in ``NAME_finetune_last``, to continue from; {} to begin.
         interrupt: as in ``train_loop``.
 
@@ -454,7 +456,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
         network,
         runtime,
         optimizer=lambda network: sgd(network, rate, momentum, True, decay, args.body_lr_scale),
-        rate=lambda step: rate,
+        schedule=lambda step: rate,
     )
     network = learner.network
     members = {"student": network}
@@ -475,7 +477,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
     record_of_data = dataset.record()
     progress = utils.Progress(f"{args.name}, finetuning", steps, done, runtime.is_main)
 
-    def checkpoint(step, *kinds):
+    def checkpoint(taken, *kinds):
         content = {
             "networks": {"student": METHODS[args.method].network_name(args, "student")},
             "predicting": ["student"],
@@ -484,9 +486,9 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
             "scaler": learner.scaler.state_dict(),
             "meters": meters.state_dict(),
             "loader": loader.state_dict(),
-            "run": run,
+            "run": run_id,
             "step": steps_before,
-            "finetune_step": step + 1,
+            "finetune_step": taken,
             "args": vars(args),
             "data": record_of_data,
         }
@@ -497,7 +499,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
             meters.read()
             learner.sync_statistics()
             loader.position = taken
-            checkpoint(taken - 1, "finetune_last")
+            checkpoint(taken, "finetune_last")
             path = identity.checkpoint_path(args, "finetune_last")
             progress.stopped(f"after step {taken} of finetuning", path)
         interrupt.end(status)
@@ -533,8 +535,7 @@ def finetune(args, runtime, dataset, views, network, log, steps_before, run, bef
                 state = {"best_val_top1": val_top1, "finetune_top1": test["top1"]}
                 if args.finetune:  # alone: the confusion matrix is that of the finetuned network
                     log.confusion(confusion, dataset.classes)
-            # as in training, the last one last
-            checkpoint(step, *["finetune_best"] * better, "finetune_last")
+            checkpoint(step + 1, *(["finetune_best"] if better else []), "finetune_last")
             progress.line(f"step {step + 1}/{steps}  finetuned to {test['top1']:.2f} %")
 
         if status := interrupt.stops(runtime, wait=evaluating):

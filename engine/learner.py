@@ -40,17 +40,17 @@ class Learner:
         network: moved to the device.
         runtime: where to run.
         optimizer: a function of the network on the device that returns its optimiser.
-        rate: the learning rate as a function of the step; each group of parameters learns at its ``scale``
-            times this (``parameter_groups``).
+        schedule: the learning rate as a function of the step; each group of parameters learns at its
+            ``scale`` times this (``parameter_groups``).
         grad_clip: bound of the gradient's norm, 0 for none.
         ema: decay of the moving average, or None for no average.
     """
 
-    def __init__(self, network, runtime, *, optimizer, rate, grad_clip=0.0, ema=None):
+    def __init__(self, network, runtime, *, optimizer, schedule, grad_clip=0.0, ema=None):
         self.network = runtime.place(network)
         self.compiled = runtime.compile(self.network)  # for passes without gradient, or of this process alone
         self.training_network = runtime.parallel(self.network)
-        self.runtime, self.rate, self.grad_clip = runtime, rate, grad_clip
+        self.runtime, self.schedule, self.grad_clip = runtime, schedule, grad_clip
         self.optimizer = optimizer(self.network)
         self.scaler = runtime.grad_scaler()
         if isinstance(self.optimizer, torch.optim.SGD) and (
@@ -138,7 +138,7 @@ class Learner:
 
     def rate_at(self, step):
         """The learning rate of a step, a ``Runtime.number``."""
-        return self.runtime.number(self.rate, step)
+        return self.runtime.number(self.schedule, step)
 
     @phase("backward")
     def backward(self, loss, batches):

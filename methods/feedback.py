@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import jvp
 
-from engine.learner import phase
+from engine.learner import Learner, phase
 from utils import UserError
 
 
@@ -33,7 +33,7 @@ from utils import UserError
 class StudentStep:
     """One step of the student, as an estimator sees it: N unlabelled and B labelled images, K classes."""
 
-    student: object  # the Learner: at θ_S before its step, at θ_S' after it
+    student: Learner  # at θ_S before its step, at θ_S' after it
     images_u: torch.Tensor  # (N, …) the images that the student learned from
     images_l: torch.Tensor  # (B, …) labelled images, which stood behind them in its pass
     targets: torch.Tensor  # (B,) int64
@@ -232,7 +232,7 @@ def student_logits(step, parameters):
 # ---------------------------------------------------------------- the teacher's side
 
 
-def feedback_term(value, logits, labels, *, reduction="sum", shares=1):
+def feedback_term(value, logits, labels, *, reduction="sum", parts=1):
     """The term of the teacher's loss whose gradient is the feedback, ().
 
     Args:
@@ -242,10 +242,11 @@ def feedback_term(value, logits, labels, *, reduction="sum", shares=1):
         reduction: of the scalar forms' cross-entropies over images. ``sum`` is the log likelihood of all
             labels together and makes the term an unbiased estimate of ∇J; ``mean`` is smaller by the number
             of images and what the published code does. ``exact`` needs no choice.
-        shares: the micro-batches and processes over which the teacher's gradient is averaged, N images each.
+        parts: number of micro-batches and processes, of N images each, over which the teacher's gradient is
+            averaged.
     """
     log_q = F.log_softmax(logits, dim=1)
     if value.ndim == 2:
         return (log_q.exp() * value).sum()
     cross_entropy = -(labels * log_q).sum(dim=1)
-    return value * (cross_entropy.mean() if reduction == "mean" else shares * cross_entropy.sum())
+    return value * (cross_entropy.mean() if reduction == "mean" else parts * cross_entropy.sum())

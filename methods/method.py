@@ -135,7 +135,7 @@ class Method:
                 return torch.optim.AdamW(groups, lr=peak)
             return RMSProp(groups, peak, args.momentum)
 
-        def rate(step):
+        def schedule(step):
             return learning_rate(
                 step,
                 peak=peak,
@@ -147,7 +147,7 @@ class Method:
             )
 
         return Learner(
-            network, self.runtime, optimizer=optimizer, rate=rate, grad_clip=args.grad_clip, ema=ema
+            network, self.runtime, optimizer=optimizer, schedule=schedule, grad_clip=args.grad_clip, ema=ema
         )
 
     def prepare(self, dataset, views, folder):
@@ -169,7 +169,8 @@ class Method:
             diagnose: also measure ``diagnostics``.
 
         Returns:
-            {name: () tensor}, the scalars of the meters.
+            {name: () tensor}, the scalars of the meters. The progress shows the first name that ends in
+            _loss.
         """
         raise NotImplementedError
 

@@ -1,7 +1,8 @@
 """Meta Pseudo Labels (Pham et al., CVPR 2021), algorithm 1 of the paper, with a UDA teacher.
 
-``MPL.step`` is the algorithm. What it calls stands below it in the order of the calls; the estimators of the
-feedback are in ``feedback.py``, the teacher's passes and its consistency loss in ``uda.py``.
+``MPL.step`` is the algorithm. Below it stands what its steps 1 to 4 call, in this order, then role-playing,
+set-up and saving. The estimators of the feedback are in ``feedback.py``, the teacher's passes and its
+consistency loss in ``uda.py``.
 """
 
 import contextlib
@@ -69,14 +70,15 @@ class MPL(Method):
             batch.logits = self.teacher_pass(batch, graph=whole, eager=diagnose)
             batch.labels = pseudo_labels(self.label_logits(batch.logits), args.pseudo_label)
 
-        # 2. The student takes a step on these labels. Its estimator looks at it before and after the update.
+        # 2. The student takes a step on these labels. The estimator looks at it before and after the update.
+        rate = student.rate_at(step)
         student_step = StudentStep(
             student=student,
             images_u=views.strong,
             images_l=views.labeled,
             targets=views.targets,
-            rate=student.rate_at(step),
-            random_state=runtime.rng_state(),  # here: before the student's pass
+            rate=rate,
+            random_state=runtime.rng_state(),  # before the student's pass: exact repeats its dropout
             label_smoothing=args.label_smoothing,
             micro_batches=args.accumulate,
             jvp=args.feedback_jvp,
@@ -85,7 +87,7 @@ class MPL(Method):
         student_scalars = student.backward(self.student_loss, batches)
         if estimator:
             estimator.before(student_step)
-        student.update(student_step.rate)
+        student.update(rate)
 
         # 3. The feedback: how did that step change the student's loss on the labelled images?
         if estimator:
@@ -93,12 +95,12 @@ class MPL(Method):
             student_scalars["feedback"] = self.give_feedback(value, batches)
 
         # 4. The teacher takes a step: labels, consistency and feedback.
-        weight = self.unlabeled_weight(step)
+        lambda_u = self.unlabeled_weight(step)
         self.consistency.observe([batch.logits for batch in batches])
 
         def teacher_loss(batch):
             logits = batch.logits if whole else self.teacher_pass(batch, graph=True, eager=diagnose)
-            loss, scalars = self.own_loss(logits, batch.mixed.targets, weight)
+            loss, scalars = self.own_loss(logits, batch.mixed.targets, lambda_u)
             if estimator:
                 feedback_loss = args.feedback_weight * self.feedback_loss(batch, logits)
                 if diagnose and batch is batches[0] and loss.requires_grad:
@@ -160,7 +162,7 @@ class MPL(Method):
             value = torch.where(torch.isfinite(value), value, 0.0)
         if per_class:
             labels = torch.cat([batch.labels for batch in batches])
-            improvement = -(value * labels).sum() / args.accumulate
+            improvement = -(value * labels).sum() / args.accumulate  # a value has 1/N of its micro-batch
         else:
             improvement = value
             if args.feedback_momentum:
@@ -175,9 +177,9 @@ class MPL(Method):
 
     # 4. the teacher's step
 
-    def own_loss(self, logits, targets, weight):
+    def own_loss(self, logits, targets, lambda_u):
         """The teacher's loss without feedback, (), and its scalars."""
-        return self.consistency.teacher_loss(logits, targets, weight)
+        return self.consistency.loss(logits, targets, lambda_u)
 
     def feedback_loss(self, batch, logits):
         """The feedback's part of the teacher's loss, ()."""
@@ -186,9 +188,9 @@ class MPL(Method):
             # MPL-pytorch: labels that the student has not learned
             label_logits = self.align(logits.strong)
             labels = pseudo_labels(label_logits, args.pseudo_label)
-        shares = self.runtime.world_size * args.accumulate
+        parts = self.runtime.world_size * args.accumulate
         return feedback_term(
-            batch.feedback, label_logits, labels, reduction=args.feedback_reduction, shares=shares
+            batch.feedback, label_logits, labels, reduction=args.feedback_reduction, parts=parts
         )
 
     def cosine(self, feedback_loss, own_loss):

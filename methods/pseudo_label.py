@@ -25,7 +25,7 @@ class PseudoLabel(Method):
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args
 
-        def loss(batch):
+        def loss_of(batch):
             with torch.no_grad(), self.runtime.autocast():
                 view = batch.views.weak if args.pseudo_label_view == "weak" else batch.views.strong
                 labels = pseudo_labels(self.compiled_teacher(view).float(), args.pseudo_label)
@@ -33,4 +33,4 @@ class PseudoLabel(Method):
             loss = soft_cross_entropy(labels, logits, args.label_smoothing).mean()
             return loss, {"student_loss": loss} | known_accuracy(labels, batch.truth)
 
-        return self.student.learn(loss, micro_batches(views, views, truth, args.accumulate), step)
+        return self.student.learn(loss_of, micro_batches(views, views, truth, args.accumulate), step)

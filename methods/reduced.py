@@ -50,7 +50,7 @@ class ReducedMPL(MPL):
         logits = (self.teacher if graph else self.teacher.preview)(*self.runtime.shard((rows,)))
         return Logits(None, logits, logits)  # the same for both views
 
-    def own_loss(self, logits, targets, weight):
+    def own_loss(self, logits, targets, lambda_u):
         confidence = F.softmax(logits.weak.detach(), dim=1).amax(dim=1).mean()
         return logits.weak.new_zeros(()), {"label_confidence": confidence}
 

@@ -36,7 +36,7 @@ class SemiMeta(Method):
         for batch, part in zip(batches, labels, strict=True):
             batch.labels = part
 
-        def loss(batch):
+        def loss_of(batch):
             labeled_loss = F.cross_entropy(
                 student(batch.mixed.labeled), batch.mixed.targets, label_smoothing=args.label_smoothing
             )
@@ -45,7 +45,7 @@ class SemiMeta(Method):
             figures = {"labeled_loss": labeled_loss, "consistency_loss": distance}
             return labeled_loss + weight * distance, figures | known_accuracy(batch.labels, batch.truth)
 
-        scalars = student.learn(loss, batches, step)
+        scalars = student.learn(loss_of, batches, step)
         student.sync_statistics()  # the next pseudo labels are made with them
         return scalars
 

@@ -13,10 +13,10 @@ class Supervised(Method):
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args
 
-        def loss(batch):
+        def loss_of(batch):
             logits = self.student(batch.mixed.labeled)
             loss = F.cross_entropy(logits, batch.mixed.targets, label_smoothing=args.label_smoothing)
             return loss, {"labeled_loss": loss}
 
         batches = micro_batches(views, self.mixed(views, step), truth, args.accumulate)
-        return self.student.learn(loss, batches, step)
+        return self.student.learn(loss_of, batches, step)

@@ -57,7 +57,7 @@ class DistributionAlignment:
         self.rate, self.runtime = rate, runtime
         self.bias = torch.zeros(num_classes, device=runtime.device)
         odds = [num_classes] * num_classes if target is None else [1 / share for share in target]
-        self.per_share = torch.tensor(odds, dtype=self.bias.dtype, device=runtime.device)
+        self.inverse_target = torch.tensor(odds, dtype=self.bias.dtype, device=runtime.device)
 
     def __call__(self, logits):
         """Logits (N, K) of the aligned predictions; the bias is a constant to their gradient."""
@@ -69,7 +69,7 @@ class DistributionAlignment:
         if self.rate:
             prediction = F.softmax(self(torch.cat(weak_logits)), dim=1)
             (mean,) = self.runtime.all_reduce_mean([prediction.mean(dim=0)])
-            self.bias -= self.rate * (mean.clamp_min(1e-6) * self.per_share).log()
+            self.bias -= self.rate * (mean.clamp_min(1e-6) * self.inverse_target).log()
             self.bias -= self.bias.mean()  # an offset common to all classes says nothing, and would grow
 
     def state_dict(self):
@@ -110,10 +110,10 @@ class Consistency:
         self.args, self.runtime, self.hard = args, runtime, hard
         target = class_shares if args.align_to == "labeled" else None
         self.align = DistributionAlignment(args.align, num_classes, runtime, target)
-        self.least = args.threshold  # of the largest probability; relative sets it anew in every step
+        self.lowest = args.threshold  # of the largest probability; relative sets it anew in every step
         self.moments = torch.tensor([1 / num_classes, 1.0], device=runtime.device)  # μ and σ²
         runtime.replicate([self.moments])
-        self.reads_batch = args.confidence != "threshold"  # before the first of its micro-batches has a loss
+        self.reads_batch = args.confidence != "threshold"  # the weights need the logits of the whole batch
 
     @torch.no_grad()
     def observe(self, logits):
@@ -121,7 +121,7 @@ class Consistency:
         if self.args.confidence == "relative":
             largest = largest_probability(torch.cat([each.labeled for each in logits]))
             (mean,) = self.runtime.all_reduce_mean([largest.mean()])
-            self.least = self.args.threshold * mean
+            self.lowest = self.args.threshold * mean
         elif self.args.confidence == "soft":
             largest = largest_probability(self.align(torch.cat([each.weak for each in logits])))
             # measured from the moving average, so that subtracting squares cancels little
@@ -139,8 +139,9 @@ class Consistency:
             mean, variance = self.moments.unbind()
             below = (largest_probability(logits) - mean).clamp_max(0)
             return (-2 * below.square() / variance.clamp_min(torch.finfo(variance.dtype).tiny)).exp()
-        sharpened = args.confidence == "threshold" and not self.hard
-        return (largest_probability(logits / args.temperature if sharpened else logits) >= self.least).float()
+        if args.confidence == "threshold" and not self.hard:
+            logits = logits / args.temperature
+        return (largest_probability(logits) >= self.lowest).float()
 
     def __call__(self, logits):
         """The loss () and the mean weight () of a micro-batch with these ``Logits``; the weak view has no
@@ -151,12 +152,12 @@ class Consistency:
         kind = "ce" if self.hard else args.uda_loss
         return uda_loss(targets, logits.strong, weights, kind), weights.mean()
 
-    def teacher_loss(self, logits, targets, weight):
-        """CE on labels + weight · UDA, (), of a micro-batch with these ``Logits``, and its scalars."""
+    def loss(self, logits, targets, lambda_u):
+        """CE on labels + λ · UDA, (), of a micro-batch with these ``Logits``, and its scalars."""
         labeled_loss = F.cross_entropy(logits.labeled, targets, label_smoothing=self.args.label_smoothing)
         loss, mask = self(logits)
         scalars = {"labeled_loss": labeled_loss, "uda_loss": loss, "uda_mask": mask}
-        return labeled_loss + weight * loss, scalars
+        return labeled_loss + lambda_u * loss, scalars
 
     def state_dict(self):
         return self.align.state_dict() | {"confidence_moments": self.moments}
@@ -209,7 +210,7 @@ class UDA(Method):
 
     def step(self, views, step, truth=None, diagnose=False):
         args, student, weak_logits = self.args, self.student, []
-        weight = self.unlabeled_weight(step)
+        lambda_u = self.unlabeled_weight(step)
         batches = micro_batches(views, self.mixed(views, step), truth, args.accumulate)
         # where the whole batch's statistics weigh each image, micro-batches pass twice, with the same dropout
         twice = self.consistency.reads_batch and len(batches) > 1
@@ -217,16 +218,16 @@ class UDA(Method):
         if twice:
             self.consistency.observe([self.logits(batch, graph=False) for batch in batches])
 
-        def loss(batch):
+        def loss_of(batch):
             logits = self.logits(batch, graph=True)
             weak_logits.append(logits.weak.detach())
             if not twice:
                 self.consistency.observe([logits])
-            loss, scalars = self.consistency.teacher_loss(logits, batch.mixed.targets, weight)
+            loss, scalars = self.consistency.loss(logits, batch.mixed.targets, lambda_u)
             return loss, scalars | known_accuracy(self.align(logits.weak), batch.truth)
 
         with self.runtime.replay(before):
-            scalars = student.learn(loss, batches, step)
+            scalars = student.learn(loss_of, batches, step)
         if args.weak_pass == "ema":
             student.sync_statistics()
         self.align.update(weak_logits)

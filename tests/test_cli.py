@@ -395,7 +395,7 @@ def test_a_sentence_and_status_2(arguments, words, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    """Status 3, the step and the term named; the checkpoint of before is still whole."""
+    """Status 3, the step and the term named; the checkpoint of before or the run to be replaced stays."""
     arguments = [*TINY, "--total-steps", "8", "--eval-step", "4", "--name", "run"]
     run(*arguments[:-6], "--total-steps", 4, "--eval-step", 4, "--name", "run", cwd=tmp_path)
     good = checkpoint(tmp_path, "run_last")
@@ -405,8 +405,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     done = run(*arguments, "--resume", "bad.pth.tar", "--overwrite", cwd=tmp_path, check=False)
     assert done.returncode == 3
     assert "step 4" in done.stderr and "labeled_loss" in done.stderr and "Traceback" not in done.stderr
-    assert f"the checkpoint {tmp_path}/checkpoint/run_last.pth.tar predates it" in done.stderr
+    assert (
+        "no checkpoint was written" in done.stderr and "the earlier run is back in its place" in done.stderr
+    )
     assert_same_checkpoint(good, checkpoint(tmp_path, "run_last"))
+    last = tmp_path / "checkpoint/run_last.pth.tar"
+    torch.save(bad, last)
+    content = last.read_bytes()
+    done = run(*arguments, "--resume", "auto", cwd=tmp_path, check=False)
+    assert done.returncode == 3 and f"the checkpoint {last} predates it" in done.stderr
+    assert last.read_bytes() == content
 
 
 @pytest.mark.parametrize("method", ["supervised", "fixmatch", "semimeta"])

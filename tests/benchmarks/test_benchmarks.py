@@ -202,7 +202,7 @@ def test_double_backward_computes_the_exact_feedback():
         network,
         Runtime("cpu"),
         optimizer=lambda network: sgd(network, 0.1, 0.0, False, 0.0),
-        rate=lambda step: 0.1,
+        schedule=lambda step: 0.1,
     )
     generator = torch.Generator().manual_seed(0)
     images_u, images_l = (torch.randn(n, 3, 8, 8, generator=generator).double() for n in (8, 4))

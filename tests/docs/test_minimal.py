@@ -64,7 +64,7 @@ def test_steps_of_one_page_are_those_of_the_method(minimal, labels):
         scalars = method.step(Views(x, y, weak, strong), t)
         assert scalars["feedback"].abs() > 1e-3
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = method.student.rate(t)
+            optimizer.param_groups[0]["lr"] = method.student.schedule(t)
         minimal.step(teacher, student, *optimizers, x, y, weak, strong, 3 * (t + 1) / 4, labels == "soft")
         minimal.update_average(average, student, t)
     expected = (method.teacher.network, method.student.network, method.predictor)

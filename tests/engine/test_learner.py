@@ -54,7 +54,10 @@ def test_a_frozen_batch_norm_of_vectors_keeps_its_statistics():
     network[1].running_mean.fill_(0.5)
     expected, values = copy.deepcopy(network).eval(), torch.randn(8, 3)
     learner = Learner(
-        network, Runtime("cpu"), optimizer=lambda network: sgd(network, 0.1, 0, False, 0), rate=lambda _: 0.1
+        network,
+        Runtime("cpu"),
+        optimizer=lambda network: sgd(network, 0.1, 0, False, 0),
+        schedule=lambda _: 0.1,
     )
     torch.testing.assert_close(learner(values), expected(values))
     assert network[1].running_mean.eq(0.5).all() and network.training

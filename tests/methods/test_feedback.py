@@ -68,7 +68,7 @@ def take_step(
         copy.deepcopy(problem["network"]),
         runtime,
         optimizer=lambda network: sgd(network, rate, 0.0, False, 0.0, body_scale),
-        rate=lambda step: rate,
+        schedule=lambda step: rate,
     )
     names = ("images_u", "images_l", "targets")
     given = (*(problem[name] for name in names), rate, runtime.rng_state(), smoothing)

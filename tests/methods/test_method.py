@@ -129,9 +129,9 @@ def test_rates_are_those_of_the_command_line():
         ("--schedule cosine", [0.2 * (1 + np.cos(np.pi * t / 12)) for t in range(5)], None),
     ):
         method = build(*waiting, *flags.split())
-        assert [method.teacher.rate(step) for step in range(5)] == pytest.approx(teacher)
+        assert [method.teacher.schedule(step) for step in range(5)] == pytest.approx(teacher)
         if student:
-            assert [method.student.rate(step) for step in range(5)] == pytest.approx(student)
+            assert [method.student.schedule(step) for step in range(5)] == pytest.approx(student)
 
 
 @pytest.mark.parametrize(

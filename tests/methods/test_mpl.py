@@ -61,7 +61,7 @@ def test_a_teachers_warm_up_is_on_labels_alone(estimator):
         method.step(make_views(2), 2)
     assert not torch.equal(weights(warming.teacher.network), weights(alone.teacher.network))
     assert not torch.equal(weights(warming.student.network), before)
-    assert build("--teacher-warmup-steps", 2, "--student-wait-steps", 5).student.rate(4) == 0
+    assert build("--teacher-warmup-steps", 2, "--student-wait-steps", 5).student.schedule(4) == 0
 
 
 def renamed(state):
@@ -102,7 +102,7 @@ def test_roles_are_exchanged_every_n_steps(case):
         teachers.append(names[id(method.teacher.network)])
         assert scalars[0] == scalars[1]
         assert torch.equal(weights(method.predictor), weights(reference.predictor))
-        assert method.learners["teacher"].rate(step) == reference.teacher.rate(step)
+        assert method.learners["teacher"].schedule(step) == reference.teacher.schedule(step)
         ours, theirs = (tensors(each.state_dict()) for each in (method, reference))
         assert ours.keys() == theirs.keys() and len(ours) > 80
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())

@@ -24,7 +24,7 @@ def test_supervised_step_is_plain_sgd():
     pairs = zip(method.student.network.parameters(), network.parameters(), strict=True)
     for ours, p in pairs:
         torch.testing.assert_close(ours.detach(), (p - 0.1 * 1.9 * (p.grad + decay[id(ours)] * p)).detach())
-    assert optimizer.param_groups[0]["lr"] == method.student.rate(0)
+    assert optimizer.param_groups[0]["lr"] == method.student.schedule(0)
 
 
 def test_mixup_of_labels_is_supervised_training_on_mixed_images():

@@ -187,7 +187,7 @@ def test_the_consistency_loss_against_the_formula(method, confidence, distance):
         assert sum(shares).item() / 2 == pytest.approx(np.mean(weights), rel=1e-6)
         assert 0 < min(weights) < 0.5 < max(weights) if confidence == "soft" else 0 < np.mean(weights) < 1
         if confidence != "soft":
-            bound = {"threshold": threshold, "relative": ours.least}[confidence]
+            bound = {"threshold": threshold, "relative": ours.lowest}[confidence]
             aligned = ours.align(weak.detach())
             masks = [F.softmax(aligned / t, dim=1).amax(dim=1) >= bound for t in (0.5, 1)]
             assert not torch.equal(*masks)
@@ -256,7 +256,7 @@ def test_a_weak_pass_ema_is_the_moving_average():
         loss = loss + 2 * (step + 1) / 10 * sharpened_uda(average(weak), strong_logits, 0.7, 0.05)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = method.student.rate(step)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = method.student.schedule(step)
         optimizer.step()
         decay = (1 + step) / (10 + step)
         states = zip(average.state_dict().values(), network.state_dict().values(), strict=True)
