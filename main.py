@@ -65,7 +65,14 @@ from run.record import (
 
 # fmt: off
 def build_parser():
-    parser = arguments.Parser(description="Meta Pseudo Labels in PyTorch. The recipes, run_*.sh and recipes/*.sh, are complete command lines. A help text that begins with methods, such as 'uda, mpl:', is about a flag of these methods.")
+    parser = arguments.Parser(
+        description="Train an image classifier from a few labels and many unlabelled images, with Meta Pseudo Labels or another method. A flag whose help begins with 'uda, mpl:' has an effect only with these methods.",
+        epilog="Begin with a recipe, a complete command line to which you can add flags:\n"
+        "  bash recipes/digits.sh                                    # minutes on a CPU, no download\n"
+        "  bash recipes/folder.sh --data-path DIR --num-labeled all  # your own photographs\n"
+        "  python main.py --name digits --resume auto                # continue a run\n"
+        "  python main.py --evaluate --resume checkpoint/digits_best.pth.tar",
+    )
     steps, count, small = between(int, 1), between(int, 0), between(float, 0, 0.999999)
     rate, weight, share = between(float, 0, 1e3), between(float, 0, 1e6), between(float, 0, 1)
     yes_or_no = argparse.BooleanOptionalAction
@@ -82,7 +89,6 @@ def build_parser():
     add("--evaluate", action="store_true", help="only evaluate the checkpoint of --resume; several checkpoints (--resume A --resume B) are evaluated as an ensemble", command=True)
     add("--finetune", action="store_true", help="only finetune the checkpoint of --resume", command=True)
     add("--device", default="auto", choices=Runtime.KINDS, help="device that computes; auto: CUDA, else another accelerator, else the CPU", quiet=True)
-    add("--local-rank", "--local_rank", help="ignored: older launchers give it, but the rank is read from the environment", command=True)
     add("--amp", action="store_true", help="mixed precision: networks compute in the type of --amp-dtype (recipes for images)")
     add("--amp-dtype", default="bf16", choices=("bf16", "fp16"), help="number type of --amp; fp16 needs CUDA")
     add("--channels-last", action="store_true", help="store images and filters in the memory order in which convolutions are faster (recipes for images)")
@@ -98,24 +104,22 @@ def build_parser():
     add("--label-columns", nargs=2, metavar=("FILE", "LABEL"), help="with --labels: names of the columns of files and of labels (default: the columns with the usual names)", only=lambda args: args.labels)
     add("--num-labeled", type=count_or_fraction, default=4000, metavar="N", help="number of labelled images, drawn per class with --seed; a number below 1: a fraction of the training images; all: every labelled image", identity=True)
     add("--labeled-indices", metavar="FILE", help="instead of --num-labeled: file that lists the labelled images, such as another run's labeled_indices.txt or labeled.txt", path=True)
-    add("--num-val", type=count, default=0, metavar="N", help="labelled training images held out to choose the best checkpoint; 0: the last checkpoint is the best, unless the folder has val/", identity=True)
+    add("--num-val", type=count, default=0, metavar="N", help="number of labelled images, in addition to --num-labeled, that are not learned from and choose the best checkpoint; 0: the last checkpoint counts as the best, unless the folder has val/", identity=True)
     add("--test-fraction", type=small, default=0.2, metavar="F", help="folder without test/ or val/: share of each class that is set aside for testing", identity=True, only=on("folder"))
     add("--unlabeled-path", metavar="DIR", help="folder of images without classes, searched at any depth, for the unlabelled set (default: unlabeled/ of --dataset folder, if there is one)", path=True)
     add("--unlabeled-mode", default="add", choices=("add", "only"), help="add: the images of --unlabeled-path join the training images in the unlabelled set; only: they replace the training images there")
-    add("--keep-test-copies", action="store_true", help="also learn from images that are copies of test or validation images, as published results on STL-10 do", identity=True)
+    add("--keep-test-copies", action="store_true", help="also learn from images that are copies of test or validation images. Test accuracies are then too high: only for comparison with published results that did the same (STL-10)", identity=True)
     add("--skip-unreadable", action="store_true", help="leave out images that cannot be read, and name them, instead of stopping")
     add("--value-range", type=between(float, -1e30, 1e30), nargs=2, metavar=("LOW", "HIGH"), help="values of deep images that become black and white (default: 0 and the largest value of the training images, rounded up to full bits)", identity=True, only=decodes_files)
     add("--max-megapixels", type=between(float, 0.001, 1e6), default=500.0, metavar="N", help="largest size of an image in megapixels; larger images count as unreadable", only=decodes_files)
-    add("--num-classes", type=steps, metavar="K", help="number of classes, only compared with the number in the data set")
     add("--resize", type=between(int, 1, 2**12), metavar="PIXELS", help="side of the images in pixels (default: the data set's own, digits 16, imagenet 224; a folder: its images' size up to 64, else 224)", identity=True, only=on_images)
     add("--workers", type=count, default=2, help="threads or processes that read images", quiet=True)
-    add("--expand-labels", action="store_true", help="ignored: published commands give it, but labelled images are always repeated endlessly here", quiet=True)
 
     add = parser.group("augmentation")
     add("--randaug", type=between(int, 0, 100), nargs=2, default=[2, 16], metavar=("LAYERS", "MAGNITUDE"), help="operations of RandAugment per image of the strong view, and their strength; 10 is the full range (CIFAR-10 recipe: 2 16)", only=lambda args: on_images(args) and (METHODS[args.method].uses_strong_view or args.labeled_view == "strong"))
     add("--labeled-view", default="weak", choices=("weak", "strong"), help="view of the labelled images; strong: with RandAugment, as in the paper's Table 10", only=on_images)
     add("--mixup-alpha", type=rate, default=0.0, metavar="F", help="mixup of labelled images, with shares from Beta(F, F), in the loss of the teacher or of the only network; 0: none (semimeta recipe: 1)", only=of("supervised uda fixmatch mpl semimeta"))
-    add("--jitter", type=rate, nargs=2, default=[0.0, 0.3], metavar=("WEAK", "STRONG"), help="two moons: standard deviation of the noise in the weak and in the strong view (recipe: 0 0.15)", only=on(*POINTS))
+    add("--jitter", type=rate, nargs=2, default=[0.0, 0.3], metavar=("WEAK", "STRONG"), help="two moons: standard deviation of the noise in the weak and in the strong view (two moons recipe: 0 0.15)", only=on(*POINTS))
 
     add = parser.group("networks")
     add("--model", help="wrn-DEPTH-WIDTH, mlp-2-8-8-2, convlarge, efficientnet-b0 to -l2, a classifier of torchvision, or timm/NAME (default: depends on the data set)", identity=True)
@@ -126,7 +130,7 @@ def build_parser():
     add("--bn-momentum", type=share, metavar="F", help="batch norm: share of the new batch in the running statistics (default: published 0.01; with --pretrained or --weights the network's own)")
     add("--bn-eps", type=between(float, 1e-12, 1), metavar="F", help="batch norm: number added to the variance (default: published 1e-3; with --pretrained or --weights the network's own)")
     add("--freeze-body", action=yes_or_no, default=False, help="train only the last layer; the other layers keep the weights of --pretrained or --weights (folder recipe)", identity=True)
-    add("--body-lr-scale", type=between(float, 1e-6, 1e3), default=1.0, metavar="F", help="learning rate of all layers but the last, divided by the last layer's rate; also in finetuning (for transfer: 0.1 or less)", identity=True, only=lambda args: not args.freeze_body)
+    add("--body-lr-scale", type=between(float, 1e-6, 1e3), default=1.0, metavar="F", help="factor: all layers but the last learn at F times the learning rate of the last layer, also in finetuning (for transfer: 0.1 or less)", identity=True, only=lambda args: not args.freeze_body)
     add("--teacher-dropout", type=small, default=0.0, help="mpl: dropout rate before the teacher's classifier (CIFAR-10 recipe: 0.2)", only=of("mpl"))
     add("--student-dropout", type=small, default=0.0, help="dropout rate before the classifier of the student, or of the only network (CIFAR-10 recipe: 0.2)")
     add("--stochastic-depth", type=small, metavar="F", help="probability that a training step leaves out the network's last block (default: the network's own, 0.2 for EfficientNet)")
@@ -138,14 +142,14 @@ def build_parser():
     add("--log-step", type=steps, default=50, help="steps between lines of metrics.jsonl (losses, learning rates, images per second); each line waits for the device", quiet=True)
     add("--start-step", type=count, default=0, help="first step; --resume sets it", command=True)
     add("--batch-size", type=between(int, 1, 2**20), default=64, help="labelled images per step and process")
-    add("--mu", type=between(int, 1, 2**10), default=7, help="unlabelled images per labelled image", only=of("pseudo-label uda fixmatch mpl reduced-mpl semimeta"))
+    add("--mu", type=between(int, 1, 2**10), default=7, help="unlabelled images in a step for each labelled image: the unlabelled batch is --mu times --batch-size", only=of("pseudo-label uda fixmatch mpl reduced-mpl semimeta"))
     add("--teacher-lr", "--teacher_lr", type=rate, default=0.05, help="mpl: peak learning rate of the teacher (with --switch-every: of the network that begins as the teacher); reduced-mpl: of the perceptron", only=of("mpl reduced-mpl"))
     add("--student-lr", "--student_lr", type=rate, default=0.05, help="peak learning rate of the student (with --switch-every: of the network that begins as the student), or of the only network")
     add("--accumulate", type=steps, default=1, metavar="N", help="pass each batch in N micro-batches, one after the other, to save memory; batch norm sees one micro-batch at a time")
     add("--optimizer", default="sgd", choices=("sgd", "adamw", "rmsprop"), help="sgd; adamw (folder recipe); rmsprop: TensorFlow's RMSProp, as EfficientNet was published (decay 0.9, epsilon 1e-3)", identity=True)
     add("--schedule", default="cosine", choices=("cosine", "one-cycle", "constant", "milestones"), help="shape of the learning rate after the warm-up; milestones: divided by 10 at each of --milestones (folder recipe: one-cycle)")
     add("--milestones", type=count, nargs="+", default=[300_000, 350_000], metavar="STEP", help="with --schedule milestones: steps at which the learning rate is divided by 10 (semimeta recipe: 300000 350000)", only=lambda args: args.schedule == "milestones")
-    add("--momentum", type=small, default=0.9, help="momentum of SGD and RMSProp (published: 0.9)", only=lambda args: args.optimizer != "adamw")
+    add("--momentum", type=small, default=0.9, help="momentum of SGD and RMSProp", only=lambda args: args.optimizer != "adamw")
     add("--nesterov", action="store_true", help="Nesterov momentum in SGD (CIFAR-10 recipe)", only=lambda args: args.optimizer == "sgd")
     add("--weight-decay", type=rate, default=5e-4, help="weight decay, not applied to batch norm")
     add("--warmup-steps", type=count, default=0, help="first steps, in which the learning rate rises to its peak (CIFAR-10 recipe: 5000)")
@@ -160,23 +164,23 @@ def build_parser():
     add("--teacher-warmup-steps", type=count, default=0, metavar="N", help="mpl: first steps, in which the teacher learns from the labels alone; the student waits at least as long", only=of("mpl"))
     add("--student-labeled-weight", type=weight, default=0.0, metavar="F", help="mpl: weight of the labelled images in the student's loss, beside its pseudo labels (published: 0)", only=of("mpl"))
     add("--temperature", type=between(float, 1e-3, 1e3), default=0.7, help="uda, mpl: temperature of the prediction on the weak view; below 1, it sharpens the prediction (CIFAR-10 recipe: 0.7)", only=of("uda mpl"))
-    add("--confidence", default="threshold", choices=("threshold", "relative", "soft"), help="uda, fixmatch, mpl: unlabelled images count above --threshold, or above a share of the labelled confidence (relative), or by weights (soft)", only=of("uda fixmatch mpl"))
-    add("--threshold", type=share, default=0.6, help="uda, fixmatch, mpl: an image counts from this probability on, after sharpening (fixmatch: before); relative: a factor (published: 0.9)", only=lambda args: of("uda fixmatch mpl")(args) and args.confidence != "soft")
+    add("--confidence", default="threshold", choices=("threshold", "relative", "soft"), help="uda, fixmatch, mpl: which unlabelled images count in the UDA loss. threshold: the images predicted with at least the probability --threshold; relative: with at least --threshold times the mean probability on labelled images; soft: all, the uncertain ones with small weights", only=of("uda fixmatch mpl"))
+    add("--threshold", type=share, default=0.6, help="uda, fixmatch, mpl: smallest probability at which an unlabelled image counts in the UDA loss. uda and mpl test it after --temperature, fixmatch before. With --confidence relative it is a factor: give 0.9", only=lambda args: of("uda fixmatch mpl")(args) and args.confidence != "soft")
     add("--uda-loss", default="ce", choices=(*UDA_LOSSES,), help="uda, mpl: loss between the weak and the strong prediction: cross-entropy, or negative cosine similarity (TransferMPL)", only=of("uda mpl"))
     add("--lambda-u", type=weight, default=8.0, help="uda, fixmatch, mpl: weight of the UDA loss (fixmatch, published: 1); semimeta: weight of its unlabelled loss (recipe: 1); 0: none", only=of("uda fixmatch mpl semimeta"))
     add("--uda-steps", type=count, default=5000, help="uda, fixmatch, mpl, semimeta: first steps, in which the weight grows from 0 to --lambda-u (fixmatch, published: 0)", only=of("uda fixmatch mpl semimeta"))
-    add("--align", type=share, default=0.0, metavar="RATE", help="uda, fixmatch, mpl: rate of distribution alignment; 0: none, as published; for few labels and large batches: 0.2", only=of("uda fixmatch mpl"))
+    add("--align", type=share, default=0.0, metavar="RATE", help="uda, fixmatch, mpl: rate of distribution alignment, which evens out how often each class is predicted on unlabelled images; 0: none, as published. Try 0.2 with few labels, if a batch has at least ten unlabelled images per class", only=of("uda fixmatch mpl"))
     add("--align-to", default="uniform", choices=("uniform", "labeled"), help="uda, fixmatch, mpl: the goal of --align: all classes equally often, or as often as among the labelled images", only=of("uda fixmatch mpl"))
-    add("--weak-pass", default="joint", choices=("joint", "apart", "ema"), help="uda, fixmatch, mpl: weak views pass with the other images (joint, published), apart without gradient, or through the moving average (ema)", identity=True, only=of("uda fixmatch mpl"))
+    add("--weak-pass", default="joint", choices=("joint", "apart", "ema"), help="uda, fixmatch, mpl: how weak views pass through the teacher or the only network. joint: in one batch with the other images, as published; apart: in a batch of their own, without gradient; ema: through the moving average of the weights, without gradient", identity=True, only=of("uda fixmatch mpl"))
     add("--pseudo-label", default="argmax", choices=("argmax", "sample", "soft"), help="pseudo-label, mpl, reduced-mpl: the label is the most probable class, a class drawn by probability, or the whole distribution", only=of("pseudo-label mpl reduced-mpl"))
     add("--pseudo-label-view", default="weak", choices=("weak", "strong"), help="pseudo-label, mpl: the view that the teacher labels", only=of("pseudo-label mpl"))
-    add("--feedback", default="taylor", choices=("none", *ESTIMATORS), help="mpl, reduced-mpl: feedback of the student's labelled loss: its change (taylor), a product of gradients (dot), or the exact gradient", only=of("mpl reduced-mpl"))
+    add("--feedback", default="taylor", choices=("none", *ESTIMATORS), help="mpl, reduced-mpl: what the teacher learns from the student's labelled loss. taylor: how much the student's step lowered it; dot: the paper's first-order estimate of this change; both are for hard labels. exact: the gradient for --pseudo-label soft. none: nothing", only=of("mpl reduced-mpl"))
     add("--feedback-weight", type=between(float, -1e6, 1e6), default=1.0, help="mpl, reduced-mpl: weight of the feedback term in the teacher's loss", only=has_feedback)
     add("--feedback-reduction", default="mean", choices=("mean", "sum"), help="mpl, reduced-mpl: take the taylor or dot feedback as sum over the unlabelled images (unbiased) or as mean (as published)", only=has_scalar_feedback)
-    add("--feedback-view", default="same", choices=("same", "strong"), help="mpl: view in the term of taylor and dot: the view that was labelled (same), or the strong view with labels of its own (MPL-pytorch)", only=lambda args: of("mpl")(args) and has_scalar_feedback(args))
+    add("--feedback-view", default="same", choices=("same", "strong"), help="mpl: view of the teacher's cross-entropy that taylor and dot multiply. same: the view whose labels the student learned; strong: the strong view with new labels, as in MPL-pytorch", only=lambda args: of("mpl")(args) and has_scalar_feedback(args))
     add("--feedback-momentum", type=small, default=0.0, help="mpl, reduced-mpl: decay of the moving average that is subtracted from the taylor or dot feedback; 0: none (published: 0.99)", only=has_scalar_feedback)
     add("--flip-feedback", action="store_true", help="mpl, reduced-mpl: reverse the sign of the feedback (new loss minus old loss), as the published code does", only=has_feedback)
-    add("--feedback-jvp", default="auto", choices=("auto", "forward", "difference"), help="derivative in exact feedback and semimeta: forward mode, central difference, or forward mode where possible (auto)", only=lambda args: of("semimeta")(args) or (has_feedback(args) and args.feedback == "exact"))
+    add("--feedback-jvp", default="auto", choices=("auto", "forward", "difference"), help="exact feedback and semimeta: how the derivative is computed. Leave it at auto: forward-mode differentiation, or a central difference if the network has no forward derivative", only=lambda args: of("semimeta")(args) or (has_feedback(args) and args.feedback == "exact"))
     add("--teacher-checkpoint", metavar="FILE", help="pseudo-label, reduced-mpl: checkpoint of the fixed teacher", path=True, only=of("pseudo-label reduced-mpl"))
 
     add = parser.group("finetuning on the labelled images, after training")
@@ -185,6 +189,11 @@ def build_parser():
     add("--finetune-lr", type=rate, default=3e-5, help="learning rate, which stays constant")
     add("--finetune-weight-decay", type=weight, default=0.0, help="weight decay, not applied to batch norm")
     add("--finetune-momentum", type=small, default=0.9, help="Nesterov momentum of SGD")
+
+    add = parser.group("for published commands, which give these flags; no run needs them")
+    add("--num-classes", type=steps, metavar="K", help="number of classes, only compared with the number in the data set")
+    add("--expand-labels", action="store_true", help="ignored: labelled images are always repeated endlessly here", quiet=True)
+    add("--local-rank", "--local_rank", help="ignored: the rank is read from the environment", command=True)
     return parser
 # fmt: on
 

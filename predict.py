@@ -60,7 +60,12 @@ from utils import Progress, UserError, tell
 
 # fmt: off
 def build_parser():
-    parser = Parser(description="Predict classes and probabilities of images with a checkpoint, or export its network.")
+    parser = Parser(
+        description="Predict the classes of images with a checkpoint of main.py, or export its network to a file.",
+        epilog="Examples:\n"
+        "  python predict.py checkpoint/NAME_best.pth.tar photos --out predictions.csv\n"
+        "  python predict.py checkpoint/NAME_best.pth.tar --export network.pt2",
+    )
     as_trained = {"action": argparse.BooleanOptionalAction, "default": None}
     count = between(int, 1)
     add = parser.add_argument
@@ -68,7 +73,7 @@ def build_parser():
     add("paths", metavar="PATH", nargs="*", help="image files, and folders that are searched at any depth; unreadable images are left out and named on standard error")
     add("--out", metavar="FILE", help="CSV file to write when all images are done (default: standard output); you can correct it and give it to main.py --labels")
     add("--top", type=count, default=2, metavar="K", help="classes per image, the most probable first")
-    add("--uncertain", type=count, metavar="N", help="list only the N images most worth labelling next; the smallest margin between first class and runner-up comes first")
+    add("--uncertain", type=count, metavar="N", help="list only the N images that the network is least sure of, the least sure first: the margin between first class and runner-up is smallest. Images that already have labels are not excluded")
     add("--copy-to", metavar="DIR", help="also copy each listed image into DIR/CLASS, the folder of its predicted class; no file is replaced")
     add("--export", metavar="FILE", help="write the network to this file instead of predicting, with normalisation and softmax inside: .pt2 for torch.export.load, or .onnx")
     add("--device", default="auto", choices=Runtime.KINDS, help="device that computes; auto: CUDA, else another accelerator, else the CPU")

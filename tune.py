@@ -474,7 +474,12 @@ def finish(tuning):
 
 def build_parser():
     parser = Parser(
-        description="Search for good values of main.py's flags with Optuna. All other flags go to main.py.",
+        description="Search for good values of main.py's flags with Optuna. All other flags go to main.py. "
+        "Trials are compared on validation images: give --num-val N, unless the folder of images has val/.",
+        epilog="Example:\n"
+        "  python tune.py --trials 12 --search temperature=0.5:1 --search lambda-u=1:10:log \\\n"
+        "      --dataset digits --num-labeled 40 --num-val 200 --resize 16 --model wrn-10-1 \\\n"
+        "      --batch-size 16 --mu 4 --total-steps 300 --eval-step 50 --uda-steps 100",
         usage="tune.py --search FLAG=VALUES [--trials N] [--study NAME] [flags of main.py]",
     )
     add = parser.add_argument

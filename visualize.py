@@ -658,7 +658,7 @@ COMMANDS = {
     ),
     "regions": Command(
         lambda runs, args: saved(regions_of(runs), "regions", args),
-        "two moons: decision regions; several runs side by side",
+        "decision regions of a run on two moons (--dataset twomoons); several runs side by side",
         [RUNS, OUT, CHECKPOINTS, DATA],
     ),
     "confusion": Command(
@@ -673,7 +673,7 @@ COMMANDS = {
     ),
     "features": Command(
         lambda runs, args: saved(features_of(*runs, args.projection), "features", args),
-        "penultimate features of labelled, unlabelled and test images in 2-D",
+        "outputs of the layer before the classifier, for labelled, unlabelled and test images, in 2-D",
         [RUN, OUT, argument("--projection", default="tsne", choices=PROJECTIONS, help="method that turns features into points"), CHECKPOINTS, DATA],
     ),
     "calibration": Command(

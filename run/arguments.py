@@ -5,6 +5,7 @@ import copy
 import difflib
 import math
 import os
+import re
 import sys
 
 from data import POINTS, STATISTICS
@@ -19,12 +20,22 @@ from utils import UserError, first_process, say, tell
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help of a flag, where there is one to add."""
+    """Adds the default to the help of a flag, where there is one: ``(default: 0.0; CIFAR-10 recipe: 0.2)``.
+
+    Commands in a parser's epilog stand on lines of their own, which begin with two spaces.
+    """
+
+    def _fill_text(self, text, width, indent):
+        fill = super()._fill_text
+        return "\n".join(
+            line if line.startswith("  ") else fill(line, width, indent) for line in text.split("\n")
+        )
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False or "(default:" in action.help:
             return action.help
-        return super()._get_help_string(action)
+        text, found = re.subn(r" \(([^()]+: [^()]+)\)$", r" (default: %(default)s; \1)", action.help)
+        return text if found else super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action):
         kind = getattr(action.type, "__name__", None)

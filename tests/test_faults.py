@@ -201,7 +201,12 @@ def test_absurd_flags(flags, here, trained, capsys):
 def test_help_says_each_default_once():
     text = " ".join(main.build_parser().format_help().split())
     assert "initial weights, batches, augmentation (default: 0)" in text
+    assert "before the teacher's classifier (default: 0.0; CIFAR-10 recipe: 0.2)" in text
     assert "(default: None)" not in text and "(default: False)" not in text
+
+
+def test_help_leaves_commands_on_lines_of_their_own():
+    assert "\n  python main.py --name digits --resume auto  " in main.build_parser().format_help()
 
 
 def test_soft_labels_without_a_gradient_are_spoken_of(capsys):
