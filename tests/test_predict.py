@@ -551,8 +551,8 @@ def test_a_checkpoint_that_says_too_little(missing, here, capsys):
         (["heic"], ".heic 1 (photographs among them"),
         (["heic/a.heic"], "'heic/a.heic' is not an image: files must end in .jpg"),
         (["mine", "mine/test/cat/99.png"], "no folder 'mine/test/cat/99.png'"),
-        ([], "PATH"),
-        (["mine", "--export", "net.pt2"], "PATH"),
+        ([], "give either images"),
+        (["mine", "--export", "net.pt2"], "give either images"),
         (
             ["mine/test/cat", "mine/test/owl", "--copy-to", "mine/test/owl/sorted"],
             "is inside 'mine/test/owl'",
