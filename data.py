@@ -4,8 +4,9 @@
 hands on a ``Dataset``: the labelled, unlabelled, validation and test images, each an ``ImageSet``. By then
 small images are in memory; of large ones only the paths are known, and ``engine/loader.py`` decodes them.
 
-A new data set needs one function from ``Options`` to a ``Source``, and one row of ``READERS``. A new flag of
-the data needs an ``add(…)`` in ``main.py`` and a field of ``Options``, which every reader gets.
+A new data set needs one function from ``Options`` to a ``Source``, and one row of ``READERS``, or of
+``POINTS`` for points in the plane. A new flag of the data needs an ``add(…)`` in ``main.py`` and a field of
+``Options``, which every reader gets.
 """
 
 import math

@@ -339,7 +339,7 @@ def check_arguments(args, parser, before):
     # the method
     if method.uses_teacher_checkpoint and not args.teacher_checkpoint:
         parser.error(f"--method {args.method} needs --teacher-checkpoint FILE")
-    if method.uses_feedback and not method.trains_teacher and args.feedback == "none":
+    if method.uses_feedback and method.uses_teacher_checkpoint and args.feedback == "none":
         parser.error(
             f"with --feedback none, nothing trains the perceptron of --method {args.method}: give another "
             "--feedback, or --method pseudo-label"
