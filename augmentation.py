@@ -285,8 +285,8 @@ def enhancement(m, t, c):
     return 1.8 * m + 0.1
 
 
-# A new row changes which operations a seed draws, and so the strong views of all seeds. The argument of its
-# operation also belongs into tests/test_augmentation.py.
+# A new row changes which operations each seed draws, and so the strong views of every run. Its argument also
+# needs a line in tests/test_augmentation.py.
 TABLE = (
     Operation("AutoContrast", LOOKUP, None, "no argument", autocontrast_tables),
     Operation("Equalize", LOOKUP, None, "no argument", equalize_tables),

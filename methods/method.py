@@ -103,7 +103,8 @@ class Method:
         class_shares: K shares of the classes among the labelled images.
     """
 
-    # what the method uses, by which main.py knows the flags that have no effect
+    # What the method uses: main.py names given flags that have no effect with it. A class that is not said
+    # to be complete (``says_all``), such as a new one, is taken to read every flag.
     uses_unlabeled = True  # unlabelled images, --mu for each labelled one
     uses_strong_view = True  # the strong view of the unlabelled images
     uses_mixup = True  # labelled images may be mixed: --mixup-alpha
@@ -119,7 +120,7 @@ class Method:
     uses_student_model = False  # the student may be another network: --student-model
     trains_teacher = False  # a teacher learns beside the student: --ensemble, --student-wait-steps
     works_on_host = False  # a step needs the host, too: --cuda-graph cannot capture it
-    says_all = False  # the lines above are complete; else the method is taken to read every flag
+    says_all = False  # whether these attributes are complete
 
     teacher_network = None  # where there is one, to be evaluated beside the student
 
