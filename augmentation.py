@@ -285,6 +285,8 @@ def enhancement(m, t, c):
     return 1.8 * m + 0.1
 
 
+# A new row changes which operations each seed draws, and so the strong views of every run. Its argument also
+# needs a line in tests/test_augmentation.py.
 TABLE = (
     Operation("AutoContrast", LOOKUP, None, "no argument", autocontrast_tables),
     Operation("Equalize", LOOKUP, None, "no argument", equalize_tables),

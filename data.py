@@ -4,8 +4,9 @@
 hands on a ``Dataset``: the labelled, unlabelled, validation and test images, each an ``ImageSet``. By then
 small images are in memory; of large ones only the paths are known, and ``engine/loader.py`` decodes them.
 
-A new data set needs one function from ``Options`` to a ``Source``, and one line of ``READERS``. A new flag of
-the data needs an ``add(…)`` in ``main.py`` and a field of ``Options``, which every reader gets.
+A new data set needs one function from ``Options`` to a ``Source``, and one row of ``READERS``, or of
+``POINTS`` for points in the plane. A new flag of the data needs an ``add(…)`` in ``main.py`` and a field of
+``Options``, which every reader gets.
 """
 
 import math
@@ -142,6 +143,7 @@ class Source(NamedTuple):
     unread: ImageSet | None = None  # files without classes, to be read when it is known which are left out
     notes: tuple = ()  # sentences for the user about what was found
     reading: Reading | None = None  # of files: with the scale of deep images that was found
+    path: str | None = None  # folder of the files; None: the data set has no files
 
     @property
     def has_names(self):
@@ -179,6 +181,16 @@ class Dataset:
     @property
     def num_classes(self):
         return len(self.classes)
+
+    @property
+    def class_counts(self):
+        """How many labelled images each class has, K ints."""
+        return torch.bincount(self.labeled.targets, minlength=self.num_classes).tolist()
+
+    @property
+    def class_shares(self):
+        """Share of each class among the labelled images, K floats."""
+        return [count / len(self.labeled) for count in self.class_counts]
 
     def record(self):
         """What a checkpoint keeps about its data, so that no later command can confuse it with other data.
@@ -345,7 +357,7 @@ def _before_the_split(source, options):
         size=source.size,
         crop=source.crop,
         test=source.test,
-        path="" if name in WITHOUT_FILES else os.path.abspath(options.data_path),
+        path="" if source.path is None else os.path.abspath(source.path),
         fingerprint=options.rule,
         notes=notes,
         reading=source.reading or reading,
@@ -603,7 +615,7 @@ def _cifar(make, title, archive, options):
     parts = _downloaded(make, title, archive, options.data_path, [{"train": True}, {"train": False}])
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in parts]
     train, test = (_known(part.targets, x, options.resize) for part, x in zip(parts, images, strict=True))
-    return _in_memory(parts[0].classes, STATISTICS[options.dataset], train, test)
+    return _in_memory(parts[0].classes, STATISTICS[options.dataset], train, test, path=options.data_path)
 
 
 def _svhn(options):
@@ -620,7 +632,8 @@ def _svhn(options):
         splits.append({"split": "extra"})
     parts = _downloaded(SVHN, "SVHN", files, options.data_path, splits)
     sets = [_known(part.labels, torch.from_numpy(part.data), options.resize) for part in parts]
-    return _in_memory([str(k) for k in range(10)], STATISTICS["svhn"], *sets, flip=False)
+    classes = [str(k) for k in range(10)]
+    return _in_memory(classes, STATISTICS["svhn"], *sets, flip=False, path=options.data_path)
 
 
 def _stl10(options):
@@ -630,13 +643,14 @@ def _stl10(options):
     splits = [{"split": "train"}, {"split": "test"}, {"split": "unlabeled"}]
     parts = _downloaded(STL10, "STL-10", "stl10_binary.tar.gz", options.data_path, splits)
     sets = [_known(part.labels, torch.from_numpy(part.data), options.resize) for part in parts]
-    return _in_memory(parts[0].classes, channel_statistics(sets[0].images), *sets)
+    statistics = channel_statistics(sets[0].images)
+    return _in_memory(parts[0].classes, statistics, *sets, path=options.data_path)
 
 
-def _in_memory(classes, statistics, train, test, unlabeled=None, flip=True):
+def _in_memory(classes, statistics, train, test, unlabeled=None, flip=True, path=None):
     """The ``Source`` of small images in memory."""
-    size = train.images.shape[-1]
-    return Source(classes, *statistics, flip, size, "pad", train=train, test=test, unlabeled=unlabeled)
+    size, parts = train.images.shape[-1], {"train": train, "test": test, "unlabeled": unlabeled}
+    return Source(classes, *statistics, flip, size, "pad", **parts, path=path)
 
 
 def _imagenet(options):
@@ -659,7 +673,7 @@ def _imagenet(options):
     notes = ignored_kinds(ignored) + lines
     if not options.record:
         notes += constant_lines(train, "the training images")
-    found = {"train": train, "test": test, "notes": notes, "reading": reading}
+    found = {"train": train, "test": test, "notes": notes, "reading": reading, "path": path}
     return Source(classes, *STATISTICS["imagenet"], flip=True, size=size, crop="none", **found)
 
 
@@ -700,7 +714,7 @@ def _folder(options):
     if not options.record or options.only_test:
         notes += constant_lines(test, "the test images")
     parts = {"train": train, "test": test, "val": val, "unread": found.unlabeled}
-    more = {"notes": notes, "reading": reading}
+    more = {"notes": notes, "reading": reading, "path": options.data_path}
     return Source(found.classes, mean, std, flip=True, size=size, crop=crop, **parts, **more)
 
 
@@ -762,8 +776,8 @@ def _in_two_classes(parts):
     return [f"{pictures} in two classes, such as {one} and {other}: keep each in only one class"]
 
 
-READERS = {
-    "twomoons": _two_moons,
+POINTS = {"twomoons": _two_moons}  # of points in the plane, not of images
+READERS = POINTS | {
     "digits": _digits,
     "cifar10": _cifar10,
     "cifar100": _cifar100,
@@ -773,8 +787,6 @@ READERS = {
     "folder": _folder,
 }
 NAMES = tuple(READERS)
-POINTS = ("twomoons",)  # of points in the plane, not of images
-WITHOUT_FILES = ("twomoons", "digits")  # come with the program and its libraries
 
 
 # ------------------------------------------------------------------------------------ torchvision's data sets
@@ -860,10 +872,8 @@ def split_labels(
     classes = classes or [str(k) for k in range(num_classes)]
     eligible = ~np.isin(np.arange(len(targets)), copies)
     random = np.random.RandomState(seed)
-    orders, passed = (
-        [],
-        [],
-    )  # of each class the images in the order in which they are drawn, and how many copies
+    orders = []  # of each class the images in the order in which they are drawn
+    passed = []  # of each class the number of copies
     for k in range(num_classes):
         order = np.flatnonzero(targets == k)
         if names is None:

@@ -29,7 +29,7 @@ import utils
 from augmentation import ImageViews, PointViews
 from data import NAMES, POINTS, read_data, write_labeled
 from engine.checkpoint import Checkpoint, load_state
-from engine.evaluation import gathered, measure_accuracy, measure_splits, predictions, score
+from engine.evaluation import check_same_test, gathered, measure_accuracy, measure_splits, predictions, score
 from engine.learner import Learner, sgd
 from engine.loader import TrainLoader
 from engine.runtime import Runtime
@@ -42,16 +42,19 @@ from run.arguments import (
     between,
     count_or_fraction,
     decodes_files,
+    has_exact_feedback,
     has_feedback,
     has_scalar_feedback,
-    of,
     on,
     on_images,
+    sharpens,
+    uses,
 )
 from run.record import (
     FRESH,
     POSITION,
     RunLog,
+    describe_run,
     figures_of,
     measured,
     new_run_id,
@@ -118,12 +121,12 @@ def build_parser():
     add = parser.group("augmentation")
     add("--randaug", type=between(int, 0, 100), nargs=2, default=[2, 16], metavar=("LAYERS", "MAGNITUDE"), help="operations of RandAugment per image of the strong view, and their strength; 10 is the full range (CIFAR-10 recipe: 2 16)", only=lambda args: on_images(args) and (METHODS[args.method].uses_strong_view or args.labeled_view == "strong"))
     add("--labeled-view", default="weak", choices=("weak", "strong"), help="view of the labelled images; strong: with RandAugment, as in the paper's Table 10", only=on_images)
-    add("--mixup-alpha", type=rate, default=0.0, metavar="F", help="mixup of labelled images, with shares from Beta(F, F), in the loss of the teacher or of the only network; 0: none (semimeta recipe: 1)", only=of("supervised uda fixmatch mpl semimeta"))
+    add("--mixup-alpha", type=rate, default=0.0, metavar="F", help="mixup of labelled images, with shares from Beta(F, F), in the loss of the teacher or of the only network; 0: none (semimeta recipe: 1)", only=uses("uses_mixup"))
     add("--jitter", type=rate, nargs=2, default=[0.0, 0.3], metavar=("WEAK", "STRONG"), help="two moons: standard deviation of the noise in the weak and in the strong view (two moons recipe: 0 0.15)", only=on(*POINTS))
 
     add = parser.group("networks")
     add("--model", help="wrn-DEPTH-WIDTH, mlp-2-8-8-2, convlarge, efficientnet-b0 to -l2, a classifier of torchvision, or timm/NAME (default: depends on the data set)", identity=True)
-    add("--student-model", metavar="MODEL", help="mpl, pseudo-label, reduced-mpl: network of the student (default: the network of --model)", identity=True, only=of("pseudo-label mpl reduced-mpl"))
+    add("--student-model", metavar="MODEL", help="mpl, pseudo-label, reduced-mpl: network of the student (default: the network of --model)", identity=True, only=uses("uses_student_model"))
     add("--pretrained", action=yes_or_no, default=False, help="start from published weights, downloaded on first use: ImageNet weights of torchvision, or weights of timm (folder recipe)")
     add("--weights", metavar="FILE", help="start from the weights in this file, instead of published weights", path=True)
     add("--normalize", default="auto", choices=("auto", "imagenet", "dataset"), help="mean and std for images: imagenet, dataset, or auto: what the start weights (--pretrained, --weights) expect, else dataset")
@@ -131,7 +134,7 @@ def build_parser():
     add("--bn-eps", type=between(float, 1e-12, 1), metavar="F", help="batch norm: number added to the variance (default: published 1e-3; with --pretrained or --weights the network's own)")
     add("--freeze-body", action=yes_or_no, default=False, help="train only the last layer; the other layers keep the weights of --pretrained or --weights (folder recipe)", identity=True)
     add("--body-lr-scale", type=between(float, 1e-6, 1e3), default=1.0, metavar="F", help="factor: all layers but the last learn at F times the learning rate of the last layer, also in finetuning (for transfer: 0.1 or less)", identity=True, only=lambda args: not args.freeze_body)
-    add("--teacher-dropout", type=small, default=0.0, help="mpl: dropout rate before the teacher's classifier (CIFAR-10 recipe: 0.2)", only=of("mpl"))
+    add("--teacher-dropout", type=small, default=0.0, help="mpl: dropout rate before the teacher's classifier (CIFAR-10 recipe: 0.2)", only=uses("trains_teacher"))
     add("--student-dropout", type=small, default=0.0, help="dropout rate before the classifier of the student, or of the only network (CIFAR-10 recipe: 0.2)")
     add("--stochastic-depth", type=small, metavar="F", help="probability that a training step leaves out the network's last block (default: the network's own, 0.2 for EfficientNet)")
     add("--ema", type=share, default=0.995, help="decay of the moving average of the weights; 0: no average (CIFAR-10 recipe: 0.995)")
@@ -142,8 +145,8 @@ def build_parser():
     add("--log-step", type=steps, default=50, help="steps between lines of metrics.jsonl (losses, learning rates, images per second); each line waits for the device", quiet=True)
     add("--start-step", type=count, default=0, help="first step; --resume sets it", command=True)
     add("--batch-size", type=between(int, 1, 2**20), default=64, help="labelled images per step and process")
-    add("--mu", type=between(int, 1, 2**10), default=7, help="unlabelled images in a step for each labelled image: the unlabelled batch is --mu times --batch-size", only=of("pseudo-label uda fixmatch mpl reduced-mpl semimeta"))
-    add("--teacher-lr", "--teacher_lr", type=rate, default=0.05, help="mpl: peak learning rate of the teacher (with --switch-every: of the network that begins as the teacher); reduced-mpl: of the perceptron", only=of("mpl reduced-mpl"))
+    add("--mu", type=between(int, 1, 2**10), default=7, help="unlabelled images in a step for each labelled image: the unlabelled batch is --mu times --batch-size", only=uses("uses_unlabeled"))
+    add("--teacher-lr", "--teacher_lr", type=rate, default=0.05, help="mpl: peak learning rate of the teacher (with --switch-every: of the network that begins as the teacher); reduced-mpl: of the perceptron", only=uses("trains_teacher", "uses_feedback"))
     add("--student-lr", "--student_lr", type=rate, default=0.05, help="peak learning rate of the student (with --switch-every: of the network that begins as the student), or of the only network")
     add("--accumulate", type=steps, default=1, metavar="N", help="pass each batch in N micro-batches, one after the other, to save memory; batch norm sees one micro-batch at a time")
     add("--optimizer", default="sgd", choices=("sgd", "adamw", "rmsprop"), help="sgd; adamw (folder recipe); rmsprop: TensorFlow's RMSProp, as EfficientNet was published (decay 0.9, epsilon 1e-3)", identity=True)
@@ -158,30 +161,30 @@ def build_parser():
 
     add = parser.group("method")
     add("--method", default="mpl", choices=sorted(METHODS), help="training method; docs/methods.md describes each", identity=True)
-    add("--student-wait-steps", type=count, default=0, help="mpl: steps before the student's warm-up begins, in which only the teacher learns (CIFAR-10 recipe: 3000)", only=of("mpl"))
-    add("--switch-every", type=count, default=0, metavar="N", help="mpl: teacher and student exchange roles every N steps (role-playing); 0: never (folder recipe: 200; TransferMPL: every epoch)", identity=True, only=of("mpl"))
-    add("--ensemble", action=yes_or_no, default=False, help="mpl: evaluate the mean of the student's and the teacher's probabilities, with moving averages where there are any (folder recipe)", only=of("mpl"))
-    add("--teacher-warmup-steps", type=count, default=0, metavar="N", help="mpl: first steps, in which the teacher learns from the labels alone; the student waits at least as long", only=of("mpl"))
-    add("--student-labeled-weight", type=weight, default=0.0, metavar="F", help="mpl: weight of the labelled images in the student's loss, beside its pseudo labels (published: 0)", only=of("mpl"))
-    add("--temperature", type=between(float, 1e-3, 1e3), default=0.7, help="uda, mpl: temperature of the prediction on the weak view; below 1, it sharpens the prediction (CIFAR-10 recipe: 0.7)", only=of("uda mpl"))
-    add("--confidence", default="threshold", choices=("threshold", "relative", "soft"), help="uda, fixmatch, mpl: which unlabelled images count in the UDA loss. threshold: the images predicted with at least the probability --threshold; relative: with at least --threshold times the mean probability on labelled images; soft: all, the uncertain ones with small weights", only=of("uda fixmatch mpl"))
-    add("--threshold", type=share, default=0.6, help="uda, fixmatch, mpl: smallest probability at which an unlabelled image counts in the UDA loss. uda and mpl test it after --temperature, fixmatch before. With --confidence relative it is a factor: give 0.9", only=lambda args: of("uda fixmatch mpl")(args) and args.confidence != "soft")
-    add("--uda-loss", default="ce", choices=(*UDA_LOSSES,), help="uda, mpl: loss between the weak and the strong prediction: cross-entropy, or negative cosine similarity (TransferMPL)", only=of("uda mpl"))
-    add("--lambda-u", type=weight, default=8.0, help="uda, fixmatch, mpl: weight of the UDA loss (fixmatch, published: 1); semimeta: weight of its unlabelled loss (recipe: 1); 0: none", only=of("uda fixmatch mpl semimeta"))
-    add("--uda-steps", type=count, default=5000, help="uda, fixmatch, mpl, semimeta: first steps, in which the weight grows from 0 to --lambda-u (fixmatch, published: 0)", only=of("uda fixmatch mpl semimeta"))
-    add("--align", type=share, default=0.0, metavar="RATE", help="uda, fixmatch, mpl: rate of distribution alignment, which evens out how often each class is predicted on unlabelled images; 0: none, as published. Try 0.2 with few labels, if a batch has at least ten unlabelled images per class", only=of("uda fixmatch mpl"))
-    add("--align-to", default="uniform", choices=("uniform", "labeled"), help="uda, fixmatch, mpl: the goal of --align: all classes equally often, or as often as among the labelled images", only=of("uda fixmatch mpl"))
-    add("--weak-pass", default="joint", choices=("joint", "apart", "ema"), help="uda, fixmatch, mpl: how weak views pass through the teacher or the only network. joint: in one batch with the other images, as published; apart: in a batch of their own, without gradient; ema: through the moving average of the weights, without gradient", identity=True, only=of("uda fixmatch mpl"))
-    add("--pseudo-label", default="argmax", choices=("argmax", "sample", "soft"), help="pseudo-label, mpl, reduced-mpl: the label is the most probable class, a class drawn by probability, or the whole distribution", only=of("pseudo-label mpl reduced-mpl"))
-    add("--pseudo-label-view", default="weak", choices=("weak", "strong"), help="pseudo-label, mpl: the view that the teacher labels", only=of("pseudo-label mpl"))
-    add("--feedback", default="taylor", choices=("none", *ESTIMATORS), help="mpl, reduced-mpl: what the teacher learns from the student's labelled loss. taylor: how much the student's step lowered it; dot: the paper's first-order estimate of this change; both are for hard labels. exact: the gradient for --pseudo-label soft. none: nothing", only=of("mpl reduced-mpl"))
+    add("--student-wait-steps", type=count, default=0, help="mpl: steps before the student's warm-up begins, in which only the teacher learns (CIFAR-10 recipe: 3000)", only=uses("trains_teacher"))
+    add("--switch-every", type=count, default=0, metavar="N", help="mpl: teacher and student exchange roles every N steps (role-playing); 0: never (folder recipe: 200; TransferMPL: every epoch)", identity=True, only=uses("trains_teacher"))
+    add("--ensemble", action=yes_or_no, default=False, help="mpl: evaluate the mean of the student's and the teacher's probabilities, with moving averages where there are any (folder recipe)", only=uses("trains_teacher"))
+    add("--teacher-warmup-steps", type=count, default=0, metavar="N", help="mpl: first steps, in which the teacher learns from the labels alone; the student waits at least as long", only=uses("trains_teacher"))
+    add("--student-labeled-weight", type=weight, default=0.0, metavar="F", help="mpl: weight of the labelled images in the student's loss, beside its pseudo labels (published: 0)", only=uses("trains_teacher"))
+    add("--temperature", type=between(float, 1e-3, 1e3), default=0.7, help="uda, mpl: temperature of the prediction on the weak view; below 1, it sharpens the prediction (CIFAR-10 recipe: 0.7)", only=sharpens)
+    add("--confidence", default="threshold", choices=("threshold", "relative", "soft"), help="uda, fixmatch, mpl: which unlabelled images count in the UDA loss. threshold: the images predicted with at least the probability --threshold; relative: with at least --threshold times the mean probability on labelled images; soft: all, the uncertain ones with small weights", only=uses("uses_consistency"))
+    add("--threshold", type=share, default=0.6, help="uda, fixmatch, mpl: smallest probability at which an unlabelled image counts in the UDA loss. uda and mpl test it after --temperature, fixmatch before. With --confidence relative it is a factor: give 0.9", only=uses("uses_consistency", where=lambda args: args.confidence != "soft"))
+    add("--uda-loss", default="ce", choices=(*UDA_LOSSES,), help="uda, mpl: loss between the weak and the strong prediction: cross-entropy, or negative cosine similarity (TransferMPL)", only=sharpens)
+    add("--lambda-u", type=weight, default=8.0, help="uda, fixmatch, mpl: weight of the UDA loss (fixmatch, published: 1); semimeta: weight of its unlabelled loss (recipe: 1); 0: none", only=uses("uses_unlabeled_weight"))
+    add("--uda-steps", type=count, default=5000, help="uda, fixmatch, mpl, semimeta: first steps, in which the weight grows from 0 to --lambda-u (fixmatch, published: 0)", only=uses("uses_unlabeled_weight"))
+    add("--align", type=share, default=0.0, metavar="RATE", help="uda, fixmatch, mpl: rate of distribution alignment, which evens out how often each class is predicted on unlabelled images; 0: none, as published. Try 0.2 with few labels, if a batch has at least ten unlabelled images per class", only=uses("uses_consistency"))
+    add("--align-to", default="uniform", choices=("uniform", "labeled"), help="uda, fixmatch, mpl: the goal of --align: all classes equally often, or as often as among the labelled images", only=uses("uses_consistency"))
+    add("--weak-pass", default="joint", choices=("joint", "apart", "ema"), help="uda, fixmatch, mpl: how weak views pass through the teacher or the only network. joint: in one batch with the other images, as published; apart: in a batch of their own, without gradient; ema: through the moving average of the weights, without gradient", identity=True, only=uses("uses_consistency"))
+    add("--pseudo-label", default="argmax", choices=("argmax", "sample", "soft"), help="pseudo-label, mpl, reduced-mpl: the label is the most probable class, a class drawn by probability, or the whole distribution", only=uses("uses_pseudo_labels"))
+    add("--pseudo-label-view", default="weak", choices=("weak", "strong"), help="pseudo-label, mpl: the view that the teacher labels", only=uses("uses_label_view"))
+    add("--feedback", default="taylor", choices=("none", *ESTIMATORS), help="mpl, reduced-mpl: what the teacher learns from the student's labelled loss. taylor: how much the student's step lowered it; dot: the paper's first-order estimate of this change; both are for hard labels. exact: the gradient for --pseudo-label soft. none: nothing", only=uses("uses_feedback"))
     add("--feedback-weight", type=between(float, -1e6, 1e6), default=1.0, help="mpl, reduced-mpl: weight of the feedback term in the teacher's loss", only=has_feedback)
     add("--feedback-reduction", default="mean", choices=("mean", "sum"), help="mpl, reduced-mpl: take the taylor or dot feedback as sum over the unlabelled images (unbiased) or as mean (as published)", only=has_scalar_feedback)
-    add("--feedback-view", default="same", choices=("same", "strong"), help="mpl: view of the teacher's cross-entropy that taylor and dot multiply. same: the view whose labels the student learned; strong: the strong view with new labels, as in MPL-pytorch", only=lambda args: of("mpl")(args) and has_scalar_feedback(args))
+    add("--feedback-view", default="same", choices=("same", "strong"), help="mpl: view of the teacher's cross-entropy that taylor and dot multiply. same: the view whose labels the student learned; strong: the strong view with new labels, as in MPL-pytorch", only=lambda args: uses("uses_label_view")(args) and has_scalar_feedback(args))
     add("--feedback-momentum", type=small, default=0.0, help="mpl, reduced-mpl: decay of the moving average that is subtracted from the taylor or dot feedback; 0: none (published: 0.99)", only=has_scalar_feedback)
     add("--flip-feedback", action="store_true", help="mpl, reduced-mpl: reverse the sign of the feedback (new loss minus old loss), as the published code does", only=has_feedback)
-    add("--feedback-jvp", default="auto", choices=("auto", "forward", "difference"), help="exact feedback and semimeta: how the derivative is computed. Leave it at auto: forward-mode differentiation, or a central difference if the network has no forward derivative", only=lambda args: of("semimeta")(args) or (has_feedback(args) and args.feedback == "exact"))
-    add("--teacher-checkpoint", metavar="FILE", help="pseudo-label, reduced-mpl: checkpoint of the fixed teacher", path=True, only=of("pseudo-label reduced-mpl"))
+    add("--feedback-jvp", default="auto", choices=("auto", "forward", "difference"), help="exact feedback and semimeta: how the derivative is computed. Leave it at auto: forward-mode differentiation, or a central difference if the network has no forward derivative", only=lambda args: uses("uses_derivative")(args) or has_exact_feedback(args))
+    add("--teacher-checkpoint", metavar="FILE", help="pseudo-label, reduced-mpl: checkpoint of the fixed teacher", path=True, only=uses("uses_teacher_checkpoint"))
 
     add = parser.group("finetuning on the labelled images, after training")
     add("--finetune-epochs", type=count, default=625, help="epochs of finetuning; 0: no finetuning")
@@ -256,8 +259,7 @@ def train(args, runtime, saved, labels_given):
     if args.finetune:
         members = saved_members(args, runtime, saved, dataset.num_classes, dataset.size)
     else:
-        shares = identity.class_shares(args, runtime, dataset)
-        method = METHODS[args.method](args, dataset.num_classes, dataset.size, runtime, shares)
+        method = METHODS[args.method](args, dataset.num_classes, dataset.size, runtime, dataset.class_shares)
         if saved:
             method.load_state_dict(saved, args.resume)
 
@@ -286,7 +288,7 @@ def train(args, runtime, saved, labels_given):
         for image_set in filter(None, (dataset.labeled, dataset.unlabeled, dataset.val, dataset.test)):
             image_set.on_unreadable = interrupt.note_fault
         runtime.on_main(lambda: write_labeled(log.folder, dataset))
-        identity.describe_run(args, runtime, dataset, method, folder, saved.get("step"))
+        describe_run(args, runtime, dataset, method, folder, saved.get("step"))
         if method:
             state = FRESH | {key: saved[key] for key in (*FRESH, *POSITION) if saved.get(key) is not None}
             state["run"] = run_id
@@ -355,8 +357,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     def checkpoint(taken, *kinds):
         state.update(meters=meters.state_dict(), loader=loader.state_dict())
         content = method.state_dict() | state
-        names = {role: method.network_name(args, role) for role in ("teacher", "student")}
-        content |= {"networks": names, "predicting": list(method.members)}
+        content |= {"networks": method.networks(args), "predicting": list(method.members)}
         content |= {"step": taken, "args": vars(args), "data": record_of_data}
         identity.save(args, runtime, content, kinds)
 
@@ -569,7 +570,7 @@ def evaluate(runtime, found):
         with runtime.local_main_first():
             dataset = read_data(each, record, labels_given=False)
         first = first or dataset
-        identity.check_same_test(first, dataset, paths[0], each.resume)
+        check_same_test(first, dataset, paths[0], each.resume)
         size = record["size"] if record else dataset.size
         members = saved_members(each, runtime, saved, dataset.num_classes, size)
         views = build_views(each, dataset, runtime)

@@ -5,7 +5,7 @@
 | `step` | int, steps of training that were taken |
 | `args` | dict, the arguments of the run |
 | `data` | dict, what the data were: `data.Dataset.record` |
-| `networks` | {role: name for `models.build_model`}, teacher and student |
+| `networks` | {role: name for `models.build_model`}, of the networks that the run builds |
 | `predicting` | list of roles: the mean of these networks predicts |
 | `ROLE_state_dict` | weights of the student, and of the teacher or the perceptron where one learns |
 | `ROLE_optimizer`, `ROLE_scaler` | what trains it |

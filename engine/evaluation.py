@@ -187,3 +187,24 @@ def _fingerprint(network, dataset):
     shown += dataset.reading.value_range or []
     digest.update(repr(shown).encode())
     return digest.hexdigest()
+
+
+def check_same_test(one, other, path, other_path):
+    """UserError unless two checkpoints, evaluated as an ensemble, have the same classes and test images.
+
+    Args:
+        one, other: the ``Dataset`` of each.
+        path, other_path: of the checkpoints.
+    """
+    if one.classes != other.classes:
+        raise UserError(f"{path} and {other_path} have different classes: evaluate them separately")
+    tests, prints = (one.test.targets, other.test.targets), (one.test.fingerprints, other.test.fingerprints)
+    if (
+        one.name != other.name
+        or not torch.equal(*tests)
+        or (prints[0] is not None and not torch.equal(*prints))
+    ):
+        raise UserError(
+            f"{path} and {other_path} have different test images: give --data-path, or evaluate them "
+            "separately"
+        )

@@ -1,4 +1,7 @@
-"""The methods: each is a class with ``step`` in one file of this folder, and a row of ``METHODS``."""
+"""The methods: each is a class with ``step`` in one file of this folder, and a row of ``METHODS``.
+
+The attributes of the class (``methods/method.py``) say which flags have an effect.
+"""
 
 from methods.mpl import MPL
 from methods.pseudo_label import PseudoLabel

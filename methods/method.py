@@ -103,13 +103,24 @@ class Method:
         class_shares: K shares of the classes among the labelled images.
     """
 
+    # What the method uses: main.py names given flags that have no effect with it. A class that is not said
+    # to be complete (``says_all``), such as a new one, is taken to read every flag.
     uses_unlabeled = True  # unlabelled images, --mu for each labelled one
     uses_strong_view = True  # the strong view of the unlabelled images
+    uses_mixup = True  # labelled images may be mixed: --mixup-alpha
+    mixes_unlabeled = False  # with unlabelled images, not with each other
+    uses_unlabeled_weight = False  # a loss of the unlabelled images has the weight --lambda-u
     uses_consistency = False  # the teacher, or the only network, agrees with itself on both views: --align
+    hard_targets = False  # what it agrees with are classes: no --temperature, no --uda-loss
+    uses_pseudo_labels = False  # a teacher labels for the student: --pseudo-label
+    uses_label_view = False  # what labels sees the view of --pseudo-label-view
     uses_feedback = False  # the student's labelled loss trains what labels for it: --feedback
+    uses_derivative = False  # a directional derivative beside --feedback exact: --feedback-jvp
     uses_teacher_checkpoint = False  # a fixed teacher, from --teacher-checkpoint
     uses_student_model = False  # the student may be another network: --student-model
     trains_teacher = False  # a teacher learns beside the student: --ensemble, --student-wait-steps
+    works_on_host = False  # a step needs the host, too: --cuda-graph cannot capture it
+    says_all = False  # whether these attributes are complete
 
     teacher_network = None  # where there is one, to be evaluated beside the student
 
@@ -206,6 +217,12 @@ class Method:
         return args.model
 
     @classmethod
+    def networks(cls, args):
+        """{role: name} of the networks that are built; a fixed teacher is the one in its checkpoint."""
+        roles = ["teacher", "student"] if cls.trains_teacher else ["student"]
+        return {role: cls.network_name(args, role) for role in roles}
+
+    @classmethod
     def predicting_roles(cls, args):
         """The networks whose mean probabilities are evaluated."""
         return ["student", "teacher"] if args.ensemble and cls.trains_teacher else ["student"]
@@ -234,8 +251,7 @@ class Method:
         """The network that predicts in ``--teacher-checkpoint``, on the CPU, in evaluation mode, not to
         learn."""
         args, path = self.args, self.args.teacher_checkpoint
-        content = self.runtime.load(path)
-        saved = Checkpoint(content if isinstance(content, dict) else {}, path)
+        saved = Checkpoint.read(path, self.runtime)
         known = saved.get("data", {}).get("classes")
         if known and len(known) != num_classes:
             theirs = saved.get("args", {}).get("dataset", "other data")

@@ -34,7 +34,9 @@ class MPL(Method):
     too: those of the last step.
     """
 
-    uses_consistency = uses_feedback = uses_student_model = trains_teacher = True
+    uses_consistency = uses_unlabeled_weight = uses_pseudo_labels = uses_label_view = True
+    uses_feedback = uses_student_model = trains_teacher = True
+    says_all = True
 
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
         super().__init__(args, num_classes, image_size, runtime)

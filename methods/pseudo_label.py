@@ -15,7 +15,9 @@ from methods.method import (
 class PseudoLabel(Method):
     """A fixed teacher, from ``--teacher-checkpoint``, labels; the student learns from these labels alone."""
 
-    uses_teacher_checkpoint = uses_student_model = True
+    uses_pseudo_labels = uses_label_view = uses_teacher_checkpoint = uses_student_model = True
+    uses_mixup = False
+    says_all = True
 
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
         super().__init__(args, num_classes, image_size, runtime)

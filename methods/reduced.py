@@ -22,7 +22,9 @@ class ReducedMPL(MPL):
     """
 
     uses_teacher_checkpoint = True
-    uses_consistency = trains_teacher = False  # the perceptron is no network for images
+    uses_mixup = uses_unlabeled_weight = uses_consistency = uses_label_view = False
+    trains_teacher = False  # the perceptron is no network for images
+    works_on_host = True  # it looks stored predictions up
 
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
         # without the losses of MPL's teacher, its views and its role-playing

@@ -18,6 +18,8 @@ class SemiMeta(Method):
     """
 
     uses_strong_view = False
+    mixes_unlabeled = uses_unlabeled_weight = uses_derivative = True
+    says_all = True
     EPSILON = 0.01  # of the central difference (published code)
 
     def step(self, views, step, truth=None, diagnose=False):

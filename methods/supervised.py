@@ -9,6 +9,7 @@ class Supervised(Method):
     """Cross-entropy on the labelled images alone, mixed in pairs with ``--mixup-alpha``."""
 
     uses_unlabeled = uses_strong_view = False
+    says_all = True
 
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args

@@ -200,8 +200,8 @@ def teacher_logits(learner, views, weak_pass="joint", graph=True):
 class UDA(Method):
     """Unsupervised Data Augmentation (Xie et al. 2020): one network, consistent under augmentation."""
 
-    uses_consistency = True
-    hard_targets = False
+    uses_consistency = uses_unlabeled_weight = True
+    says_all = True
 
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
         super().__init__(args, num_classes, image_size, runtime)

@@ -127,14 +127,21 @@ def count_or_fraction(text):
 
 # ---------------------------------------------------------------- where a flag has an effect
 
-NAMED = set()  # the methods that some flag names; ``of`` adds them
+
+def uses(*attributes, where=lambda args: True):
+    """Whether the method has one of these attributes, and ``where`` holds; or it does not say all that it
+    uses, as a new method: then it may read any flag."""
+
+    def has_effect(args):
+        method = METHODS[args.method]
+        return not method.says_all or (any(getattr(method, name) for name in attributes) and where(args))
+
+    return has_effect
 
 
-def of(methods):
-    """Whether one of these methods is chosen, or one that no flag names: a new one may use any."""
-    methods = methods.split()
-    NAMED.update(methods)
-    return lambda args: args.method in methods or args.method not in NAMED
+def is_scalar(args):
+    """Whether the value of the feedback is a scalar."""
+    return args.feedback in ESTIMATORS and not ESTIMATORS[args.feedback].per_class
 
 
 def on(*datasets):
@@ -149,15 +156,10 @@ def decodes_files(args):
     return args.dataset in ("folder", "imagenet") or bool(args.unlabeled_path)
 
 
-learns_by_feedback = of("mpl reduced-mpl")
-
-
-def has_feedback(args):
-    return learns_by_feedback(args) and args.feedback != "none"
-
-
-def has_scalar_feedback(args):
-    return has_feedback(args) and not ESTIMATORS[args.feedback].per_class
+sharpens = uses("uses_consistency", where=lambda args: not METHODS[args.method].hard_targets)
+has_feedback = uses("uses_feedback", where=lambda args: args.feedback != "none")
+has_scalar_feedback = uses("uses_feedback", where=is_scalar)
+has_exact_feedback = uses("uses_feedback", where=lambda args: args.feedback == "exact")
 
 
 # ---------------------------------------------------------------- from a command line to arguments
@@ -211,7 +213,10 @@ def resolve(parser, args, given, saved=None, path=None):
     unused = parser.without_effect(args)
     say_without_effect(args, given, unused)
     defaults = {name: parser.get_default(name) for name in unused}
-    check_arguments(argparse.Namespace(**vars(args) | defaults), parser, before)
+    used = argparse.Namespace(**vars(args) | defaults)
+    check_arguments(used, parser, before)
+    if not (args.evaluate or args.finetune):
+        say_remarks(used)
 
     # defaults that depend on other flags
     if not before and not (args.pretrained or args.weights):  # else batch norm as the weights have it
@@ -291,75 +296,87 @@ def as_words(action, value):
 
 def check_arguments(args, parser, before):
     """Flags that exclude each other or need another one; UserError for the first that does not fit."""
+    method = METHODS[args.method]
+
+    # the command
     if (args.evaluate or args.finetune) and not args.resume:
         parser.error("--evaluate and --finetune need --resume CKPT")
-    if args.finetune and not args.finetune_epochs:
-        parser.error("--finetune with --finetune-epochs 0 has nothing to do: give --finetune-epochs N")
     if args.evaluate and args.finetune:
         parser.error("--evaluate and --finetune are two commands: give one of the two")
+    if args.finetune and not args.finetune_epochs:
+        parser.error("--finetune with --finetune-epochs 0 has nothing to do: give --finetune-epochs N")
     if args.cuda_graph and (obstacle := no_graph(args)):
         parser.error(
             f"--cuda-graph does not work with {obstacle}: add --no-cuda-graph, or change the other flags"
         )
-    method = METHODS[args.method]
-    if method.uses_teacher_checkpoint and not args.teacher_checkpoint:
-        parser.error(f"--method {args.method} needs --teacher-checkpoint FILE")
-    if args.method == "reduced-mpl" and args.feedback == "none":
-        parser.error(
-            "with --feedback none, nothing trains the perceptron of --method reduced-mpl: give another "
-            "--feedback, or --method pseudo-label"
-        )
+
+    # the data
     if args.value_range and not args.value_range[0] < args.value_range[1]:
         parser.error(f"{flag('value_range', args.value_range)}: the first value must be below the second")
     if args.unlabeled_mode == "only" and not args.unlabeled_path and args.dataset != "folder":
         parser.error("--unlabeled-mode only needs --unlabeled-path DIR")
-    if args.freeze_body and not (args.pretrained or args.weights or args.resume):
-        parser.error(
-            "--freeze-body trains only the last layer, but the other layers start at random: add "
-            "--pretrained or --weights FILE, or give --no-freeze-body"
-        )
-    if args.align_to == "labeled" and not args.align:
-        parser.error("--align-to labeled needs --align RATE, such as 0.2")
-    if args.switch_every and args.student_model:
-        parser.error("--switch-every needs two networks of the same kind: leave out --student-model")
+
+    # batches and steps
     if args.batch_size % args.accumulate:
         parser.error(
             f"--batch-size {args.batch_size} cannot be divided into --accumulate {args.accumulate} equal "
             f"parts: give a multiple of {args.accumulate}"
         )
-    if args.mixup_alpha and args.method != "semimeta" and args.batch_size // args.accumulate % 2:
+    if args.mixup_alpha and not method.mixes_unlabeled and args.batch_size // args.accumulate % 2:
         parser.error(
             "--mixup-alpha mixes pairs of labelled images: give a --batch-size that is a multiple of "
             f"{2 * args.accumulate}"
-        )
-    pushed = args.feedback_view if args.feedback_view == "strong" else args.pseudo_label_view
-    if args.method == "mpl" and args.weak_pass != "joint" and args.feedback != "none" and pushed == "weak":
-        parser.error(
-            f"--weak-pass {args.weak_pass} has no gradient on the weak view, which --feedback needs: "
-            "add --pseudo-label-view strong, --feedback none or, for taylor and dot, --feedback-view strong"
         )
     if before and args.start_step > args.total_steps:
         parser.error(f"{args.resume} is already at step {args.start_step}: give a larger --total-steps")
     if not before and not 0 <= args.start_step < args.total_steps:
         parser.error(f"--start-step {args.start_step} must be below --total-steps {args.total_steps}")
     for name in ("student_wait_steps", "teacher_warmup_steps"):
-        if args.method == "mpl" and getattr(args, name) >= args.total_steps:
+        if method.trains_teacher and getattr(args, name) >= args.total_steps:
             parser.error(
                 f"{flag(name, getattr(args, name))} must be below --total-steps {args.total_steps}: "
                 "otherwise the student never learns"
             )
-    training = not (args.evaluate or args.finetune)
+
+    # the networks
+    if args.freeze_body and not (args.pretrained or args.weights or args.resume):
+        parser.error(
+            "--freeze-body trains only the last layer, but the other layers start at random: add "
+            "--pretrained or --weights FILE, or give --no-freeze-body"
+        )
+    if args.switch_every and args.student_model:
+        parser.error("--switch-every needs two networks of the same kind: leave out --student-model")
+
+    # the method
+    if method.uses_teacher_checkpoint and not args.teacher_checkpoint:
+        parser.error(f"--method {args.method} needs --teacher-checkpoint FILE")
+    if method.uses_feedback and method.uses_teacher_checkpoint and args.feedback == "none":
+        parser.error(
+            f"with --feedback none, nothing trains the perceptron of --method {args.method}: give another "
+            "--feedback, or --method pseudo-label"
+        )
+    if args.align_to == "labeled" and not args.align:
+        parser.error("--align-to labeled needs --align RATE, such as 0.2")
+    pushed = args.feedback_view if args.feedback_view == "strong" else args.pseudo_label_view
+    through_weak = method.uses_feedback and args.feedback != "none" and pushed == "weak"
+    if method.uses_consistency and args.weak_pass != "joint" and through_weak:
+        parser.error(
+            f"--weak-pass {args.weak_pass} has no gradient on the weak view, which --feedback needs: "
+            "add --pseudo-label-view strong, --feedback none or, for taylor and dot, --feedback-view strong"
+        )
+
+
+def say_remarks(args):
+    """Name the flags with which a part of the training never happens, or has no gradient."""
     late = {
         "warmup_steps": "the learning rate does not reach its peak",
         "switch_every": "teacher and student never change places",
     }
-    for name, outcome in late.items() if training else ():
+    for name, outcome in late.items():
         if getattr(args, name) >= args.total_steps:
             told = f"{flag(name, getattr(args, name))} is not below --total-steps {args.total_steps}"
             say(f"{told}: {outcome}")
-    trained = method.uses_feedback and training
-    scalar = args.feedback in ESTIMATORS and not ESTIMATORS[args.feedback].per_class
-    if trained and args.pseudo_label == "soft" and scalar:
+    if METHODS[args.method].uses_feedback and args.pseudo_label == "soft" and is_scalar(args):
         say(
             f"with --pseudo-label soft, --feedback {args.feedback} has no gradient, as in the published "
             "code: --feedback exact has one"
@@ -373,7 +390,7 @@ def no_graph(args):
         "--feedback exact and --student-dropout": exact and args.student_dropout,  # drawn twice
         "--accumulate and dropout": args.accumulate > 1 and (args.teacher_dropout or args.student_dropout),
         "--accumulate and --pseudo-label sample": args.accumulate > 1 and sampled,  # drawn between two passes
-        "--method reduced-mpl": args.method == "reduced-mpl",  # looks labels up on the host
+        f"--method {args.method}": METHODS[args.method].works_on_host,
         "--mixup-alpha": args.mixup_alpha,  # drawn on the host
         "--switch-every": args.switch_every,
         f"--optimizer {args.optimizer}": args.optimizer != "sgd",
@@ -443,7 +460,7 @@ def expected_statistics(args):
             return saved["data"]["mean"], saved["data"]["std"]
     if args.normalize == "imagenet":
         return STATISTICS["imagenet"]
-    names = {METHODS[args.method].network_name(args, role) for role in ("teacher", "student")}
+    names = set(METHODS[args.method].networks(args).values())
     try:
         expected = {
             timm_statistics(name) if name.startswith(TIMM) else STATISTICS["imagenet"] for name in names

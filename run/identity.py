@@ -9,13 +9,9 @@ import re
 import shutil
 from pathlib import Path
 
-import torch
-
 from engine.checkpoint import KINDS, SUFFIX, Checkpoint, file_name
 from engine.files import moved_to, write_atomically, writing
-from methods import METHODS
-from models import count_flops, count_parameters
-from utils import UserError, say, tell
+from utils import UserError, say
 
 
 def default_name(args):
@@ -32,10 +28,11 @@ def check_name(name, trains=False):
 
     ``trains``: not the record of an evaluation. Then its checkpoints must not be taken for another run's.
     """
-    if trains and (match := re.search(r"_(last|best|finetune|step\d+)$", name)):
+    if trains and (match := re.search(r"_((?:finetune_)?(?:last|best)|finetune|step\d+)$", name)):
+        run, kind = name[: match.start()], "finetune_last" if match[1] == "finetune" else match[1]
         raise UserError(
-            f"'{name}' ends in {match[0]}, as the checkpoints of a run named '{name[: match.start()]}' do: "
-            "choose another --name"
+            f"'{name}' could be taken for the checkpoint {run}_{kind} of a run named '{run}': choose another "
+            "--name"
         )
     if not name or name.startswith(".") or len(os.fsencode(name)) > 200 or set(name) & set("/\\\0\n"):
         raise UserError(
@@ -204,27 +201,6 @@ def candidates(args, resume):
     return [os.path.join(args.save_path, file_name(check_name(name), kind)) for kind in KINDS]
 
 
-def check_same_test(one, other, path, other_path):
-    """UserError unless two checkpoints, evaluated as an ensemble, have the same classes and test images.
-
-    Args:
-        one, other: the ``Dataset`` of each.
-        path, other_path: of the checkpoints.
-    """
-    if one.classes != other.classes:
-        raise UserError(f"{path} and {other_path} have different classes: evaluate them separately")
-    tests, prints = (one.test.targets, other.test.targets), (one.test.fingerprints, other.test.fingerprints)
-    if (
-        one.name != other.name
-        or not torch.equal(*tests)
-        or (prints[0] is not None and not torch.equal(*prints))
-    ):
-        raise UserError(
-            f"{path} and {other_path} have different test images: give --data-path, or evaluate them "
-            "separately"
-        )
-
-
 def is_own(args, saved):
     """Whether the checkpoint is one of the run that this command goes on with, not of one that it leaves."""
     same_place = bool(args.resume) and os.path.dirname(args.resume) == args.save_path
@@ -315,46 +291,3 @@ def free_folder(path, name):
         number += 1
         folder = os.path.join(path, f"{name}-{number}")
     return folder
-
-
-def describe_run(args, runtime, dataset, method, folder, step):
-    """What is about to be trained on what, in a few lines; ``method`` is None before finetuning alone."""
-    shape = (3, dataset.size, dataset.size) if dataset.size else (2,)
-    things = f"images, {dataset.size} pixels" if dataset.size else "points"
-    lines = [
-        f"{args.dataset}: {len(dataset.labeled):,} labelled, {len(dataset.unlabeled):,} unlabelled, "
-        f"{len(dataset.test):,} test {things}; {args.method} on {runtime.describe()}",
-        *dataset.notes,
-    ]
-    for role, learner in method.learners.items() if method else ():
-        if role == "perceptron":
-            name, inputs = "five layers on class distributions", (dataset.num_classes,)
-        else:
-            name, inputs = method.network_name(args, role), shape
-        learning = sum(p.numel() for p in learner.parameters.values())
-        total, operations = count_parameters(learner.network), count_flops(learner.network, inputs)
-        frozen = f" ({learning:,} learn)" if learning < total else ""
-        lines.append(f"{role}: {name}, {total:,} parameters{frozen}, {operations:,} multiply-adds an image")
-    lines.append(f"results go to {folder}, checkpoints to {args.save_path}")
-    if args.resume:
-        doing = "finetuning" if args.finetune else "continuing"
-        lines.append(f"{doing} (as {args.name}) from step {step} of {args.resume}")
-        if not args.finetune and step == args.total_steps:
-            lines.append(f"--total-steps {step} is reached: nothing is left to train")
-    tell(runtime, *lines)
-
-
-def class_shares(args, runtime, dataset):
-    """Share of each class among the labelled images, K floats; warns where --align assumes other ones."""
-    counts = torch.bincount(dataset.labeled.targets, minlength=dataset.num_classes).tolist()
-    most, least = max(counts), min(counts)
-    # a fraction of labels is rounded in each class, so that one image more says nothing
-    aligned = args.align and METHODS[args.method].uses_consistency
-    if aligned and args.align_to == "uniform" and most > max(1.5 * least, least + 1):
-        classes = [dataset.classes[counts.index(count)] for count in (most, least)]
-        tell(
-            runtime,
-            f"--align assumes equal classes, but {most} labelled images are of class '{classes[0]}' and "
-            f"{least} of '{classes[1]}': if the unlabelled images are as unequal, add --align-to labeled",
-        )
-    return [count / len(dataset.labeled) for count in counts]

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from engine.files import read_checked, write_atomically, write_csv, writing
-from utils import UserError
+from models import count_flops, count_parameters
+from utils import UserError, tell
 
 # run state saved in every checkpoint besides the networks
 FRESH = {
@@ -149,6 +150,49 @@ def commit():
 def new_run_id():
     """What tells a run from all others, also from one of the same name: its start and a random number."""
     return f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}-{os.urandom(4).hex()}"
+
+
+def describe_run(args, runtime, dataset, method, folder, step):
+    """What is about to be trained on what, in a few lines; ``method`` is None before finetuning alone."""
+    shape = (3, dataset.size, dataset.size) if dataset.size else (2,)
+    things = f"images, {dataset.size} pixels" if dataset.size else "points"
+    lines = [
+        f"{args.dataset}: {len(dataset.labeled):,} labelled, {len(dataset.unlabeled):,} unlabelled, "
+        f"{len(dataset.test):,} test {things}; {args.method} on {runtime.describe()}",
+        *dataset.notes,
+    ]
+    if method and method.uses_consistency:
+        lines += unequal_labels(args, dataset)
+    for role, learner in method.learners.items() if method else ():
+        if role == "perceptron":
+            name, inputs = "five layers on class distributions", (dataset.num_classes,)
+        else:
+            name, inputs = method.network_name(args, role), shape
+        learning = sum(p.numel() for p in learner.parameters.values())
+        total, operations = count_parameters(learner.network), count_flops(learner.network, inputs)
+        frozen = f" ({learning:,} learn)" if learning < total else ""
+        lines.append(f"{role}: {name}, {total:,} parameters{frozen}, {operations:,} multiply-adds an image")
+    lines.append(f"results go to {folder}, checkpoints to {args.save_path}")
+    if args.resume:
+        doing = "finetuning" if args.finetune else "continuing"
+        lines.append(f"{doing} (as {args.name}) from step {step} of {args.resume}")
+        if not args.finetune and step == args.total_steps:
+            lines.append(f"--total-steps {step} is reached: nothing is left to train")
+    tell(runtime, *lines)
+
+
+def unequal_labels(args, dataset):
+    """The warning where --align assumes equal classes and the labelled images have others, in a list."""
+    counts = dataset.class_counts
+    most, least = max(counts), min(counts)
+    # a fraction of labels is rounded in each class, so that one image more says nothing
+    if not args.align or args.align_to != "uniform" or most <= max(1.5 * least, least + 1):
+        return []
+    classes = [dataset.classes[counts.index(count)] for count in (most, least)]
+    return [
+        f"--align assumes equal classes, but {most} labelled images are of class '{classes[0]}' and "
+        f"{least} of '{classes[1]}': if the unlabelled images are as unequal, add --align-to labeled"
+    ]
 
 
 class RunLog:

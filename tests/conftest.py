@@ -30,9 +30,8 @@ def teacher_file(model, num_classes, image_size):
     path = os.path.join(TEACHERS.name, f"{model}-{num_classes}-{image_size}.pt")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        torch.save(
-            {"student_state_dict": build_model(model, num_classes, image_size=image_size).state_dict()}, path
-        )
+        state = build_model(model, num_classes, image_size=image_size).state_dict()
+        torch.save({"step": 0, "student_state_dict": state}, path)
     return path
 
 

@@ -27,7 +27,7 @@ import main
 from data import load_dataset, split_labels, write_labeled
 from engine.checkpoint import upgrade
 from engine.folders import image_tree, place_of, relative
-from engine.images import channel_statistics
+from engine.images import ImageSet, channel_statistics, pixel_prints
 from utils import UserError
 
 
@@ -93,6 +93,20 @@ def test_two_moons_are_the_same_points_for_every_seed_with_noise_of_a_tenth():
     assert first.test.targets.bincount().tolist() == [1000, 1000]
     assert not set(map(tuple, first.test.images.tolist())) & set(map(tuple, points.tolist()))
     assert (first.mean, first.std, first.size, first.crop) == ([0, 0], [1, 1], 0, "none")
+
+
+def test_a_new_data_set_without_files_has_no_place(monkeypatch):
+    """One function and one row of ``READERS`` make it."""
+
+    def noise(options):
+        images = torch.arange(40 * 3 * 8 * 8).view(40, 3, 8, 8).to(torch.uint8)
+        parts = (ImageSet([0, 1] * 20, images, fingerprints=pixel_prints(images) + k) for k in (0, 100))
+        return data._in_memory(["a", "b"], ((0.5,) * 3, (0.2,) * 3), *parts)
+
+    monkeypatch.setitem(data.READERS, "noise", noise)
+    for name in ("noise", "digits", "twomoons"):
+        dataset = load_dataset(name, "elsewhere", num_labeled=20)
+        assert dataset.path == dataset.record()["path"] == ""
 
 
 def test_digits_are_scikit_learns_in_a_fixed_order_enlarged_bilinearly():
@@ -197,7 +211,7 @@ def test_cifar_is_read_from_its_pickles_packed_or_not(
     assert dataset.unlabeled.targets.tolist() == targets
     assert np.array_equal(dataset.test.images.numpy(), test_images)
     assert dataset.test.targets.tolist() == test_targets
-    assert dataset.classes == [f"class {k}" for k in range(classes)]
+    assert dataset.classes == [f"class {k}" for k in range(classes)] and dataset.path == str(tmp_path)
     assert (dataset.num_classes, dataset.size, dataset.flip, dataset.crop) == (classes, 32, True, "pad")
     chosen = dataset.labeled_indices
     assert np.array_equal(dataset.labeled.images.numpy(), images[chosen])
@@ -238,7 +252,7 @@ def test_svhn_is_read_from_its_mat_files_and_never_flipped(tmp_path, monkeypatch
     for image_set, (images, labels) in ((dataset.unlabeled, parts["train"]), (dataset.test, parts["test"])):
         assert np.array_equal(image_set.images.numpy(), images)
         assert image_set.targets.tolist() == labels.tolist()
-    assert not dataset.flip and dataset.classes[3] == "3"
+    assert not dataset.flip and dataset.classes[3] == "3" and dataset.path == str(tmp_path)
 
 
 def write_svhn(root, monkeypatch, counts):
@@ -291,7 +305,7 @@ def write_stl10(root, monkeypatch, counts):
 def test_stl10_brings_its_unlabelled_images(tmp_path, monkeypatch, offline):
     parts = write_stl10(tmp_path, monkeypatch, {"train": 20, "test": 10, "unlabeled": 30})
     dataset = load_dataset("stl10", tmp_path, num_labeled=10)
-    assert dataset.size == 96 and dataset.crop == "pad" and dataset.flip
+    assert dataset.size == 96 and dataset.crop == "pad" and dataset.flip and dataset.path == str(tmp_path)
     assert dataset.classes == [f"class {k}" for k in range(10)]
     assert np.array_equal(
         dataset.unlabeled.images.numpy(), np.concatenate([parts["train"], parts["unlabeled"]])
@@ -359,6 +373,7 @@ def test_a_folder_of_small_images_is_held_in_memory(tmp_path):
     tested = write_tree(tmp_path / "test", {"ant": 2, "cat": 3})
     dataset = load_dataset("folder", tmp_path, num_labeled=4)
     assert dataset.classes == ["ant", "cat"] and dataset.size == 10 and dataset.crop == "pad" and dataset.flip
+    assert dataset.path == str(tmp_path)
     assert dataset.unlabeled.targets.tolist() == [0] * 4 + [1] * 6
     assert np.array_equal(dataset.unlabeled.images.numpy(), [written[path] for path in sorted(written)])
     assert dataset.test.targets.tolist() == [0] * 2 + [1] * 3

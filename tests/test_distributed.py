@@ -17,7 +17,7 @@ def runs(tmp_path_factory):
     torch.manual_seed(1)
     for network, model in (("mlp", "mlp-2-16-3"), ("sync-bn", "wrn-10-1")):
         state = build_model(model, 3, image_size=8).state_dict()
-        torch.save({"student_state_dict": state}, folder / f"{network}.pt")
+        torch.save({"step": 0, "student_state_dict": state}, folder / f"{network}.pt")
     pair = forked.run(distributed_worker.save, str(folder), processes=2)
     assert pair.returncode == 0, pair.stderr
     alone = distributed_worker.run(str(folder))

@@ -101,17 +101,21 @@ CHECKPOINTS = {
     "a tensor": lambda path, good: torch.save(torch.zeros(3), path),
     "bare weights": lambda path, good: torch.save({"fc.weight": torch.zeros(3)}, path),
     "a step and nothing else": lambda path, good: torch.save({"step": 2}, path),
+    "a list of data": lambda path, good: torch.save({"data": [1]}, path),
+    "a number of networks": lambda path, good: torch.save({"networks": 3, "step": 1}, path),
     "a folder": lambda path, good: path.mkdir(),
     "nothing": lambda path, good: None,
 }
 
 
 @pytest.mark.parametrize("damage", CHECKPOINTS)
-@pytest.mark.parametrize("flag", ("--resume", "--evaluate", "--weights"))
-def test_hostile_checkpoints(damage, flag, here, trained, capsys):
+@pytest.mark.parametrize(
+    "flags",
+    ("--resume", "--evaluate --resume", "--weights", "--method pseudo-label --teacher-checkpoint"),
+)
+def test_hostile_checkpoints(damage, flags, here, trained, capsys):
     CHECKPOINTS[damage](here / "hostile.pth.tar", trained.read_bytes())
-    arguments = ["--evaluate", "--resume"] if flag == "--evaluate" else [flag]
-    sentence = refused(capsys, *arguments, "hostile.pth.tar")
+    sentence = refused(capsys, *flags.split(), "hostile.pth.tar")
     assert "hostile.pth.tar" in sentence
     assert not (here / "ran").exists()
     assert (here / "checkpoint/run_last.pth.tar").read_bytes() == trained.read_bytes()

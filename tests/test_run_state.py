@@ -24,13 +24,12 @@ import utils
 import visualize
 from data import load_dataset
 from engine.checkpoint import Checkpoint
-from engine.evaluation import measure_accuracy, predictions
-from engine.runtime import Runtime
+from engine.evaluation import check_same_test, measure_accuracy, predictions
 from methods import METHODS as METHOD_CLASSES
 from models import mean_prediction
 from pictures import drawing
 from run import arguments, identity
-from run.record import SUMMARY, measured, read_run, result_lines
+from run.record import SUMMARY, measured, read_run, result_lines, unequal_labels
 from utils import UserError
 
 DIGITS = (
@@ -430,6 +429,13 @@ def test_a_checkpoint_with_foreign_arguments(copied, capsys, arguments):
     state["args"] |= arguments
     torch.save(state, "checkpoint/run_last.pth.tar")
     assert "was written with --" in refused(capsys, "--resume", "checkpoint/run_last.pth.tar")
+
+
+def test_a_checkpoint_names_the_networks_that_its_run_built(trained):
+    content = load(trained / "checkpoint/run_last.pth.tar")
+    model = content["args"]["model"]
+    roles = ("teacher", "student") if content["args"]["method"] == "mpl" else ("student",)
+    assert content["networks"] == dict.fromkeys(roles, model)
 
 
 def test_the_teacher_of_pseudo_labels_is_the_network_in_its_file(supervised, here):
@@ -940,11 +946,12 @@ def test_a_name_that_is_being_trained_is_refused_until_its_process_ends(here, ca
     assert command("--resume", "checkpoint/run_last.pth.tar", *short) == 0
 
 
-@pytest.mark.parametrize("end", ["last", "best", "finetune", "step00000004"])
+@pytest.mark.parametrize("end", ["last", "best", "finetune", "finetune_last", "step00000004"])
 def test_names_that_are_those_of_checkpoints(end, here, capsys):
     """``run_finetune_last.pth.tar`` would be two things."""
     sentence = refused(capsys, *DIGITS, "--method", "supervised", "--name", f"run_{end}")
-    assert f"ends in _{end}, as the checkpoints of a run named 'run'" in sentence
+    checkpoint = "run_finetune_last" if end == "finetune" else f"run_{end}"
+    assert f"'run_{end}' could be taken for the checkpoint {checkpoint} of a run named 'run'" in sentence
 
 
 def test_a_name_with_a_record_alone_is_kept(copied, capsys):
@@ -1027,7 +1034,7 @@ def test_flags_that_cannot_be(flags, words, here, capsys):
     assert not (here / "results").exists()
 
 
-def unequal_labels(first):
+def write_unequal_labels(first):
     """``labels.txt`` with so many images of the first class of digits and one of every other."""
     whole = load_dataset("digits", num_labeled=1297, resize=8).labeled
     places = [(whole.targets == k).nonzero().flatten().tolist() for k in range(10)]
@@ -1039,7 +1046,7 @@ def unequal_labels(first):
 def test_alignment_knows_the_labelled_classes(here, capsys):
     """One step at rate 1 from the same predictions, to two targets: the biases differ by the logarithm of the
     labelled classes' shares. Of the uniform one a user is warned."""
-    unequal_labels(3)
+    write_unequal_labels(3)
     biases = {}
     words = [*DIGITS, *"--mu 2 --method uda --align 1 --total-steps 1 --finetune-epochs 0".split()]
     for target in ("uniform", "labeled"):
@@ -1051,13 +1058,12 @@ def test_alignment_knows_the_labelled_classes(here, capsys):
     torch.testing.assert_close(biases["labeled"] - biases["uniform"], logs - logs.mean(), rtol=0, atol=1e-5)
 
 
-def test_one_labelled_image_more_is_not_unequal(here, capsys):
-    unequal_labels(2)
+def test_one_labelled_image_more_is_not_unequal(here):
+    write_unequal_labels(2)
     dataset = load_dataset("digits", num_labeled=10, labeled_indices="labels.txt")
     args = main.parse_arguments([*DIGITS, "--method", "uda", "--align", "0.2"])
-    shares = identity.class_shares(args, Runtime("cpu"), dataset)
-    assert shares == pytest.approx([2 / 11] + [1 / 11] * 9)
-    assert not capsys.readouterr().err
+    assert dataset.class_shares == pytest.approx([2 / 11] + [1 / 11] * 9)
+    assert not unequal_labels(args, dataset)
 
 
 def test_an_interrupted_finetuning_is_continued(trained, here):
@@ -1419,10 +1425,10 @@ def test_checkpoints_that_are_no_ensemble(folder_run, here, capsys):
 def test_an_ensemble_has_one_truth():
     """Also where images have no fingerprints: the classes of the test images must be the same."""
     one, other = (load_dataset("digits", num_labeled=10, resize=size) for size in (8, 12))
-    identity.check_same_test(one, other, "a", "b")
+    check_same_test(one, other, "a", "b")
     other.test.targets = other.test.targets.flip(0)
     with pytest.raises(UserError, match="a and b have different test images"):
-        identity.check_same_test(one, other, "a", "b")
+        check_same_test(one, other, "a", "b")
 
 
 def test_no_top5_with_five_classes_or_fewer(here, capsys):

@@ -196,6 +196,8 @@ def test_images_are_normalised_as_timm_says(tmp_path):
         UserError, match=r"resnet18 and timm/vit_tiny.* differently normalised images: give --normalize"
     ):
         expected(*vit, *resnet, "--pretrained")
+    fixed = ("--method", "pseudo-label", "--teacher-checkpoint", "x", "--student-model")
+    assert expected(*fixed, "timm/vit_tiny_patch16_224", "--pretrained") == half  # no other network is built
     with pytest.raises(UserError, match=r"has no network"):
         expected("--model", "timm/nothing", "--pretrained")
 

@@ -615,6 +615,7 @@ def test_imagenet_is_compared_when_a_run_begins(tmp_path, monkeypatch):
     options = {"num_labeled": 4, "num_val": 2, "resize": 16}
     dataset = load_dataset("imagenet", tmp_path, **options)
     assert len(dataset.unlabeled) == 10 and not any("copy" in file for file in dataset.unlabeled.files)
+    assert dataset.path == str(tmp_path)
     assert dataset.copies == [12] and "validation images: 1 (" in said(dataset)
     more = load_dataset("imagenet", tmp_path, **options, unlabeled_path=tmp_path / "more")
     assert len(more.unlabeled) == 12 and not any("copy" in file for file in more.unlabeled.files)

@@ -16,9 +16,9 @@ from augmentation import Views
 from engine.runtime import Runtime
 from methods import METHODS
 from methods.feedback import ESTIMATORS
-from methods.method import pseudo_label_accuracy, pseudo_labels, soft_cross_entropy
+from methods.method import Method, pseudo_label_accuracy, pseudo_labels, soft_cross_entropy
 from models import LinearHead, build_model, leaky_relu
-from run.arguments import flag
+from run.arguments import flag, uses
 from utils import UserError
 
 
@@ -118,6 +118,65 @@ def test_a_new_method_gets_the_flags_as_they_were_given(monkeypatch):
     args = main.parse_arguments([*FLAGS, "--align", "0.25", "--method", "reads-align"])
     scalars = ReadsAlign(args, 3, 8, Runtime("cpu")).step(make_views(), 0)
     assert scalars["rate"] == 0.25
+
+
+class MeanTeacherLite(Method):
+    """A new method that says nothing but that it uses a flag of its own."""
+
+    uses_rate = True
+
+
+def with_new_methods(monkeypatch):
+    """The parser of a fork with methods of its own, one of them with a flag that no other method uses."""
+    monkeypatch.setattr(Method, "uses_rate", False, raising=False)
+    monkeypatch.setitem(METHODS, "mean-teacher-lite", MeanTeacherLite)
+    monkeypatch.setitem(METHODS, "my-mpl", type("MyMPL", (METHODS["mpl"],), {}))
+    monkeypatch.setitem(METHODS, "my-reduced", type("MyReduced", (METHODS["reduced-mpl"],), {}))
+    parser = main.build_parser()
+    add = parser.group("new")
+    add("--rate", type=float, default=0.0, only=uses("uses_rate"))
+    monkeypatch.setattr(main, "build_parser", lambda: parser)
+    return parser
+
+
+def unused_by(parser, method):
+    return parser.without_effect(parser.parse_given(["--method", method])[0])
+
+
+def test_a_new_method_uses_every_flag_unless_its_attributes_say_all(monkeypatch):
+    parser = with_new_methods(monkeypatch)
+    assert not unused_by(parser, "mean-teacher-lite") & (OTHER_VALUES.keys() | {"rate", "teacher_checkpoint"})
+    assert "rate" in unused_by(parser, "mpl") and "mu" in unused_by(parser, "supervised")
+    assert unused_by(parser, "my-mpl") == unused_by(parser, "mpl")
+    monkeypatch.setattr(MeanTeacherLite, "says_all", True)
+    monkeypatch.setattr(MeanTeacherLite, "uses_consistency", True)
+    unused = unused_by(parser, "mean-teacher-lite")
+    assert "align" not in unused and "rate" not in unused and "mu" not in unused and "feedback" in unused
+
+
+def test_a_changed_flag_of_a_new_method_is_named_when_its_run_continues(monkeypatch, capsys):
+    with_new_methods(monkeypatch)
+    words = ["--method", "mean-teacher-lite", "--rate", "0.5"]
+    saved = {"step": 3, "args": vars(main.parse_arguments(words))}
+    main.parse_arguments(["--lambda-u", "3", "--resume", "x.pth.tar"], saved, "x.pth.tar")
+    assert "--lambda-u 8.0 → 3" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--weak-pass joint: it cannot continue with --weak-pass ema"):
+        main.parse_arguments(["--weak-pass", "ema", "--resume", "x.pth.tar"], saved, "x.pth.tar")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("my-mpl --weak-pass ema", "--weak-pass ema has no gradient on the weak view"),
+        ("my-mpl --student-wait-steps 300000", "the student never learns"),
+        ("my-reduced --teacher-checkpoint x --feedback none", "nothing trains the perceptron"),
+        ("my-reduced --teacher-checkpoint x --cuda-graph", "does not work with --method my-reduced"),
+    ],
+)
+def test_a_method_under_a_new_name_keeps_the_checks(arguments, words, monkeypatch):
+    with_new_methods(monkeypatch)
+    with pytest.raises(UserError, match=words):
+        main.parse_arguments(["--method", *arguments.split()])
 
 
 def test_rates_are_those_of_the_command_line():

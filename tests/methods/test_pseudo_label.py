@@ -19,7 +19,8 @@ def decided_teacher(path, views):
     with torch.no_grad():
         average(torch.cat([views.weak, views.strong]).float())
         average.head.weight.mul_(4)
-    torch.save({"student_state_dict": student.state_dict(), "avg_state_dict": average.state_dict()}, path)
+    states = {"student_state_dict": student.state_dict(), "avg_state_dict": average.state_dict()}
+    torch.save({"step": 0} | states, path)
     return average.double().eval()
 
 
