@@ -63,7 +63,7 @@ while [ "$started" ]; do
             started=yes
         elif [ "$status" -gt 128 ]; then # a signal
             exit "$status"
-        elif ! grep -q "is being trained by another process" "$said"; then
+        elif ! grep -q "another process is training" "$said"; then
             failed+=" $run"
         fi
     done; done; done

@@ -140,7 +140,8 @@ def test_an_ensemble_is_the_one_that_is_evaluated(here, capsys):
     head = [name for name in teacher if teacher[name].shape[:1] == (3,)][-2:]
     teacher |= {name: -2 * teacher[name] for name in head}
     content = {"args": {"ensemble": True, "method": "mpl"}, "teacher_state_dict": teacher}
-    path = changed(here, content | {"predicting": ["student", "teacher"]})
+    names = {"student": "wrn-10-1", "teacher": "wrn-10-1"}
+    path = changed(here, content | {"networks": names, "predicting": ["student", "teacher"]})
     assert main.run(["--evaluate", "--resume", str(path), "--workers", "0", "--results-path", "results"]) == 0
     evaluated = read((here / "results/changed/predictions.csv").read_text())
     rows, _ = predicted(capsys, path, "mine/test")

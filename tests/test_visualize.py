@@ -814,7 +814,7 @@ def broken(runs):
         ),
         (["confusion", "results/digits", "results/mpl"], "have different classes"),
         (["classes", "results/digits", "results/mpl"], "have different classes"),
-        (["confusion", "results/sup", "--roles"], "the checkpoint of sup holds no teacher"),
+        (["confusion", "results/sup", "--roles"], "the checkpoint of sup has no teacher"),
         (["confusion", "results/sup", "results/mpl", "--roles"], "the networks of one run"),
         (["features", "results/mpl", "--projection", "umap"], "invalid choice: 'umap'"),
         (["table", "results/mpl", "broken/empty"], "not the folder of a run"),
