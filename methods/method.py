@@ -78,15 +78,14 @@ def pseudo_labels(logits, kind):
     return F.one_hot(logits.argmax(dim=1), logits.shape[1]).to(logits.dtype)
 
 
-def pseudo_label_accuracy(labels, truth):
-    """Share of pseudo labels (N, K) whose class is the true one, of the images whose truth (N,) is known."""
-    known = truth >= 0
-    return ((labels.argmax(dim=1) == truth) & known).sum() / known.sum().clamp_min(1)
-
-
 def known_accuracy(labels, truth):
-    """The meter of pseudo-label accuracy, where the data set knows the truth."""
-    return {} if truth is None else {"pseudo_label_accuracy": pseudo_label_accuracy(labels, truth)}
+    """The share of correct pseudo labels, (N, K) distributions or logits, as a meter, over the images whose
+    truth (N,) is known; {} where the data set knows none."""
+    if truth is None:
+        return {}
+    known = truth >= 0
+    right = (labels.argmax(dim=1) == truth) & known
+    return {"pseudo_label_accuracy": right.sum() / known.sum().clamp_min(1)}
 
 
 # ---------------------------------------------------------------- the class

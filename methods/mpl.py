@@ -38,11 +38,13 @@ class MPL(Method):
     uses_feedback = uses_student_model = trains_teacher = True
     says_all = True
 
+    consistency_class = Consistency  # has the teacher's loss without feedback
+
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
         super().__init__(args, num_classes, image_size, runtime)
         self.teacher = self.build_teacher(num_classes, image_size)
         self.learners = {"teacher": self.teacher, "student": self.student}
-        self.consistency = Consistency(args, num_classes, runtime, class_shares)
+        self.consistency = self.consistency_class(args, num_classes, runtime, class_shares)
         self.align = self.consistency.align
         self.estimator_class = ESTIMATORS.get(args.feedback)  # None for --feedback none
         self.baseline = torch.zeros((), device=runtime.device)  # moving average of a scalar feedback
@@ -102,7 +104,7 @@ class MPL(Method):
 
         def teacher_loss(batch):
             logits = batch.logits if whole else self.teacher_pass(batch, graph=True, eager=diagnose)
-            loss, scalars = self.own_loss(logits, batch.mixed.targets, lambda_u)
+            loss, scalars = self.consistency.loss(logits, batch.mixed.targets, lambda_u)
             if estimator:
                 feedback_loss = args.feedback_weight * self.feedback_loss(batch, logits)
                 if diagnose and batch is batches[0] and loss.requires_grad:
@@ -178,10 +180,6 @@ class MPL(Method):
         return improvement
 
     # 4. the teacher's step
-
-    def own_loss(self, logits, targets, lambda_u):
-        """The teacher's loss without feedback, (), and its scalars."""
-        return self.consistency.loss(logits, targets, lambda_u)
 
     def feedback_loss(self, batch, logits):
         """The feedback's part of the teacher's loss, ()."""

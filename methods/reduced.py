@@ -3,13 +3,21 @@
 import argparse
 import os
 
-import torch.nn.functional as F
-
 from engine.evaluation import stored_predictions
 from engine.loader import to_device
 from methods.method import Logits
 from methods.mpl import MPL
+from methods.uda import Consistency, largest_probability
 from models import LabelPerceptron
+
+
+class LabelConfidence(Consistency):
+    """No loss: the feedback alone trains the perceptron. Its scalar is the mean confidence of its labels."""
+
+    def loss(self, logits, targets, lambda_u):
+        return logits.weak.new_zeros(()), {
+            "label_confidence": largest_probability(logits.weak.detach()).mean()
+        }
 
 
 class ReducedMPL(MPL):
@@ -25,6 +33,8 @@ class ReducedMPL(MPL):
     uses_mixup = uses_unlabeled_weight = uses_consistency = uses_label_view = False
     trains_teacher = False  # the perceptron is no network for images
     works_on_host = True  # it looks stored predictions up
+
+    consistency_class = LabelConfidence
 
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
         # without the losses of MPL's teacher, its views and its role-playing
@@ -51,10 +61,6 @@ class ReducedMPL(MPL):
         rows = to_device(self.predictions[batch.views.indices], self.runtime.device)
         logits = (self.teacher if graph else self.teacher.preview)(*self.runtime.shard((rows,)))
         return Logits(None, logits, logits)  # the same for both views
-
-    def own_loss(self, logits, targets, lambda_u):
-        confidence = F.softmax(logits.weak.detach(), dim=1).amax(dim=1).mean()
-        return logits.weak.new_zeros(()), {"label_confidence": confidence}
 
     @property
     def teacher_network(self):

@@ -17,19 +17,6 @@ UDA_LOSSES = {  # of each image, (N,); the names are the choices of --uda-loss
 }
 
 
-def uda_loss(targets, strong_logits, weights, kind="ce"):
-    """Unsupervised data augmentation: weight · CE(target, strong), the mean over all N images, ().
-
-    Args:
-        targets: (N, K) distributions, of the weak view, without gradient.
-        strong_logits: (N, K).
-        weights: (N,), 0 to 1: how much an image counts.
-        kind: ``cos``: the negative cosine between target and prediction in place of their cross-entropy
-            (TransferMPL).
-    """
-    return (weights * UDA_LOSSES[kind](targets, strong_logits)).mean()
-
-
 def largest_probability(logits):
     """Confidence of each image's prediction, (N,), from logits (N, K)."""
     return F.softmax(logits, dim=1).amax(dim=1)
@@ -143,21 +130,22 @@ class Consistency:
             logits = logits / args.temperature
         return (largest_probability(logits) >= self.lowest).float()
 
-    def __call__(self, logits):
-        """The loss () and the mean weight () of a micro-batch with these ``Logits``; the weak view has no
-        gradient."""
-        args, weak = self.args, self.align(logits.weak.detach())
-        targets = pseudo_labels(weak, "argmax") if self.hard else F.softmax(weak / args.temperature, dim=1)
-        weights = self.weights(weak)
-        kind = "ce" if self.hard else args.uda_loss
-        return uda_loss(targets, logits.strong, weights, kind), weights.mean()
-
     def loss(self, logits, targets, lambda_u):
-        """CE on labels + λ · UDA, (), of a micro-batch with these ``Logits``, and its scalars."""
-        labeled_loss = F.cross_entropy(logits.labeled, targets, label_smoothing=self.args.label_smoothing)
-        loss, mask = self(logits)
-        scalars = {"labeled_loss": labeled_loss, "uda_loss": loss, "uda_mask": mask}
-        return labeled_loss + lambda_u * loss, scalars
+        """CE on labels + λ · UDA, (), of a micro-batch with these ``Logits``, and its scalars.
+
+        UDA is the mean of weight · CE(target, strong) over all N unlabelled images, ``--uda-loss cos`` of the
+        negative cosine (TransferMPL); the weak view has no gradient.
+        """
+        args, weak = self.args, self.align(logits.weak.detach())
+        labeled_loss = F.cross_entropy(logits.labeled, targets, label_smoothing=args.label_smoothing)
+        if self.hard:
+            distances = soft_cross_entropy(pseudo_labels(weak, "argmax"), logits.strong)
+        else:
+            distances = UDA_LOSSES[args.uda_loss](F.softmax(weak / args.temperature, dim=1), logits.strong)
+        weights = self.weights(weak)
+        uda_loss = (weights * distances).mean()
+        scalars = {"labeled_loss": labeled_loss, "uda_loss": uda_loss, "uda_mask": weights.mean()}
+        return labeled_loss + lambda_u * uda_loss, scalars
 
     def state_dict(self):
         return self.align.state_dict() | {"confidence_moments": self.moments}

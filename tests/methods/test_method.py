@@ -16,7 +16,7 @@ from augmentation import Views
 from engine.runtime import Runtime
 from methods import METHODS
 from methods.feedback import ESTIMATORS
-from methods.method import Method, pseudo_label_accuracy, pseudo_labels, soft_cross_entropy
+from methods.method import Method, known_accuracy, pseudo_labels, soft_cross_entropy
 from models import LinearHead, build_model, leaky_relu
 from run.arguments import flag, uses
 from utils import UserError
@@ -42,8 +42,8 @@ def test_pseudo_labels():
 
 def test_pseudo_label_accuracy_leaves_out_what_is_not_known():
     labels = F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float()
-    assert pseudo_label_accuracy(labels, torch.tensor([0, 2, -1, -1])).item() == 0.5
-    assert pseudo_label_accuracy(labels, torch.tensor([-1, -1, -1, -1])).item() == 0.0
+    assert known_accuracy(labels, torch.tensor([0, 2, -1, -1]))["pseudo_label_accuracy"].item() == 0.5
+    assert known_accuracy(labels, torch.tensor([-1, -1, -1, -1]))["pseudo_label_accuracy"].item() == 0.0
 
 
 # a value other than the default for every flag that some methods do not use

@@ -179,12 +179,15 @@ def test_the_consistency_loss_against_the_formula(method, confidence, distance):
             Logits(*part) for part in zip(*(each.chunk(2) for each in (labeled, weak, strong)), strict=True)
         ]
         ours.observe(parts)
-        losses, shares = zip(*(ours(part) for part in parts), strict=True)
-        loss = sum(losses) / 2
+        classes = torch.zeros(len(parts[0].labeled), dtype=torch.int64)
+        scalars = [ours.loss(part, classes, 1.0)[1] for part in parts]
+        loss = sum(each["uda_loss"] for each in scalars) / 2
         assert loss.item() == pytest.approx(expected, rel=1e-12)
         found = torch.cat([ours.weights(ours.align(part.weak)) for part in parts])
         assert found.tolist() == pytest.approx(weights, rel=1e-12)
-        assert sum(shares).item() / 2 == pytest.approx(np.mean(weights), rel=1e-6)
+        assert sum(each["uda_mask"] for each in scalars).item() / 2 == pytest.approx(
+            np.mean(weights), rel=1e-6
+        )
         assert 0 < min(weights) < 0.5 < max(weights) if confidence == "soft" else 0 < np.mean(weights) < 1
         if confidence != "soft":
             bound = {"threshold": threshold, "relative": ours.lowest}[confidence]
