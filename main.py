@@ -69,7 +69,7 @@ from run.record import (
 # fmt: off
 def build_parser():
     parser = arguments.Parser(
-        description="Train an image classifier from a few labels and many unlabelled images, with Meta Pseudo Labels or another method. A flag whose help begins with 'uda, mpl:' has an effect only with these methods.",
+        description="Train an image classifier from a few labels and many unlabelled images, with Meta Pseudo Labels or another method. If a help text begins with methods, such as 'uda, mpl:', the flag has an effect only with them. '(CIFAR-10 recipe: 0.2)' says what this recipe gives.",
         epilog="Begin with a recipe, a complete command line to which you can add flags:\n"
         "  bash recipes/digits.sh                                    # minutes on a CPU, no download\n"
         "  bash recipes/folder.sh --data-path DIR --num-labeled all  # your own photographs\n"
@@ -107,13 +107,13 @@ def build_parser():
     add("--label-columns", nargs=2, metavar=("FILE", "LABEL"), help="with --labels: names of the columns of files and of labels (default: the columns with the usual names)", only=lambda args: args.labels)
     add("--num-labeled", type=count_or_fraction, default=4000, metavar="N", help="number of labelled images, drawn per class with --seed; a number below 1: a fraction of the training images; all: every labelled image", identity=True)
     add("--labeled-indices", metavar="FILE", help="instead of --num-labeled: file that lists the labelled images, such as another run's labeled_indices.txt or labeled.txt", path=True)
-    add("--num-val", type=count, default=0, metavar="N", help="further labelled images that are not learned from and choose the best checkpoint; 0: the last checkpoint is taken, unless the folder has val/", identity=True)
-    add("--test-fraction", type=small, default=0.2, metavar="F", help="folder without test/ or val/: share of each class that is set aside for testing", identity=True, only=on("folder"))
+    add("--num-val", type=count, default=0, metavar="N", help="number of labelled images, beside those of --num-labeled, set aside to choose the best checkpoint; 0: the last one, unless the folder has val/ and test/", identity=True)
+    add("--test-fraction", type=small, default=0.2, metavar="F", help="folder with neither test/ nor val/: share of each class that is set aside for testing", identity=True, only=on("folder"))
     add("--unlabeled-path", metavar="DIR", help="folder of images without classes, searched at any depth, for the unlabelled set (default: unlabeled/ of --dataset folder, if there is one)", path=True)
     add("--unlabeled-mode", default="add", choices=("add", "only"), help="add: the images of --unlabeled-path join the training images in the unlabelled set; only: they replace the training images there")
     add("--keep-test-copies", action="store_true", help="also learn from copies of test or validation images, as published results on STL-10 do: test accuracies are then too high", identity=True)
     add("--skip-unreadable", action="store_true", help="leave out images that cannot be read, and name them, instead of stopping")
-    add("--value-range", type=between(float, -1e30, 1e30), nargs=2, metavar=("LOW", "HIGH"), help="values of deep images that become black and white (default: 0 and the largest value of the training images, rounded up to full bits)", identity=True, only=decodes_files)
+    add("--value-range", type=between(float, -1e30, 1e30), nargs=2, metavar=("LOW", "HIGH"), help="images with more than 8 bits per channel: the values shown as black and as white (default: 0 and the largest value of the training images, rounded up to full bits)", identity=True, only=decodes_files)
     add("--max-megapixels", type=between(float, 0.001, 1e6), default=500.0, metavar="N", help="largest size of an image in megapixels; larger images count as unreadable", only=decodes_files)
     add("--resize", type=between(int, 1, 2**12), metavar="PIXELS", help="side of the images in pixels (default: the data set's own, digits 16, imagenet 224; a folder: its images' size up to 64, else 224)", identity=True, only=on_images)
     add("--workers", type=count, default=2, help="threads or processes that read images", quiet=True)
@@ -168,7 +168,7 @@ def build_parser():
     add("--student-labeled-weight", type=weight, default=0.0, metavar="F", help="mpl: weight of the labelled images in the student's loss, beside its pseudo labels (published: 0)", only=uses("trains_teacher"))
     add("--temperature", type=between(float, 1e-3, 1e3), default=0.7, help="uda, mpl: temperature of the prediction on the weak view; below 1, it sharpens the prediction (CIFAR-10 recipe: 0.7)", only=sharpens)
     add("--confidence", default="threshold", choices=("threshold", "relative", "soft"), help="uda, fixmatch, mpl: which unlabelled images count: those above --threshold, above a share of the labelled images' confidence, or all with weights", only=uses("uses_consistency"))
-    add("--threshold", type=share, default=0.6, help="uda, fixmatch, mpl: smallest probability at which an unlabelled image counts, after --temperature (fixmatch: before it); for relative: 0.9", only=uses("uses_consistency", where=lambda args: args.confidence != "soft"))
+    add("--threshold", type=share, default=0.6, help="uda, fixmatch, mpl: smallest probability at which an unlabelled image counts, after --temperature (fixmatch: before it); relative: a factor, give 0.9", only=uses("uses_consistency", where=lambda args: args.confidence != "soft"))
     add("--uda-loss", default="ce", choices=(*UDA_LOSSES,), help="uda, mpl: loss between the weak and the strong prediction: cross-entropy, or negative cosine similarity (TransferMPL)", only=sharpens)
     add("--lambda-u", type=weight, default=8.0, help="uda, fixmatch, mpl: weight of the UDA loss (fixmatch, published: 1); semimeta: weight of its unlabelled loss (recipe: 1); 0: none", only=uses("uses_unlabeled_weight"))
     add("--uda-steps", type=count, default=5000, help="uda, fixmatch, mpl, semimeta: first steps, in which the weight grows from 0 to --lambda-u (fixmatch, published: 0)", only=uses("uses_unlabeled_weight"))
@@ -177,9 +177,9 @@ def build_parser():
     add("--weak-pass", default="joint", choices=("joint", "apart", "ema"), help="uda, fixmatch, mpl: weak views pass in one batch with the other images (published), apart and without gradient, or through the moving average", identity=True, only=uses("uses_consistency"))
     add("--pseudo-label", default="argmax", choices=("argmax", "sample", "soft"), help="pseudo-label, mpl, reduced-mpl: the label is the most probable class, a class drawn by probability, or the whole distribution", only=uses("uses_pseudo_labels"))
     add("--pseudo-label-view", default="weak", choices=("weak", "strong"), help="pseudo-label, mpl: the view that the teacher labels", only=uses("uses_label_view"))
-    add("--feedback", default="taylor", choices=("none", *ESTIMATORS), help="mpl, reduced-mpl: feedback of the student's labelled loss: its change, the estimate of this change in the paper, or (soft labels) its gradient", only=uses("uses_feedback"))
+    add("--feedback", default="taylor", choices=("none", *ESTIMATORS), help="mpl, reduced-mpl: feedback of the student's labelled loss. taylor: its change; dot: the paper's estimate of it; exact: its gradient, for soft labels", only=uses("uses_feedback"))
     add("--feedback-weight", type=between(float, -1e6, 1e6), default=1.0, help="mpl, reduced-mpl: weight of the feedback term in the teacher's loss", only=has_feedback)
-    add("--feedback-reduction", default="mean", choices=("mean", "sum"), help="mpl, reduced-mpl: take the taylor or dot feedback as sum over the unlabelled images (unbiased) or as mean (as published)", only=has_scalar_feedback)
+    add("--feedback-reduction", default="mean", choices=("mean", "sum"), help="mpl, reduced-mpl: mean (published) or sum (unbiased) over images of the cross-entropy that the taylor or dot feedback multiplies", only=has_scalar_feedback)
     add("--feedback-view", default="same", choices=("same", "strong"), help="mpl: view in the term of taylor and dot: the view that was labelled (same), or the strong view with new labels (MPL-pytorch)", only=lambda args: uses("uses_label_view")(args) and has_scalar_feedback(args))
     add("--feedback-momentum", type=small, default=0.0, help="mpl, reduced-mpl: decay of the moving average that is subtracted from the taylor or dot feedback; 0: none (published: 0.99)", only=has_scalar_feedback)
     add("--flip-feedback", action="store_true", help="mpl, reduced-mpl: reverse the sign of the feedback (new loss minus old loss), as the published code does", only=has_feedback)

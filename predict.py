@@ -73,7 +73,7 @@ def build_parser():
     add("paths", metavar="PATH", nargs="*", help="image files, and folders that are searched at any depth; unreadable images are left out and named on standard error")
     add("--out", metavar="FILE", help="CSV file to write when all images are done (default: standard output); you can correct it and give it to main.py --labels")
     add("--top", type=count, default=2, metavar="K", help="classes per image, the most probable first")
-    add("--uncertain", type=count, metavar="N", help="list only the N images that the network is least sure of, the least sure first: the margin between first class and runner-up is smallest. Images that already have labels are not excluded")
+    add("--uncertain", type=count, metavar="N", help="list only the N images that the network is least sure of (smallest margin between the first class and the second), least sure first. Images that already have labels are not excluded")
     add("--copy-to", metavar="DIR", help="also copy each listed image into DIR/CLASS, the folder of its predicted class; no file is replaced")
     add("--export", metavar="FILE", help="write the network to this file instead of predicting, with normalisation and softmax inside: .pt2 for torch.export.load, or .onnx")
     add("--device", default="auto", choices=Runtime.KINDS, help="device that computes; auto: CUDA, else another accelerator, else the CPU")

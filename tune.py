@@ -474,8 +474,8 @@ def finish(tuning):
 
 def build_parser():
     parser = Parser(
-        description="Search for good values of main.py's flags with Optuna. All other flags go to main.py. "
-        "Trials are compared on validation images: give --num-val N, unless the folder of images has val/.",
+        description="Search for good values of main.py's flags with Optuna. Flags that are not listed below go to main.py. "
+        "Trials are compared on validation images: give --num-val N, unless the folder of images has val/ and test/.",
         epilog="Example:\n"
         "  python tune.py --trials 12 --search temperature=0.5:1 --search lambda-u=1:10:log \\\n"
         "      --dataset digits --num-labeled 40 --num-val 200 --resize 16 --model wrn-10-1 \\\n"
@@ -488,7 +488,7 @@ def build_parser():
         "a,b,c; for a switch: yes,no; give --search once for each flag"
     )
     add("--search", action="append", required=True, metavar="FLAG=VALUES", help=values)
-    words = "number of runs, counted over all processes that share the search"
+    words = "number of runs, counted over all tune.py processes with this --study"
     add("--trials", type=between(int, 1), default=20, metavar="N", help=words)
     add("--study", metavar="NAME", help="name of the search (default: DATASET-search)")
     return parser
