@@ -474,7 +474,7 @@ def finish(tuning):
 
 def build_parser():
     parser = Parser(
-        description="Search for good values of main.py's flags with Optuna. Flags that are not listed below go "
+        description="Search for good values of main.py's flags with Optuna. Flags that are not listed here go "
         "to main.py. Trials are compared on validation images: give --num-val N, unless the folder of images "
         "has val/ and test/.",
         epilog="Example:\n"
