@@ -474,9 +474,9 @@ def finish(tuning):
 
 def build_parser():
     parser = Parser(
-        description="Search for good values of main.py's flags with Optuna. Flags that are not listed here go "
-        "to main.py. Trials are compared on validation images: give --num-val N, unless the folder of images "
-        "has val/ and test/.",
+        description="Search for good values of main.py's flags with Optuna. Flags that are not listed here "
+        "go to main.py. Trials are compared on validation images: give --num-val N, unless the folder "
+        "of images has val/ and test/.",
         epilog="Example:\n"
         "  python tune.py --trials 12 --search temperature=0.5:1 --search lambda-u=1:10:log \\\n"
         "      --dataset digits --num-labeled 40 --num-val 200 --resize 16 --model wrn-10-1 \\\n"
