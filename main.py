@@ -30,13 +30,14 @@ from augmentation import ImageViews, PointViews
 from data import NAMES, POINTS, read_data, write_labeled
 from engine.checkpoint import Checkpoint, load_state
 from engine.evaluation import check_same_test, gathered, measure_accuracy, measure_splits, predictions, score
-from engine.learner import Learner, sgd
+from engine.learner import Learner
 from engine.loader import TrainLoader
+from engine.optimizers import sgd
 from engine.runtime import Runtime
 from methods import METHODS
 from methods.feedback import ESTIMATORS
 from methods.uda import UDA_LOSSES
-from models import disable_dropout, head_of
+from models import SeveralViews, disable_dropout, head_of
 from run import arguments, identity
 from run.arguments import (
     between,
@@ -48,6 +49,7 @@ from run.arguments import (
     on,
     on_images,
     sharpens,
+    steps_or_fraction,
     uses,
 )
 from run.record import (
@@ -90,6 +92,7 @@ def build_parser():
     add("--pictures", action=yes_or_no, default=True, help="draw the run's curves and confusion matrix when it ends, which takes about a second; visualize.py draws them at any time", quiet=True)
     add("--overwrite", action="store_true", help="replace an earlier run of the same --name; it is kept aside until the new run has written its first checkpoint", command=True)
     add("--evaluate", action="store_true", help="only evaluate the checkpoint of --resume; several checkpoints (--resume A --resume B) are evaluated as an ensemble", command=True)
+    add("--tta", default="none", choices=SeveralViews.CHOICES, help="also measure the mean prediction of several views of each test image: the image and its mirror image, with shift also both shifted", quiet=True, only=on_images)
     add("--finetune", action="store_true", help="only finetune the checkpoint of --resume", command=True)
     add("--device", default="auto", choices=Runtime.KINDS, help="device that computes; auto: CUDA, else another accelerator, else the CPU", quiet=True)
     add("--amp", action="store_true", help="mixed precision: networks compute in the type of --amp-dtype (recipes for images)")
@@ -140,38 +143,38 @@ def build_parser():
     add("--ema", type=share, default=0.995, help="decay of the moving average of the weights; 0: no average (CIFAR-10 recipe: 0.995)")
 
     add = parser.group("optimisation")
-    add("--total-steps", type=steps, default=300_000, help="training steps; the schedule of the learning rate ends here")
-    add("--eval-step", type=steps, default=1000, help="steps between evaluations; each evaluation writes a checkpoint")
-    add("--log-step", type=steps, default=50, help="steps between lines of metrics.jsonl (losses, learning rates, images per second); each line waits for the device", quiet=True)
+    add("--total-steps", type=steps, default=300_000, help="training steps; the schedule of the learning rate ends here. Other numbers of steps may be given as a fraction of it: --warmup-steps 0.1")
+    add("--eval-step", type=steps_or_fraction(1), default=1000, help="steps between evaluations; each evaluation writes a checkpoint")
+    add("--log-step", type=steps_or_fraction(1), default=50, help="steps between lines of metrics.jsonl (losses, learning rates, images per second); each line waits for the device", quiet=True)
     add("--start-step", type=count, default=0, help="first step; --resume sets it", command=True)
     add("--batch-size", type=between(int, 1, 2**20), default=64, help="labelled images per step and process")
     add("--mu", type=between(int, 1, 2**10), default=7, help="unlabelled images in a step for each labelled image: the unlabelled batch is --mu times --batch-size", only=uses("uses_unlabeled"))
     add("--teacher-lr", "--teacher_lr", type=rate, default=0.05, help="mpl: peak learning rate of the teacher (with --switch-every: of the network that begins as the teacher); reduced-mpl: of the perceptron", only=uses("trains_teacher", "uses_feedback"))
     add("--student-lr", "--student_lr", type=rate, default=0.05, help="peak learning rate of the student (with --switch-every: of the network that begins as the student), or of the only network")
     add("--accumulate", type=steps, default=1, metavar="N", help="pass each batch in N micro-batches, one after the other, to save memory; batch norm sees one micro-batch at a time")
-    add("--optimizer", default="sgd", choices=("sgd", "adamw", "rmsprop"), help="sgd; adamw (folder recipe); rmsprop: TensorFlow's RMSProp, as EfficientNet was published (decay 0.9, epsilon 1e-3)", identity=True)
-    add("--schedule", default="cosine", choices=("cosine", "one-cycle", "constant", "milestones"), help="shape of the learning rate after the warm-up; milestones: divided by 10 at each of --milestones (folder recipe: one-cycle)")
-    add("--milestones", type=count, nargs="+", default=[300_000, 350_000], metavar="STEP", help="with --schedule milestones: steps at which the learning rate is divided by 10 (semimeta recipe: 300000 350000)", only=lambda args: args.schedule == "milestones")
+    add("--optimizer", default="sgd", choices=("sgd", "adamw", "rmsprop", "muon"), help="sgd; adamw (folder recipe); muon: for filters and matrices, with SGD for the rest; rmsprop: TensorFlow's RMSProp, as EfficientNet was published (decay 0.9, epsilon 1e-3)", identity=True)
+    add("--schedule", default="cosine", choices=("cosine", "linear", "one-cycle", "constant", "milestones"), help="shape of the learning rate after the warm-up; milestones: divided by 10 at each of --milestones (folder recipe: one-cycle)")
+    add("--milestones", type=steps_or_fraction(0), nargs="+", default=[300_000, 350_000], metavar="STEP", help="with --schedule milestones: steps at which the learning rate is divided by 10 (semimeta recipe: 300000 350000)", only=lambda args: args.schedule == "milestones")
     add("--momentum", type=small, default=0.9, help="momentum of SGD and RMSProp", only=lambda args: args.optimizer != "adamw")
     add("--nesterov", action="store_true", help="Nesterov momentum in SGD (CIFAR-10 recipe)", only=lambda args: args.optimizer == "sgd")
     add("--weight-decay", type=rate, default=5e-4, help="weight decay, not applied to batch norm")
-    add("--warmup-steps", type=count, default=0, help="first steps, in which the learning rate rises to its peak (CIFAR-10 recipe: 5000)")
+    add("--warmup-steps", type=steps_or_fraction(0), default=0, help="first steps, in which the learning rate rises to its peak (CIFAR-10 recipe: 5000)")
     add("--grad-clip", type=weight, default=0.0, help="largest allowed norm of the gradient; 0: no bound (ImageNet recipe: 5)")
     add("--label-smoothing", type=small, default=0.0, help="share of each label, and of each pseudo label of the student, that is spread evenly over all classes (CIFAR-10 recipe: 0.15)")
 
     add = parser.group("method")
     add("--method", default="mpl", choices=sorted(METHODS), help="training method; docs/methods.md describes each", identity=True)
-    add("--student-wait-steps", type=count, default=0, help="mpl: steps before the student's warm-up begins, in which only the teacher learns (CIFAR-10 recipe: 3000)", only=uses("trains_teacher"))
-    add("--switch-every", type=count, default=0, metavar="N", help="mpl: teacher and student exchange roles every N steps (role-playing); 0: never (folder recipe: 200; TransferMPL: every epoch)", identity=True, only=uses("trains_teacher"))
+    add("--student-wait-steps", type=steps_or_fraction(0), default=0, help="mpl: steps before the student's warm-up begins, in which only the teacher learns (CIFAR-10 recipe: 3000)", only=uses("trains_teacher"))
+    add("--switch-every", type=steps_or_fraction(0), default=0, metavar="N", help="mpl: teacher and student exchange roles every N steps (role-playing); 0: never (folder recipe: 200; TransferMPL: every epoch)", identity=True, only=uses("trains_teacher"))
     add("--ensemble", action=yes_or_no, default=False, help="mpl: evaluate the mean of the student's and the teacher's probabilities, with moving averages where there are any (folder recipe)", only=uses("trains_teacher"))
-    add("--teacher-warmup-steps", type=count, default=0, metavar="N", help="mpl: first steps, in which the teacher learns from the labels alone; the student waits at least as long", only=uses("trains_teacher"))
+    add("--teacher-warmup-steps", type=steps_or_fraction(0), default=0, metavar="N", help="mpl: first steps, in which the teacher learns from the labels alone; the student waits at least as long", only=uses("trains_teacher"))
     add("--student-labeled-weight", type=weight, default=0.0, metavar="F", help="mpl: weight of the labelled images in the student's loss, beside its pseudo labels (published: 0)", only=uses("trains_teacher"))
     add("--temperature", type=between(float, 1e-3, 1e3), default=0.7, help="uda, mpl: temperature of the prediction on the weak view; below 1, it sharpens the prediction (CIFAR-10 recipe: 0.7)", only=sharpens)
     add("--confidence", default="threshold", choices=("threshold", "relative", "soft"), help="uda, fixmatch, mpl: which unlabelled images count: those above --threshold, above a share of the labelled images' confidence, or all with weights", only=uses("uses_consistency"))
     add("--threshold", type=share, default=0.6, help="uda, fixmatch, mpl: smallest probability at which an unlabelled image counts, after --temperature (fixmatch: before it); relative: a factor, give 0.9", only=uses("uses_consistency", where=lambda args: args.confidence != "soft"))
     add("--uda-loss", default="ce", choices=(*UDA_LOSSES,), help="uda, mpl: loss between the weak and the strong prediction: cross-entropy, or negative cosine similarity (TransferMPL)", only=sharpens)
     add("--lambda-u", type=weight, default=8.0, help="uda, fixmatch, mpl: weight of the UDA loss (fixmatch, published: 1); semimeta: weight of its unlabelled loss (recipe: 1); 0: none", only=uses("uses_unlabeled_weight"))
-    add("--uda-steps", type=count, default=5000, help="uda, fixmatch, mpl, semimeta: first steps, in which the weight grows from 0 to --lambda-u (fixmatch, published: 0)", only=uses("uses_unlabeled_weight"))
+    add("--uda-steps", type=steps_or_fraction(0), default=5000, help="uda, fixmatch, mpl, semimeta: first steps, in which the weight grows from 0 to --lambda-u (fixmatch, published: 0)", only=uses("uses_unlabeled_weight"))
     add("--align", type=share, default=0.0, metavar="RATE", help="uda, fixmatch, mpl: rate at which predictions are evened out over the classes; 0: none, as published; for few labels and large batches: 0.2", only=uses("uses_consistency"))
     add("--align-to", default="uniform", choices=("uniform", "labeled"), help="uda, fixmatch, mpl: the goal of --align: all classes equally often, or as often as among the labelled images", only=uses("uses_consistency"))
     add("--weak-pass", default="joint", choices=("joint", "apart", "ema"), help="uda, fixmatch, mpl: weak views pass in one batch with the other images (published), apart and without gradient, or through the moving average", identity=True, only=uses("uses_consistency"))
@@ -262,6 +265,8 @@ def train(args, runtime, saved, labels_given):
         method = METHODS[args.method](args, dataset.num_classes, dataset.size, runtime, dataset.class_shares)
         if saved:
             method.load_state_dict(saved, args.resume)
+        elif not args.weights:
+            method.fit(dataset, views)
 
     # the run: its id, its record, what an earlier process has finetuned
     last_step = saved["step"] if args.finetune else args.total_steps  # before finetuning
@@ -298,6 +303,8 @@ def train(args, runtime, saved, labels_given):
                 teacher = {"teacher": method.teacher_network}
                 test, _ = measure_accuracy(runtime, teacher, dataset.test, views)
                 figures["teacher_top1"] = test["top1"]
+            if args.tta != "none" and dataset.size:
+                figures["tta_top1"] = measure_views(args, runtime, method.members, dataset, views)
         else:
             figures = {"steps": last_step}
             if "finetune_step" not in saved:
@@ -346,6 +353,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
     progress = utils.Progress(args.name, args.total_steps, args.start_step, runtime.is_main)
     images_per_step = args.batch_size * (1 + mu) * runtime.world_size
     throughput = utils.Throughput(state, images_per_step, args.start_step)  # adds to the state's totals
+    cost = utils.Cost(state, method, runtime.world_size)
     record_of_data = dataset.record()
 
     def take_step(batch, step, diagnose=False):
@@ -382,6 +390,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
         runtime.seed(args.seed, step)
         evaluating = (step + 1) % args.eval_step == 0 or step + 1 == args.total_steps
         scalars = take_step(batch, step, diagnose=True) if evaluating else graphed_step(batch, step)
+        cost.count()
         meters.update(scalars, step)
         runtime.finish_step()
 
@@ -390,7 +399,7 @@ def train_loop(args, runtime, dataset, views, method, log, state, interrupt):
         if evaluating or (step + 1) % args.log_step == 0:
             record = meters.read()
             meters.reset()
-            record |= {"images_per_second": throughput.count(step + 1)}
+            record |= {"images_per_second": throughput.count(step + 1), "pflop": state["pflop"]}
             record |= {f"{role}_rate": learner.schedule(step) for role, learner in method.learners.items()}
             losses = [f"loss {value:.3f}" for name, value in record.items() if name.endswith("_loss")]
             figures = ", ".join([*losses[:1], f"{record['images_per_second']:.0f} images/s"])
@@ -438,6 +447,12 @@ def selected(args, runtime, dataset, network):
 
 
 # ---------------------------------------------------------------- finetuning and evaluation
+
+
+def measure_views(args, runtime, members, dataset, views):
+    """The test accuracy, in percent, of networks that see each image in all views of ``--tta``."""
+    members = {role: SeveralViews(network, args.tta) for role, network in members.items()}
+    return measure_accuracy(runtime, members, dataset.test, views)[0]["top1"]
 
 
 def finetune(args, runtime, dataset, views, network, log, steps_before, run_id, before, interrupt):
@@ -564,7 +579,7 @@ def evaluate(runtime, found):
     args, first = found[0][0], None
     paths = [each.resume for each, _ in found]
     runtime.on_main(lambda: identity.make_folder(args.results_path))
-    walks, sources = {}, {}
+    walks, walks_of_views, sources = {}, {}, {}
     for number, (each, saved) in enumerate(found, 1):
         record = saved.get("data")
         with runtime.local_main_first():
@@ -577,6 +592,9 @@ def evaluate(runtime, found):
         for role, network in members.items():
             name = role if len(found) == 1 else f"{role}{number}"
             walks[name], sources[name] = predictions(network, dataset.test, views, runtime), each.resume
+            if args.tta != "none" and dataset.size:
+                several = SeveralViews(network, args.tta)
+                walks_of_views[name] = predictions(several, dataset.test, views, runtime)
         where = f" in {each.data_path}" if dataset.path else ""
         about = f"the {len(dataset.test)} test images of {each.dataset}{where}"
         utils.tell(runtime, *dataset.notes, f"evaluating {each.resume} on {about}")
@@ -593,6 +611,8 @@ def evaluate(runtime, found):
     folder = runtime.on_main(lambda: identity.free_folder(args.results_path, name))
     args.name = os.path.basename(folder)
     summary = summarize_together(args.name, found, runtime, test, confusion, first.classes)
+    if walks_of_views:
+        summary["tta_top1"] = score(runtime, walks_of_views)[0]["top1"]
     args.resume = paths if len(paths) > 1 else paths[0]
     log = RunLog(folder, args, start_step=None, tensorboard=False, active=runtime.is_main)
     log.record(max(saved["step"] for _, saved in found), test)

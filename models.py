@@ -137,6 +137,61 @@ class WideResNet(nn.Module):
         return self.head(x.mean(dim=(2, 3)))
 
 
+class FastCNN(nn.Module):
+    """A small network for short trainings, after the one of cifar10-airbench (Jordan, arXiv:2404.00498).
+
+    (N, 3, H, W) float -> (N, num_classes) float logits, for images of 16 to 64 pixels. A 2x2 convolution
+    without padding to 24 channels, whose fixed weights whiten the patches of the training images
+    (`fit`); then three groups of widths[0], widths[1] and widths[2] channels, each a 3x3
+    convolution, max pooling by 2, batch norm, GELU, another 3x3 convolution, batch norm, GELU; at the end
+    the maximum over positions and a classifier without bias, whose logits are divided by 9.
+
+    The 3x3 convolutions start as the identity of their first input channels, the others random. Until
+    `fit`, the first layer has random weights.
+    """
+
+    SCALE = 1 / 9  # of the logits (published)
+    EPSILON = 5e-4  # added to the variances that whitening divides by (published)
+
+    def __init__(self, widths, num_classes, dropout=0.0, bn_momentum=0.4):
+        super().__init__()
+        self.whiten = nn.Conv2d(3, 24, 2)
+        self.whiten.weight.requires_grad_(False)
+        nn.init.zeros_(self.whiten.bias)
+        layers, channels = [], 24
+        for width in widths:
+            for inputs, pool in ((channels, [nn.MaxPool2d(2)]), (width, [])):
+                convolution = nn.Conv2d(inputs, width, 3, padding=1, bias=False)
+                nn.init.dirac_(convolution.weight[: min(inputs, width)])
+                layers += [
+                    convolution,
+                    *pool,
+                    nn.BatchNorm2d(width, eps=BN_EPS, momentum=bn_momentum),
+                    nn.GELU(),
+                ]
+            channels = width
+        self.layers = nn.Sequential(*layers)
+        self.head = LinearHead(channels, num_classes, dropout, bias=False)
+
+    def forward(self, x):
+        x = self.layers(F.gelu(self.whiten(x)))
+        return self.head(x.amax(dim=(2, 3))) * self.SCALE
+
+    @torch.no_grad()
+    def fit(self, images):
+        """Set the first layer to whiten the 2x2 patches of these images, (N, 3, H, W) float, normalised.
+
+        Its first 12 filters are the eigenvectors of the patches' covariance, each divided by the square root
+        of its eigenvalue (plus `EPSILON`), the last 12 their negatives. Computed on the CPU in float64, each
+        eigenvector with its largest entry positive: the same on all devices.
+        """
+        patches = F.unfold(images.double().cpu(), 2).transpose(1, 2).flatten(0, 1)  # (N · positions, 12)
+        variances, vectors = torch.linalg.eigh(torch.cov(patches.T))
+        vectors = vectors * vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)).sign()
+        filters = (vectors / (variances + self.EPSILON).sqrt()).T.flip(0).view(12, 3, 2, 2)
+        self.whiten.weight.copy_(torch.cat([filters, -filters]))
+
+
 class ConvLarge(nn.Module):
     """The 13-layer network of the consistency methods (Pi model, mean teacher, Meta-Gradient).
 
@@ -621,6 +676,7 @@ def build_model(
 
     name         wrn-D-K         WideResNet, depth D = 6n + 4 or 8n + 5, width K: wrn-28-2, wrn-37-2
                  mlp-A-B-...-Z   layers of A, B, ... Z units: A inputs, Z = num_classes: mlp-2-8-8-2
+                 fastcnn-A-B-C   a small network of A, B, C channels for short trainings: fastcnn-64-128-128
                  convlarge       the 13-layer network of the consistency methods
                  efficientnet-b0 ... efficientnet-b7, efficientnet-l2
                  any classifier of torchvision.models: resnet50, alexnet, vgg16, densenet121, ...
@@ -655,6 +711,8 @@ def build_model(
                 f"{name} ends in {sizes[-1]} units but there are {num_classes} classes: use {fitting}"
             )
         model = MLP(sizes, dropout)
+    elif match := re.fullmatch(r"fastcnn-(\d+)-(\d+)-(\d+)", name):
+        model = FastCNN(list(map(int, match.groups())), num_classes, dropout)
     elif name == "convlarge":
         model = ConvLarge(num_classes, dropout)
     elif torchvision_name in [*_torchvision().list_models(module=_torchvision()), "efficientnet_l2"]:
@@ -768,6 +826,29 @@ class Ensemble(nn.Module):
 
     def forward(self, images):
         return mean_prediction([member(images).float() for member in self.members])
+
+
+class SeveralViews(nn.Module):
+    """A network that sees each image several times: float32 logits (N, K) of the mean of its probabilities.
+
+    `mirror`: the image and its mirror image. `shift`: both also moved by a pixel up and left, and by a pixel
+    down and right, with the outermost pixels repeated (the six views of cifar10-airbench).
+    """
+
+    CHOICES = ("none", "mirror", "shift")
+
+    def __init__(self, network, views):
+        super().__init__()
+        self.network, self.shifts = network, (0, 1, -1) if views == "shift" else (0,)
+
+    def forward(self, images):
+        padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
+        height, width = images.shape[2:]
+        logits = []
+        for shift in self.shifts:
+            moved = padded[:, :, 1 + shift : 1 + shift + height, 1 + shift : 1 + shift + width]
+            logits += [self.network(moved).float(), self.network(moved.flip(3)).float()]
+        return mean_prediction(logits)
 
 
 # --------------------------------------------------------------------------------- the moving average

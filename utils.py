@@ -37,6 +37,7 @@ def learning_rate(step, *, peak, total_steps, warmup_steps=0, wait_steps=0, shap
     """Learning rate at ``step`` (0, 1, …): zero for ``wait_steps``, then a warm-up, then the given shape.
 
     cosine: linear warm-up, then a cosine to zero over the remaining steps (published code).
+    linear: linear warm-up, then a line to zero.
     constant: linear warm-up, then the peak.
     milestones: linear warm-up, then the peak, divided by 10 at each of the steps ``milestones``. Milestones
     count from the start of the run, not from the end of the wait.
@@ -56,6 +57,8 @@ def learning_rate(step, *, peak, total_steps, warmup_steps=0, wait_steps=0, shap
         return peak * (step + 1) / warmup_steps
     if shape == "constant":
         return peak
+    if shape == "linear":
+        return peak * (total_steps - step) / max(1, total_steps - warmup_steps)
     if shape == "milestones":
         return peak / 10 ** sum(step + wait_steps >= milestone for milestone in milestones)
     return _half_cosine(peak, 0.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
@@ -220,6 +223,27 @@ class Throughput:
         self.totals["train_seconds"] += seconds
         self.restart(step)
         return images / seconds
+
+
+class Cost:
+    """Adds the operations of each step to the total of a run, in PFLOP: 10¹⁵ operations, two a multiply-add.
+
+    Args:
+        totals: a dict with ``pflop``.
+        method: counts its ``multiply_adds``, in this process.
+        processes: number of processes that share the batch.
+    """
+
+    def __init__(self, totals, method, processes):
+        self.totals, self.method, self.processes = totals, method, processes
+        self.counted, self.step = method.multiply_adds, 0
+
+    def count(self):
+        """After every step. A replayed CUDA graph does not count; it costs as much as the step before."""
+        if self.method.multiply_adds > self.counted:
+            self.step = self.method.multiply_adds - self.counted
+            self.counted = self.method.multiply_adds
+        self.totals["pflop"] += 2e-15 * self.step * self.processes
 
 
 class Progress:

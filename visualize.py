@@ -47,6 +47,7 @@ from engine.runtime import Runtime
 from models import head_of
 from pictures import report
 from pictures.drawing import (
+    OVER,
     STUDENT,
     TEACHER,
     draw_augmentation,
@@ -160,10 +161,10 @@ def read_dataset(run, record, only_test=True):
 # ------------------------------------------------------------------------------------------------- curves
 
 
-def curves_of(runs, each=False):
+def curves_of(runs, each=False, over="step"):
     """The figure of one run or several; runs that differ by their seed alone are one line with a band.
 
-    With ``each`` every run is a line.
+    With ``each`` every run is a line. ``over``: a key of ``OVER``.
     """
     without = [run for run in runs if run.records and not series(run, "top1")[0]]
     if len(without) < len(runs):
@@ -171,10 +172,10 @@ def curves_of(runs, each=False):
             print(f"{run.folder} has no accuracies to draw: it is left out", file=sys.stderr)
         runs = [run for run in runs if run not in without]
     if each or len(runs) == 1:
-        return draw_curves(runs)
+        return draw_curves(runs, over=over)
     rows = configurations_of(runs, otherwise=", or give --each")
     groups = {name: list(row.values()) for name, row in rows.items()}
-    return draw_curves(runs, groups if len(groups) < len(runs) else None)
+    return draw_curves(runs, groups if len(groups) < len(runs) else None, over)
 
 
 # ------------------------------------------------------------------------------------------------ regions
@@ -652,9 +653,9 @@ IMAGE_SETS = [name for name in data.NAMES if name not in data.POINTS]
 
 COMMANDS = {
     "curves": Command(
-        lambda runs, args: saved(curves_of(runs, args.each), "curves", args),
+        lambda runs, args: saved(curves_of(runs, args.each, args.over), "curves", args),
         "losses and accuracies over the steps; several runs are compared, as means over their seeds",
-        [RUNS, OUT, argument("--each", action="store_true", help="draw a line for each run, even if runs differ by the seed alone")],
+        [RUNS, OUT, argument("--each", action="store_true", help="draw a line for each run, even if runs differ by the seed alone"), argument("--over", default="step", choices=OVER, help="horizontal axis: training steps, or the operations of all steps so far")],
     ),
     "regions": Command(
         lambda runs, args: saved(regions_of(runs), "regions", args),

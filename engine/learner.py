@@ -10,7 +10,8 @@ from torch.profiler import record_function
 
 from engine.checkpoint import average_key, load_state
 from engine.norms import full_precision
-from models import ModelEMA, head_of
+from engine.optimizers import batch_norms, begin_momentum
+from models import ModelEMA, count_flops
 from utils import UserError
 
 
@@ -60,6 +61,8 @@ class Learner:
         self.ema = ModelEMA(self.network, ema) if ema is not None else None
         self.compiled_ema = runtime.compile(self.ema.network) if self.ema else None
         self.forward_mode = True  # False once an operation of the network had no forward derivative
+        self.multiply_adds = 0  # of all passes so far in this process, see ``_count``
+        self._multiply_adds_of = {}  # of one image, by its shape
 
     @property
     def parameters(self):
@@ -72,11 +75,24 @@ class Learner:
         return self.ema.network if self.ema else self.network
 
     @property
+    def networks(self):
+        """The network and, where there is one, its average."""
+        return [self.network] + ([self.ema.network] if self.ema else [])
+
+    @property
     def scales(self):
         """What the learning rate is multiplied by for each of ``parameters``, by name."""
         groups = self.optimizer.param_groups
         scales = {id(p): group.get("scale", 1.0) for group in groups for p in group["params"]}
         return {name: scales[id(p)] for name, p in self.parameters.items()}
+
+    def _count(self, images, passes):
+        """Count a pass: ``passes`` is 1 for a forward pass, 3 with the backward pass behind it, which takes
+        about twice as many operations."""
+        shape = tuple(images.shape[1:])
+        if shape not in self._multiply_adds_of:
+            self._multiply_adds_of[shape] = count_flops(self.network, shape)
+        self.multiply_adds += passes * len(images) * self._multiply_adds_of[shape]
 
     # forward passes: (N, …) images → (N, K) logits, float32 (float64 where the network is)
     #
@@ -92,6 +108,7 @@ class Learner:
     @phase("forward")
     def __call__(self, images):
         """The training pass: the only one that moves the running statistics."""
+        self._count(images, 3 if torch.is_grad_enabled() else 1)
         training_mode(self.network)
         with self.runtime.autocast():
             return full_precision(self.training_network(images))
@@ -100,30 +117,35 @@ class Learner:
     @torch.no_grad()
     def preview(self, images):
         """The logits that the next training pass would give."""
+        self._count(images, 1)
         training_mode(self.network)
         with without_trace(self.network), self.runtime.autocast():
             return full_precision(self.compiled(images))
 
     def preview_at(self, parameters, images):
         """``preview`` at other weights, by name: in full precision, not compiled, for derivatives in them."""
+        self._count(images, 1)
         training_mode(self.network)
         with without_trace(self.network):
             return full_precision(functional_call(self.network, parameters, (images,)))
 
     def measure(self, images):
         """For losses that are compared with each other. Gradients that no scaler protects: never in fp16."""
+        self._count(images, 3 if torch.is_grad_enabled() else 1)
         training_mode(self.network)
         with without_trace(self.network, dropout=False), self.runtime.autocast(scaled=False):
             return full_precision(self.compiled(images))
 
     def predict(self, images):
         """As an evaluation sees the network. Gradients that no scaler protects: never in fp16."""
+        self._count(images, 3 if torch.is_grad_enabled() else 1)
         self.network.eval()
         with self.runtime.autocast(scaled=False):
             return full_precision(self.compiled(images))
 
     def predict_at(self, parameters, images):
         """``predict`` at other weights, by name: in full precision, not compiled, for derivatives in them."""
+        self._count(images, 1)
         self.network.eval()
         return full_precision(functional_call(self.network, parameters, (images,)))
 
@@ -131,6 +153,7 @@ class Learner:
     @torch.no_grad()
     def predict_average(self, images):
         """``predict`` of the moving average."""
+        self._count(images, 1)
         with self.runtime.autocast():
             return full_precision(self.compiled_ema(images))
 
@@ -185,8 +208,7 @@ class Learner:
         """Average the running statistics over all processes, each of which keeps those of its own batches.
 
         Call it any time; after every step if a network in evaluation mode labels."""
-        networks = [self.network] + ([self.ema.network] if self.ema else [])
-        buffers = [buffer for network in networks for buffer in network.buffers()]
+        buffers = [buffer for network in self.networks for buffer in network.buffers()]
         self.runtime.all_reduce_mean([buffer for buffer in buffers if buffer.is_floating_point()])
 
     # saving
@@ -227,10 +249,6 @@ class Learner:
 # ---------------------------------------------------------------- networks in training
 
 
-def batch_norms(network):
-    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
-
-
 def training_mode(network):
     """Training mode, but for batch norm that does not learn: a frozen body keeps its running statistics."""
     network.train()
@@ -257,97 +275,3 @@ def without_trace(network, dropout=True):
             module.training = mode
         for norm, mode in zip(norms, tracking, strict=True):
             norm.track_running_stats = mode
-
-
-def parameter_groups(network, weight_decay, body_scale=1.0):
-    """The parameters that learn, without weight decay on batch norm.
-
-    Each group has a ``scale``, by which its learning rate is multiplied: ``body_scale`` for all but the head,
-    in groups of their own where that is not 1.
-    """
-    plain = {id(p) for norm in batch_norms(network) for p in norm.parameters()}
-    learning = [p for p in network.parameters() if p.requires_grad]
-    parts = {1.0: learning}
-    if body_scale != 1:
-        head = {id(p) for p in head_of(network).parameters()}
-        parts = {
-            1.0: [p for p in learning if id(p) in head],
-            body_scale: [p for p in learning if id(p) not in head],
-        }
-    groups = []
-    for scale, part in parts.items():
-        decayed, rest = [p for p in part if id(p) not in plain], [p for p in part if id(p) in plain]
-        groups.append({"params": decayed, "weight_decay": weight_decay, "scale": scale})
-        groups.append({"params": rest, "weight_decay": 0.0, "scale": scale})
-    return groups
-
-
-def sgd(network, rate, momentum, nesterov, weight_decay, body_scale=1.0):
-    """SGD; on CUDA one kernel for each group, which can read the rate from a tensor (``Runtime.number``)."""
-    groups = parameter_groups(network, weight_decay, body_scale)
-    fused = next(network.parameters()).is_cuda or None
-    nesterov = nesterov and momentum > 0
-    optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, fused=fused)
-
-    def as_here(optimizer):  # whatever the device and the memory order where the state was saved
-        for group in optimizer.param_groups:
-            group["fused"] = fused
-        for p, state in optimizer.state.items():
-            buffer = state.get("momentum_buffer")
-            if buffer is not None and buffer.stride() != p.stride():
-                state["momentum_buffer"] = torch.empty_like(p).copy_(buffer)
-
-    optimizer.register_load_state_dict_post_hook(as_here)
-    return optimizer
-
-
-def begin_momentum(optimizer):
-    """Give SGD its momentum as zeros, which its first step otherwise makes of the gradient.
-
-    Then the first step is the same operations as all others: XLA need not compile it by itself, and where the
-    fp16 scaler skips it, as it often does, CUDA's kernel leaves zeros, not memory that nothing has written.
-    """
-    for group in optimizer.param_groups:
-        for p in group["params"] if group["momentum"] else ():
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
-
-
-class RMSProp(torch.optim.Optimizer):
-    """RMSProp as in TensorFlow, with which EfficientNet was published (Tan and Le, ICML 2019).
-
-    From the gradient g of a parameter θ, weight decay included, with s one and m zero at the start:
-
-        s ← 0.9 s + 0.1 g²,    m ← momentum · m + rate · g / √(s + 0.001),    θ ← θ − m.
-
-    PyTorch's own starts with s zero, adds ε to the root and keeps the rate out of m: published rates, found
-    with an ε that outweighs most g², mean other steps there.
-
-    Args:
-        groups: of parameters, each with its ``weight_decay``.
-        rate: learning rate; ``lr`` of a group changes it.
-        momentum: published 0.9.
-    """
-
-    DECAY, EPSILON = 0.9, 1e-3  # rmsprop_rho and rmsprop_epsilon in the published code
-
-    def __init__(self, groups, rate, momentum):
-        super().__init__(groups, {"lr": rate, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:  # as of batch norm in a network without it
-                continue
-            for p in parameters:
-                if p not in self.state:
-                    self.state[p] = {"square": torch.ones_like(p), "move": torch.zeros_like(p)}
-            squares, moves = ([self.state[p][name] for p in parameters] for name in ("square", "move"))
-            gradients = [p.grad for p in parameters]
-            gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
-            torch._foreach_mul_(squares, self.DECAY)
-            torch._foreach_addcmul_(squares, gradients, gradients, value=1 - self.DECAY)
-            roots = torch._foreach_sqrt(torch._foreach_add(squares, self.EPSILON))
-            torch._foreach_mul_(moves, group["momentum"])
-            torch._foreach_addcdiv_(moves, gradients, roots, value=group["lr"])
-            torch._foreach_sub_(parameters, moves)

@@ -5,6 +5,7 @@ A method owns its networks with what trains them (``engine/learner.py``). ``step
 Plain attributes such as ``uses_unlabeled`` say what a method uses.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 
 from augmentation import Views, mixup, mixup_shares, neighbours
 from engine.checkpoint import Checkpoint
-from engine.learner import Learner, RMSProp, parameter_groups, sgd
+from engine.learner import Learner
+from engine.loader import batches
+from engine.optimizers import RMSProp, muon, parameter_groups, sgd
 from models import build_model
 from utils import UserError, learning_rate, ramp_up
 
@@ -140,6 +143,8 @@ class Method:
         def optimizer(network):
             if args.optimizer == "sgd":
                 return sgd(network, peak, args.momentum, args.nesterov, args.weight_decay, body_scale)
+            if args.optimizer == "muon":
+                return muon(network, peak, args.momentum, args.weight_decay, body_scale)
             groups = parameter_groups(network, args.weight_decay, body_scale)
             if args.optimizer == "adamw":
                 return torch.optim.AdamW(groups, lr=peak)
@@ -159,6 +164,17 @@ class Method:
         return Learner(
             network, self.runtime, optimizer=optimizer, schedule=schedule, grad_clip=args.grad_clip, ema=ema
         )
+
+    def fit(self, dataset, views):
+        """What networks take from the unlabelled images before the first step of a new run (``FastCNN.fit``):
+        from up to 2,000 of them, evenly spaced, as an evaluation sees them, the same in all processes."""
+        fitted = [n for learner in self.learners.values() for n in learner.networks if hasattr(n, "fit")]
+        if fitted:
+            count = len(dataset.unlabeled)
+            chosen = dataset.unlabeled.subset(range(0, count, math.ceil(count / 2000)))
+            images = [views.evaluation(images[mask > 0]) for images, _, mask in batches(chosen, 250, "cpu")]
+            for network in fitted:
+                network.fit(torch.cat(images))
 
     def prepare(self, dataset, views, folder):
         """What is computed once, before the first step of every process that trains the run.
@@ -274,6 +290,12 @@ class Method:
         return {role: self.learners[role].predictor for role in self.predicting_roles(self.args)}
 
     # saving
+
+    @property
+    def multiply_adds(self):
+        """The multiply-adds of all steps of this process so far: a backward pass counts as two forward
+        passes, evaluations do not count."""
+        return sum(learner.multiply_adds for learner in self.learners.values())
 
     def sync_statistics(self):
         """The same running statistics in all processes: before an evaluation or a checkpoint."""

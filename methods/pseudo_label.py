@@ -10,6 +10,7 @@ from methods.method import (
     pseudo_labels,
     soft_cross_entropy,
 )
+from models import count_flops
 
 
 class PseudoLabel(Method):
@@ -23,6 +24,8 @@ class PseudoLabel(Method):
         super().__init__(args, num_classes, image_size, runtime)
         self.teacher_network = runtime.place(self.fixed_teacher(num_classes, image_size))
         self.compiled_teacher = runtime.compile(self.teacher_network)
+        shape = (3, image_size, image_size) if image_size else (2,)
+        self.multiply_adds_of_label = count_flops(self.teacher_network, shape)
 
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args
@@ -31,6 +34,7 @@ class PseudoLabel(Method):
             with torch.no_grad(), self.runtime.autocast():
                 view = batch.views.weak if args.pseudo_label_view == "weak" else batch.views.strong
                 labels = pseudo_labels(self.compiled_teacher(view).float(), args.pseudo_label)
+                self.student.multiply_adds += len(view) * self.multiply_adds_of_label
             logits = self.student(batch.views.strong)
             loss = soft_cross_entropy(labels, logits, args.label_smoothing).mean()
             return loss, {"student_loss": loss} | known_accuracy(labels, batch.truth)

@@ -289,26 +289,49 @@ def mean_series(runs, key):
     return np.array(steps), table.mean(axis=0), deviation
 
 
-def draw_curves(runs, groups=None):
+def draw_curves(runs, groups=None, over="step"):
     """Curves of one run: losses, accuracies, pseudo labels and feedback. Of several runs: one panel per
     figure.
 
     groups: {name: runs}; each group is one line, the mean of its runs, with a band of ± one standard
         deviation. Without groups each run is a line.
+    over: key of the horizontal axis, "step" or "pflop".
     """
     for run in runs:
         if not run.records:
             raise UserError(f"{run.folder} has no metrics yet: the first ones come after --eval-step steps")
-    if len(runs) == 1:
-        return _draw_run(runs[0])
-    return _draw_comparison(groups or {name: [run] for name, run in zip(names_of(runs), runs, strict=True)})
+    groups = groups or {name: [run] for name, run in zip(names_of(runs), runs, strict=True)}
+    if over != "step":  # finetuning has no such records
+        for name, each in groups.items():
+            groups[name] = [run._replace(records=_placed(run.records, over)) for run in each]
+            if not all(run.records for run in groups[name]):
+                raise UserError(
+                    f"the runs of {name} have no {over}: an earlier version of main.py trained them"
+                )
+    figure = _draw_run(*groups.popitem()[1]) if len(runs) == 1 else _draw_comparison(groups)
+    if over != "step":
+        for axes in figure.axes:
+            axes.set_xlabel(OVER[over])
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.get_major_locator().set_params(integer=False)
+    return figure
+
+
+OVER = {"step": "training step", "pflop": "cost of training in PFLOP (10¹⁵ operations)"}
+
+
+def _placed(records, over):
+    """The records that have this figure, with it in the place of their step."""
+    return [record | {"step": record[over]} for record in records if over in record]
 
 
 def _draw_run(run):
     panels = _panels_of(run)
     heading = f"{run.name}: {method_of(run)} on {run.args['dataset']}"
     figure = new_figure(0.5 + 2.7 * math.ceil(len(panels) / 2), heading)
-    first, last = run.records[0]["step"], max(run.records[-1]["step"], run.records[0]["step"] + 1)
+    first, last = run.records[0]["step"], run.records[-1]["step"]
+    if first == last:
+        last += 1
     margin = 0.03 * (last - first)
     ends = {}
     for axes, (heading, (unit, keys)) in zip(grid(figure, len(panels), 2), panels.items(), strict=True):
@@ -406,7 +429,7 @@ def _finish_axes(axes, keys):
 
     # frame, and steps
     bare(axes)
-    axes.set_xlabel("training step")
+    axes.set_xlabel(OVER["step"])
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
 

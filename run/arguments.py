@@ -125,6 +125,21 @@ def count_or_fraction(text):
     return int(value) if value >= 1 else value
 
 
+def steps_or_fraction(least):
+    """The type of a flag: a number of steps or, below 1, a fraction of --total-steps (``resolve``)."""
+    count = between(int, least)
+
+    def number(text):
+        try:
+            fraction = float(text)
+        except ValueError:
+            fraction = 0.0
+        return fraction if 0 < fraction < 1 else count(text)
+
+    number.__name__, number.fraction = "int", True
+    return number
+
+
 # ---------------------------------------------------------------- where a flag has an effect
 
 
@@ -209,6 +224,11 @@ def resolve(parser, args, given, saved=None, path=None):
     elif args.labels and "dataset" not in given:
         args.dataset = "folder"
 
+    # fractions of the run
+    for name, action in parser.flags.items():
+        if getattr(action.type, "fraction", False):
+            setattr(args, name, in_steps(getattr(args, name), args.total_steps))
+
     # flags without effect, which exclude nothing
     unused = parser.without_effect(args)
     say_without_effect(args, given, unused)
@@ -235,6 +255,13 @@ def resolve(parser, args, given, saved=None, path=None):
     elif saved:
         check_continuation(args, saved, given - unused, before, parser)
     return args
+
+
+def in_steps(value, total_steps):
+    """A number of steps, given as such or as a fraction of all, or a list of such numbers."""
+    if isinstance(value, list):
+        return [in_steps(each, total_steps) for each in value]
+    return max(1, round(value * total_steps)) if 0 < value < 1 else value
 
 
 def say_without_effect(args, given, unused):

@@ -25,6 +25,7 @@ FRESH = {
     "oracle_top1": 0.0,
     "train_seconds": 0.0,
     "trained_images": 0,
+    "pflop": 0.0,
 }
 
 
@@ -37,7 +38,8 @@ POSITION = (*MEASURED, "teacher_top1", "meters", "loader")
 
 SUMMARY = (
     *("name", "dataset", "method", "num_labeled", "seed", "steps", *MEASURED, "best_top1", "best_step"),
-    *("selection", "oracle_top1", "teacher_top1", "finetune_top1", "train_seconds", "images_per_second"),
+    *("selection", "oracle_top1", "teacher_top1", "tta_top1", "finetune_top1", "pflop", "train_seconds"),
+    "images_per_second",
     *("device", "torch", "commit", "run"),
 )
 
@@ -122,6 +124,8 @@ def result_lines(summary):
         parts.append(f"chosen by validation {summary['best_top1']:.2f} %")
     if summary["finetune_top1"] is not None:
         parts.append(f"finetuned {summary['finetune_top1']:.2f} %")
+    if summary["tta_top1"] is not None:
+        parts.append(f"mean of several views {summary['tta_top1']:.2f} %")
     for role in ("student", "teacher"):
         if summary[f"{role}_top1"] is not None:
             parts.append(f"{role} {summary[f'{role}_top1']:.2f} %")

@@ -17,6 +17,7 @@ from models import (
     LabelPerceptron,
     LinearHead,
     ModelEMA,
+    SeveralViews,
     WideResNetBlock,
     build_model,
     count_flops,
@@ -114,6 +115,7 @@ def test_counting_flops_changes_nothing():
         ("wrn-10-1", 8),
         ("wrn-16-2", 12),
         ("convlarge", 12),
+        ("fastcnn-8-16-16", 16),
         ("resnet18", 16),
         ("resnet50", 16),
         ("efficientnet-b0", 16),
@@ -131,8 +133,9 @@ def test_one_training_step(name, image_size):
     assert logits.shape == (4, 5) and logits.dtype == torch.float32
     loss = F.cross_entropy(logits, targets)
     loss.backward()
-    assert [key for key, p in model.named_parameters() if p.grad is None] == []
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+    fixed = ["whiten.weight"] if name.startswith("fastcnn") else []
+    assert [key for key, p in model.named_parameters() if p.grad is None] == fixed
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
     with torch.no_grad():
         after = model(images)
@@ -287,10 +290,12 @@ def test_the_perceptron_of_labels_starts_as_the_identity():
     assert torch.isfinite(loss) and network.head.weight.grad.norm() > 0  # and it can leave it
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "mlp-192-8-8-3", "resnet18", "convlarge", "densenet121"])
+@pytest.mark.parametrize(
+    "name", ["wrn-10-1", "mlp-192-8-8-3", "resnet18", "convlarge", "densenet121", "fastcnn-8-8-8"]
+)
 def test_forward_mode_derivative_in_training_mode(name):
     """The Jacobian-vector product in the parameters agrees with a central difference, batch norm training."""
-    size = {"densenet121": 32, "convlarge": 12}.get(name, 8)
+    size = {"densenet121": 32, "convlarge": 12, "fastcnn-8-8-8": 16}.get(name, 8)
     model = build_model(name, 3, image_size=size).double()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -311,7 +316,7 @@ def test_forward_mode_derivative_in_training_mode(name):
     assert derivative.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["wrn-10-1", "resnet18", "efficientnet-b0", "convlarge"])
+@pytest.mark.parametrize("name", ["wrn-10-1", "resnet18", "efficientnet-b0", "convlarge", "fastcnn-8-8-8"])
 def test_float64_and_channels_last_give_the_same(name):
     model = build_model(name, 4, image_size=16).eval()
     randomise_norms(model)
@@ -726,3 +731,59 @@ def test_a_depth_of_8n_plus_5_has_a_fourth_stage():
     assert features.shape == (1, 256, 12, 12)
     with pytest.raises(ValueError, match=r"8n \+ 5"):
         build_model("wrn-11-1", 10)
+
+
+def test_views_at_test_time():
+    """The mean probability over the image, its mirror image and, shifted by a pixel, both of them again."""
+    network = build_model("wrn-10-1", 10, image_size=8).eval()
+    images = torch.randn(4, 3, 8, 8)
+    rolled = [
+        images,
+        torch.cat([images[:, :, 1:], images[:, :, -1:]], 2),
+        torch.cat([images[:, :, :1], images[:, :, :-1]], 2),
+    ]
+    rolled[1] = torch.cat([rolled[1][..., 1:], rolled[1][..., -1:]], 3)
+    rolled[2] = torch.cat([rolled[2][..., :1], rolled[2][..., :-1]], 3)
+    for views, moved in (("mirror", rolled[:1]), ("shift", rolled)):
+        seen = [network(view).softmax(dim=1) for image in moved for view in (image, image.flip(3))]
+        ours = SeveralViews(network, views)(images).softmax(dim=1)
+        torch.testing.assert_close(ours, torch.stack(seen).mean(dim=0))
+
+
+# ---------------------------------------------------------------------------------------------- FastCNN
+
+
+def test_the_first_layer_of_fastcnn_whitens_patches():
+    """The 12 numbers of a 2x2 patch become uncorrelated, of variance 1 where their variance is not small."""
+    images = F.avg_pool2d(torch.randn(400, 3, 18, 18), 3, 1)  # neighbours are correlated
+    network = build_model("fastcnn-8-8-8", 10, image_size=16)
+    network.fit(images)
+    outputs = network.whiten(images).detach().transpose(0, 1).flatten(1)
+    assert torch.equal(outputs[12:], -outputs[:12])
+    covariance = torch.cov(outputs[:12].double())
+    variances = covariance.diagonal()
+    torch.testing.assert_close(covariance, variances.diag(), atol=2e-3, rtol=0)
+    patches = F.unfold(images.double(), 2).transpose(1, 2).flatten(0, 1)
+    eigenvalues = torch.linalg.eigvalsh(torch.cov(patches.T)).flip(0)
+    torch.testing.assert_close(variances, eigenvalues / (eigenvalues + 5e-4), atol=2e-3, rtol=0)
+
+
+def test_fastcnn_is_fitted_to_the_images_alone():
+    """Not to the initial weights, and without the arbitrary signs of eigenvectors."""
+    images = torch.randn(50, 3, 16, 16)
+    weights = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        network = build_model("fastcnn-8-8-8", 10, image_size=16)
+        network.fit(images)
+        weights.append(network.whiten.weight)
+    assert torch.equal(*weights) and not weights[0].requires_grad
+    largest = weights[0][:12].flatten(1)
+    assert (largest.gather(1, largest.abs().argmax(dim=1, keepdim=True)) > 0).all()
+
+
+def test_convolutions_of_fastcnn_start_as_the_identity_of_their_first_inputs():
+    first = build_model("fastcnn-32-16-8", 10).layers[0]
+    x = torch.randn(2, 24, 9, 9)
+    torch.testing.assert_close(first(x)[:, :24], x)
+    assert first(x)[:, 24:].std() > 0.1

@@ -217,6 +217,11 @@ def test_a_misspelt_flag_is_answered_with_the_nearest(words, hint):
         main.build_parser().parse_args(words.split())
 
 
+def test_a_line_to_zero():
+    rates = [learning_rate(t, peak=0.3, total_steps=12, warmup_steps=2, shape="linear") for t in range(13)]
+    assert rates == pytest.approx([0.15, 0.3, *(0.03 * left for left in range(10, -1, -1))])
+
+
 def test_milestones_divide_the_rate_by_ten():
     """They are steps of the run, whatever the wait; before the first one the rate is as constant."""
     for wait in (0, 3):
@@ -224,3 +229,13 @@ def test_milestones_divide_the_rate_by_ten():
         rates = [learning_rate(t, **schedule, shape="milestones", milestones=(8, 12)) for t in range(20)]
         before = [learning_rate(t, **schedule, shape="constant") for t in range(8)]
         assert rates == pytest.approx([*before, *[0.02] * 4, *[0.002] * 8])
+
+
+def test_a_replayed_step_costs_as_much_as_the_step_before():
+    """A CUDA graph runs none of the code that counts."""
+    method, totals = Namespace(multiply_adds=7), {"pflop": 1.0}
+    cost = utils.Cost(totals, method, processes=3)
+    for counted in (5e14, 5e14, 6e14):  # the second step is a replay
+        method.multiply_adds = 7 + counted
+        cost.count()
+    assert totals["pflop"] == pytest.approx(1 + 3 * 2e-15 * (5e14 + 5e14 + 1e14))

@@ -17,7 +17,8 @@ from benchmarks import augment, common, feedback, profile, start, step
 from benchmarks.common import Step, StepProcess
 from benchmarks.plain import PlainImages, PlainStep
 from benchmarks.profile import PHASES, Phases, busy_and_gaps, kernels, profiled
-from engine.learner import Learner, sgd
+from engine.learner import Learner
+from engine.optimizers import sgd
 from engine.runtime import Runtime
 from methods.feedback import Exact, StudentStep
 from utils import UserError

@@ -1,15 +1,17 @@
 """Optimisers, passes that leave no trace, frozen bodies and scaled rates."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
 from steps import build, double_views, in_double, make_views, reduced, weights
 
-from engine.learner import Learner, sgd
+from engine.learner import Learner
+from engine.optimizers import muon, orthogonal, sgd
 from engine.runtime import Runtime
-from models import build_model
+from models import LinearHead, build_model
 from utils import UserError
 
 
@@ -147,3 +149,36 @@ def test_a_scaled_body_is_continued_and_earlier_checkpoints_are():
             assert torch.equal(*map(weights, networks))
     with pytest.raises(UserError, match=r"x\.pth\.tar is of another network.*--body-lr-scale"):
         build(*scaled).load_state_dict(states[()], "x.pth.tar")
+
+
+def test_orthogonal_keeps_singular_vectors_and_sets_singular_values_to_about_1():
+    for shape in ((6, 20), (20, 6), (8, 8)):
+        u, _, vh = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+        result = orthogonal(u @ torch.linspace(0.2, 3, len(vh)).double().diag() @ vh)
+        values = u.T @ result @ vh.T
+        torch.testing.assert_close(values, values.diagonal().diag(), atol=1e-9, rtol=0)
+        assert values.diagonal().min() > 0.65 and values.diagonal().max() < 1.25
+
+
+def test_muon_against_its_formula():
+    """Filters by their orthogonalised momentum at a fixed norm, the rest as SGD with Nesterov momentum."""
+    layers = {"conv": torch.nn.Conv2d(2, 3, 3), "flat": torch.nn.Flatten(), "head": LinearHead(3, 2)}
+    network = torch.nn.Sequential(OrderedDict(layers)).double()
+    optimizer = muon(network, 0.1, 0.6, weight_decay=0.01)
+    values = {name: p.detach().clone() for name, p in network.named_parameters()}
+    momentum = {name: torch.zeros_like(p) for name, p in values.items()}
+    for _ in range(3):
+        optimizer.zero_grad()
+        network(torch.randn(4, 2, 3, 3, dtype=torch.float64)).square().sum().backward()
+        for name, p in network.named_parameters():
+            filters = name == "conv.weight"
+            g = p.grad if filters else p.grad + 0.01 * values[name]
+            momentum[name] = 0.6 * momentum[name] + g
+            update = g + 0.6 * momentum[name]
+            if filters:
+                values[name] = values[name] * 3**0.5 / values[name].norm()
+                update = orthogonal(update.reshape(3, 18)).reshape(3, 2, 3, 3)
+            values[name] = values[name] - 0.1 * update
+        optimizer.step()
+        for name, p in network.named_parameters():
+            torch.testing.assert_close(p.detach(), values[name], rtol=1e-10, atol=1e-12)

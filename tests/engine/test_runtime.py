@@ -15,7 +15,7 @@ from recorded import RecordedStep, fuse
 
 import main
 from engine.files import read_content
-from engine.learner import sgd
+from engine.optimizers import sgd
 from engine.runtime import Runtime
 from utils import UserError
 

@@ -13,7 +13,8 @@ from torchvision.models import VisionTransformer
 from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.ops import StochasticDepth
 
-from engine.learner import Learner, sgd
+from engine.learner import Learner
+from engine.optimizers import sgd
 from engine.runtime import Runtime
 from methods import feedback
 from methods.feedback import ESTIMATORS, StudentStep, feedback_term

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import needs_compiler, teacher_file
 from steps import FLAGS, PARTS, build, double_views, in_double, make_views, weights, with_predictions
 from test_cli import tensors
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import StochasticDepth
 
 import main
@@ -459,3 +460,33 @@ def test_compiled_steps_are_the_steps(method, flags, monkeypatch):
     torch.compiler.reset()
     for compiled, plain in zip(train(True), train(False), strict=True):
         torch.testing.assert_close(compiled, plain, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "learned"),
+    [
+        ("supervised", "", 4),
+        ("pseudo-label", "", 8),
+        ("uda", "--weak-pass apart", 12),
+        ("uda", "--weak-pass ema", 12),
+        ("fixmatch", "--accumulate 2 --confidence soft", 20),
+        ("mpl", "--feedback none", 32),
+        ("mpl", "--feedback taylor --accumulate 2", 32),
+        ("mpl", "--feedback dot", 36),
+        ("mpl", "--feedback exact --feedback-jvp forward", 36),
+        ("mpl", "--feedback exact --feedback-jvp difference", 36),
+        ("semimeta", "--feedback-jvp forward", 16),
+        ("semimeta", "--feedback-jvp difference", 16),
+    ],
+)
+def test_operations_against_pytorchs_counter(method, flags, learned):
+    """A backward pass counts as two forward passes. PyTorch's counter knows that nobody needs the gradient of
+    the images themselves: one forward pass through the first layer less, for each image that a network
+    learned from."""
+    each = build(*flags.split(), method=method)
+    each.step(make_views(), 49)
+    before = each.multiply_adds
+    with FlopCounterMode(display=False) as counter:
+        each.step(make_views(), 50)
+    first_layer = 2 * 16 * 27 * 8 * 8
+    assert 2 * (each.multiply_adds - before) == counter.get_total_flops() + learned * first_layer

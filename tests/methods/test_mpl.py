@@ -77,6 +77,7 @@ def renamed(state):
 ROLES = {
     "taylor": "--feedback taylor --feedback-momentum 0.9 --align 0.2 --pseudo-label sample",
     "adamw": "--feedback exact --pseudo-label soft --optimizer adamw --schedule one-cycle",
+    "muon": "--feedback dot --optimizer muon --schedule linear",
     "weak-ema": "--feedback none --weak-pass ema --align 0.2",
 }
 

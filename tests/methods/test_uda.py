@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from steps import build, double_views, in_double, make_views, sharpened_uda, weights
 
 import main
-from engine.learner import sgd
+from engine.optimizers import sgd
 from engine.runtime import Runtime
 from methods.method import Logits
 from methods.uda import Consistency, DistributionAlignment, teacher_logits
