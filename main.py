@@ -128,7 +128,7 @@ def build_parser():
     add("--jitter", type=rate, nargs=2, default=[0.0, 0.3], metavar=("WEAK", "STRONG"), help="two moons: standard deviation of the noise in the weak and in the strong view (two moons recipe: 0 0.15)", only=on(*POINTS))
 
     add = parser.group("networks")
-    add("--model", help="wrn-DEPTH-WIDTH, mlp-2-8-8-2, convlarge, efficientnet-b0 to -l2, a classifier of torchvision, or timm/NAME (default: depends on the data set)", identity=True)
+    add("--model", help="wrn-DEPTH-WIDTH, fastcnn-A-B-C, mlp-2-8-8-2, convlarge, efficientnet-b0 to -l2, a classifier of torchvision, or timm/NAME (default: depends on the data set)", identity=True)
     add("--student-model", metavar="MODEL", help="mpl, pseudo-label, reduced-mpl: network of the student (default: the network of --model)", identity=True, only=uses("uses_student_model"))
     add("--pretrained", action=yes_or_no, default=False, help="start from published weights, downloaded on first use: ImageNet weights of torchvision, or weights of timm (folder recipe)")
     add("--weights", metavar="FILE", help="start from the weights in this file, instead of published weights", path=True)

@@ -329,6 +329,21 @@ def test_a_resumed_run_keeps_its_meters(here):
         assert whole | {"images_per_second": 0} == broken | {"images_per_second": 0}
 
 
+def test_a_short_training_is_continued(here):
+    """The fitted first layer, Muon and the cost are those of an unbroken run; all steps are fractions."""
+    words = [*DIGITS, "--resize", "16", "--method", "mpl", "--model", "fastcnn-8-8-8", "--optimizer", "muon"]
+    words += ["--schedule", "linear", "--warmup-steps", "0.5", "--eval-step", "0.5", "--finetune-epochs", "0"]
+    words += ["--tta", "mirror"]
+    assert command(*words, "--name", "whole") == 0
+    assert interrupt_at(3, [*words, "--name", "broken"]) == 143
+    assert command("--resume", "checkpoint/broken_last.pth.tar") == 0
+    whole, broken = (load(f"checkpoint/{name}_last.pth.tar") for name in ("whole", "broken"))
+    assert_same_checkpoint(whole, broken)
+    assert whole["pflop"] == broken["pflop"] == summary("whole")["pflop"] > 0
+    assert (whole["args"]["warmup_steps"], whole["args"]["eval_step"]) == (4, 4)
+    assert summary("whole")["tta_top1"] == summary("broken")["tta_top1"] is not None
+
+
 @pytest.mark.parametrize("with_test", [True, False])
 def test_a_folder_is_evaluated_finetuned_and_continued_from_anywhere(here, monkeypatch, with_test):
     if with_test:
