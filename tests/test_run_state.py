@@ -339,6 +339,9 @@ def test_a_short_training_is_continued(here):
     assert command("--resume", "checkpoint/broken_last.pth.tar") == 0
     whole, broken = (load(f"checkpoint/{name}_last.pth.tar") for name in ("whole", "broken"))
     assert_same_checkpoint(whole, broken)
+    for network in ("teacher", "student", "avg"):
+        filters = whole[f"{network}_state_dict"]["whiten.weight"]  # random ones are no pairs
+        assert torch.equal(filters[:12], -filters[12:])
     assert whole["pflop"] == broken["pflop"] == summary("whole")["pflop"] > 0
     assert (whole["args"]["warmup_steps"], whole["args"]["eval_step"]) == (4, 4)
     assert summary("whole")["tta_top1"] == summary("broken")["tta_top1"] is not None
