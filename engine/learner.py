@@ -45,9 +45,12 @@ class Learner:
             ``scale`` times this (``parameter_groups``).
         grad_clip: bound of the gradient's norm, 0 for none.
         ema: decay of the moving average, or None for no average.
+        input_shape: of one image, to count ``multiply_adds``; None counts nothing.
     """
 
-    def __init__(self, network, runtime, *, optimizer, schedule, grad_clip=0.0, ema=None):
+    def __init__(self, network, runtime, *, optimizer, schedule, grad_clip=0.0, ema=None, input_shape=None):
+        self.per_image = count_flops(network, input_shape) if input_shape else 0  # of one forward pass
+        self.multiply_adds = 0  # of all passes so far in this process, see ``_count``
         self.network = runtime.place(network)
         self.compiled = runtime.compile(self.network)  # for passes without gradient, or of this process alone
         self.training_network = runtime.parallel(self.network)
@@ -61,8 +64,6 @@ class Learner:
         self.ema = ModelEMA(self.network, ema) if ema is not None else None
         self.compiled_ema = runtime.compile(self.ema.network) if self.ema else None
         self.forward_mode = True  # False once an operation of the network had no forward derivative
-        self.multiply_adds = 0  # of all passes so far in this process, see ``_count``
-        self._multiply_adds_of = {}  # of one image, by its shape
 
     @property
     def parameters(self):
@@ -89,10 +90,7 @@ class Learner:
     def _count(self, images, passes):
         """Count a pass: ``passes`` is 1 for a forward pass, 3 with the backward pass behind it, which takes
         about twice as many operations."""
-        shape = tuple(images.shape[1:])
-        if shape not in self._multiply_adds_of:
-            self._multiply_adds_of[shape] = count_flops(self.network, shape)
-        self.multiply_adds += passes * len(images) * self._multiply_adds_of[shape]
+        self.multiply_adds += passes * len(images) * self.per_image
 
     # forward passes: (N, …) images → (N, K) logits, float32 (float64 where the network is)
     #

@@ -129,13 +129,14 @@ class Method:
     def __init__(self, args, num_classes, image_size, runtime, class_shares=None):
         self.args, self.runtime, self.num_classes = args, runtime, num_classes
         self.diagnostics = {}  # scalars of the last step that was asked to ``diagnose``
+        self.input_shape = (3, image_size, image_size) if image_size else (2,)  # of one image or point
         network = self.build_network(args, num_classes, image_size, "student")
         self.warmup_steps = args.teacher_warmup_steps if self.trains_teacher else 0
         self.wait_steps = max(args.student_wait_steps, self.warmup_steps) if self.trains_teacher else 0
         self.student = self.learner(network, args.student_lr, self.wait_steps, ema=args.ema)
         self.learners = {"student": self.student}
 
-    def learner(self, network, peak, wait_steps=0, ema=None, body_scale=None):
+    def learner(self, network, peak, wait_steps=0, ema=None, body_scale=None, input_shape=None):
         """A learner of the network as the command line describes it, with this peak learning rate."""
         args = self.args
         body_scale = args.body_lr_scale if body_scale is None else body_scale
@@ -162,7 +163,13 @@ class Method:
             )
 
         return Learner(
-            network, self.runtime, optimizer=optimizer, schedule=schedule, grad_clip=args.grad_clip, ema=ema
+            network,
+            self.runtime,
+            optimizer=optimizer,
+            schedule=schedule,
+            grad_clip=args.grad_clip,
+            ema=ema,
+            input_shape=input_shape or self.input_shape,
         )
 
     def fit(self, dataset, views):

@@ -24,8 +24,7 @@ class PseudoLabel(Method):
         super().__init__(args, num_classes, image_size, runtime)
         self.teacher_network = runtime.place(self.fixed_teacher(num_classes, image_size))
         self.compiled_teacher = runtime.compile(self.teacher_network)
-        shape = (3, image_size, image_size) if image_size else (2,)
-        self.multiply_adds_of_label = count_flops(self.teacher_network, shape)
+        self.multiply_adds_of_label = count_flops(self.teacher_network, self.input_shape)
 
     def step(self, views, step, truth=None, diagnose=False):
         args = self.args

@@ -54,7 +54,8 @@ class ReducedMPL(MPL):
         self.large_teacher.cpu()  # leaves the device until it is evaluated at the end
 
     def build_teacher(self, num_classes, image_size):
-        return self.learner(LabelPerceptron(num_classes), self.args.teacher_lr, body_scale=1.0)
+        perceptron = LabelPerceptron(num_classes)
+        return self.learner(perceptron, self.args.teacher_lr, body_scale=1.0, input_shape=(num_classes,))
 
     def teacher_pass(self, batch, graph, eager=False):
         # not index_select: torch_xla 2.9 ends the process where its index is a chunk of another tensor

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from engine.files import read_checked, write_atomically, write_csv, writing
-from models import count_flops, count_parameters
+from models import count_parameters
 from utils import UserError, tell
 
 # run state saved in every checkpoint besides the networks
@@ -158,7 +158,6 @@ def new_run_id():
 
 def describe_run(args, runtime, dataset, method, folder, step):
     """What is about to be trained on what, in a few lines; ``method`` is None before finetuning alone."""
-    shape = (3, dataset.size, dataset.size) if dataset.size else (2,)
     things = f"images, {dataset.size} pixels" if dataset.size else "points"
     lines = [
         f"{args.dataset}: {len(dataset.labeled):,} labelled, {len(dataset.unlabeled):,} unlabelled, "
@@ -168,12 +167,10 @@ def describe_run(args, runtime, dataset, method, folder, step):
     if method and method.uses_consistency:
         lines += unequal_labels(args, dataset)
     for role, learner in method.learners.items() if method else ():
-        if role == "perceptron":
-            name, inputs = "five layers on class distributions", (dataset.num_classes,)
-        else:
-            name, inputs = method.network_name(args, role), shape
+        perceptron = "five layers on class distributions"
+        name = perceptron if role == "perceptron" else method.network_name(args, role)
         learning = sum(p.numel() for p in learner.parameters.values())
-        total, operations = count_parameters(learner.network), count_flops(learner.network, inputs)
+        total, operations = count_parameters(learner.network), learner.per_image
         frozen = f" ({learning:,} learn)" if learning < total else ""
         lines.append(f"{role}: {name}, {total:,} parameters{frozen}, {operations:,} multiply-adds an image")
     lines.append(f"results go to {folder}, checkpoints to {args.save_path}")
