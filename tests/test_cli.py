@@ -80,7 +80,7 @@ def test_what_a_run_leaves(unbroken):
     summary = json.loads((results / "summary.json").read_text())
     design = (
         "name dataset method num_labeled seed steps top1 top5 best_top1 best_step selection oracle_top1 "
-        "teacher_top1 finetune_top1 train_seconds images_per_second device torch commit run "
+        "teacher_top1 tta_top1 finetune_top1 pflop train_seconds images_per_second device torch commit run "
         "mean_class_top1 largest_class_top1 never_predicted test_images ensemble_top1 student_top1"
     )
     assert set(summary) == set(design.split())
