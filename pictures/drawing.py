@@ -305,10 +305,12 @@ def draw_curves(runs, groups=None, over="step"):
         for name, each in groups.items():
             groups[name] = [run._replace(records=_placed(run.records, over)) for run in each]
             if not all(run.records for run in groups[name]):
-                raise UserError(
-                    f"the runs of {name} have no {over}: an earlier version of main.py trained them"
-                )
-    figure = _draw_run(*groups.popitem()[1]) if len(runs) == 1 else _draw_comparison(groups)
+                raise UserError(f"{name} was trained without counting its {over}: draw it over the steps")
+    if len(runs) == 1:
+        (runs,) = groups.values()
+        figure = _draw_run(*runs)
+    else:
+        figure = _draw_comparison(groups)
     if over != "step":
         for axes in figure.axes:
             axes.set_xlabel(OVER[over])

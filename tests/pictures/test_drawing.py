@@ -16,6 +16,7 @@ import visualize
 from pictures import drawing, report
 from pictures.drawing import STUDENT, TEACHER
 from run.record import Run, read_run
+from utils import UserError
 
 ENSEMBLE = {"name": "run", "method": "mpl", "dataset": "digits", "ensemble": True}
 
@@ -83,6 +84,23 @@ def test_curves_of_an_ensemble_say_whose_they_are(tmp_path):
         "run  (Meta Pseudo Labels, ensemble, top-1 91.00 %)",
         "other  (Meta Pseudo Labels, top-1 90.00 %)",
     ]
+
+
+def test_curves_over_the_cost(tmp_path):
+    """Two runs whose steps cost differently, compared by their operations; finetuning has no such records."""
+    runs = []
+    for name, cost in (("cheap", 0.25), ("dear", 2.0)):
+        records = [{"step": step, "pflop": step * cost, "top1": 80 + step} for step in (1, 2)]
+        records.append({"step": 3, "finetune_top1": 90})
+        runs.append(Run(tmp_path / name, ENSEMBLE | {"name": name, "ensemble": False}, records))
+    (axes,) = drawing.draw_curves(runs, over="pflop").axes
+    assert [line.get_xdata().tolist() for line in axes.get_lines()] == [[0.25, 0.5], [2.0, 4.0]]
+    assert "PFLOP" in axes.get_xlabel()
+    (axes,) = drawing.draw_curves(runs[:1], over="pflop").axes
+    assert list(axes.get_lines()[0].get_xdata()) == [0.25, 0.5]
+    early = runs[0]._replace(records=[{"step": 1, "top1": 80}])
+    with pytest.raises(UserError, match="trained without counting its pflop"):
+        drawing.draw_curves([early], over="pflop")
 
 
 def test_the_page_and_the_picture_show_the_mistakes_of_the_ensemble(tmp_path, monkeypatch):
