@@ -69,7 +69,7 @@ STATISTICS = {
 class Options:
     """What to read and how to split it: the data flags of ``main.py``, and for which run.
 
-    A run that is older than a flag has the default. Defaults are those of the flags.
+    A run that is older than a flag has the default, which is also the default of the flag.
     """
 
     # the images
@@ -246,7 +246,7 @@ def read_data(args, record=None, labels_given=False):
 
     Args:
         args: the flags of a command line or of a run. Flags that came after the run may be missing.
-        record: what a checkpoint knows of its data; its labelled images are those of the run.
+        record: what a checkpoint knows of its data; the run keeps its labelled images.
         labels_given: --labeled-indices was given now, to be compared with the run's labelled images.
     """
     known = {each.name: getattr(args, each.name) for each in fields(Options) if hasattr(args, each.name)}

@@ -17,7 +17,7 @@
 | `run` | str, the run's id |
 | `best_top1`, `best_step`, `best_val_top1`, `oracle_top1` | what the run has reached |
 | `top1`, … (`run.record.MEASURED`), `teacher_top1` | the last evaluation |
-| `train_seconds`, `trained_images` | what the run has cost |
+| `train_seconds`, `trained_images`, `pflop` | what the run has cost |
 | `finetune_step`, `finetune_top1`, `optimizer`, `scaler` | of finetuning, whose network is `avg_state_dict` |
 
 Random states are not among them: they follow from the seed and the step.

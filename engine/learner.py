@@ -87,9 +87,9 @@ class Learner:
         scales = {id(p): group.get("scale", 1.0) for group in groups for p in group["params"]}
         return {name: scales[id(p)] for name, p in self.parameters.items()}
 
-    def _count(self, images, passes):
-        """Count a pass: ``passes`` is 1 for a forward pass, 3 with the backward pass behind it, which takes
-        about twice as many operations."""
+    def _count(self, images, backward=True):
+        """Count a pass and, where gradients are enabled, the backward pass behind it: two forward passes."""
+        passes = 3 if backward and torch.is_grad_enabled() else 1
         self.multiply_adds += passes * len(images) * self.per_image
 
     # forward passes: (N, …) images → (N, K) logits, float32 (float64 where the network is)
@@ -106,7 +106,7 @@ class Learner:
     @phase("forward")
     def __call__(self, images):
         """The training pass: the only one that moves the running statistics."""
-        self._count(images, 3 if torch.is_grad_enabled() else 1)
+        self._count(images)
         training_mode(self.network)
         with self.runtime.autocast():
             return full_precision(self.training_network(images))
@@ -115,35 +115,35 @@ class Learner:
     @torch.no_grad()
     def preview(self, images):
         """The logits that the next training pass would give."""
-        self._count(images, 1)
+        self._count(images)
         training_mode(self.network)
         with without_trace(self.network), self.runtime.autocast():
             return full_precision(self.compiled(images))
 
     def preview_at(self, parameters, images):
         """``preview`` at other weights, by name: in full precision, not compiled, for derivatives in them."""
-        self._count(images, 1)
+        self._count(images, backward=False)
         training_mode(self.network)
         with without_trace(self.network):
             return full_precision(functional_call(self.network, parameters, (images,)))
 
     def measure(self, images):
         """For losses that are compared with each other. Gradients that no scaler protects: never in fp16."""
-        self._count(images, 3 if torch.is_grad_enabled() else 1)
+        self._count(images)
         training_mode(self.network)
         with without_trace(self.network, dropout=False), self.runtime.autocast(scaled=False):
             return full_precision(self.compiled(images))
 
     def predict(self, images):
         """As an evaluation sees the network. Gradients that no scaler protects: never in fp16."""
-        self._count(images, 3 if torch.is_grad_enabled() else 1)
+        self._count(images)
         self.network.eval()
         with self.runtime.autocast(scaled=False):
             return full_precision(self.compiled(images))
 
     def predict_at(self, parameters, images):
         """``predict`` at other weights, by name: in full precision, not compiled, for derivatives in them."""
-        self._count(images, 1)
+        self._count(images, backward=False)
         self.network.eval()
         return full_precision(functional_call(self.network, parameters, (images,)))
 
@@ -151,7 +151,7 @@ class Learner:
     @torch.no_grad()
     def predict_average(self, images):
         """``predict`` of the moving average."""
-        self._count(images, 1)
+        self._count(images)
         with self.runtime.autocast():
             return full_precision(self.compiled_ema(images))
 

@@ -115,7 +115,7 @@ class Muon(torch.optim.Optimizer):
     other parameters (biases, batch norm, the head) take the step of SGD with Nesterov momentum.
 
     Args:
-        groups: of parameters; those of a group with ``matrices`` are taken as matrices.
+        groups: of parameters; a group with ``matrices`` holds filters and matrices.
         rate: learning rate; ``lr`` of a group changes it.
         momentum: published 0.6 for the networks of cifar10-airbench.
     """
